@@ -1,0 +1,499 @@
+#!/usr/bin/env python3
+"""Make the demonstration models and data that ship in ``compress/demo``.
+
+    train_demo.py data    --data DIR            calibration and held-out data
+    train_demo.py dense   --data DIR --out DIR  a 4.2M-parameter Llama
+    train_demo.py moe     --data DIR --out DIR  an 8.1M-parameter Qwen3 mixture of experts
+    train_demo.py vlm     --data DIR --out DIR  the Llama with a small vision tower (LLaVA)
+    train_demo.py measure DIR ...               the figures in compress/demo/README.md
+
+``--data`` is a folder with ``books-train.txt.xz``, ``books-valid.txt.xz`` (paragraphs one per
+line, books parted by ``<|endoftext|>``), ``wikitext2-test.txt`` and ``minimal-pairs.jsonl``.
+
+Everything is sized for one CPU core and less than an hour a model. On Linux, keeping freed
+memory in the process (MALLOC_TRIM_THRESHOLD_, MALLOC_MMAP_THRESHOLD_) speeds training by half.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+import json
+import math
+import shutil
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from demo_data import (
+    BOOK_END,
+    CONTEXT,
+    IMAGE_SIZE,
+    ask,
+    draw_scene,
+    encode_books,
+    load_tokenizer,
+    read_books,
+    text_batches,
+    training_tokens,
+    write_data,
+)
+from demo_measure import measure, window_loss
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+
+DEMO = Path(__file__).resolve().parent.parent / "compress" / "demo"
+MAX_SHARD = "8600KB"  # with the header, every file stays below 9,000,000 bytes
+
+# The text models share one shape; every width that a linear layer sees is a multiple of 128, so
+# that group sizes up to 128 divide it.
+SHAPE: dict[str, Any] = {
+    "vocab_size": 4096,
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 32,
+    "max_position_embeddings": CONTEXT,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+
+
+# --- optimisation -----------------------------------------------------------------------------
+
+
+def orthogonalise(stack: Tensor) -> Tensor:
+    """Push the singular values of every matrix in ``stack`` towards 1 (Newton-Schulz)."""
+    x = stack.bfloat16()
+    tall = x.size(-2) > x.size(-1)
+    if tall:
+        x = x.mT
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return (x.mT if tall else x).float()
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum with orthogonalised updates; stacks equal shapes so that few large calls are made.
+
+    Three-dimensional parameters are stacks of expert matrices; a fused gate and up projection is
+    treated as the two matrices that it holds.
+    """
+
+    def __init__(self, params: list[torch.nn.Parameter], lr: float, momentum: float = 0.95):
+        super().__init__(params, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            by_shape: defaultdict[tuple[int, int], list[tuple[Tensor, Tensor]]] = defaultdict(list)
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                buffer.lerp_(p.grad, 1 - group["momentum"])
+                update = p.grad.lerp(buffer, group["momentum"])
+                rows, columns = p.shape[-2:]
+                if p.ndim == 3 and rows == columns:  # fused gate and up projections
+                    rows //= 2
+                shape = (-1, rows, columns)
+                by_shape[rows, columns].append((p.view(shape), update.view(shape)))
+            for (rows, columns), pairs in by_shape.items():
+                stack = orthogonalise(torch.cat([update for _, update in pairs]))
+                scale = group["lr"] * math.sqrt(max(1.0, rows / columns))
+                parts = stack.split([p.size(0) for p, _ in pairs])
+                for (p, _), part in zip(pairs, parts, strict=True):
+                    p.add_(part, alpha=-scale)
+
+
+def make_optimisers(model: PreTrainedModel, lr: float) -> list[torch.optim.Optimizer]:
+    """Muon for the hidden matrices, AdamW for embeddings, norms, biases, routers and the rest."""
+    matrices: list[torch.nn.Parameter] = []
+    rest: list[torch.nn.Parameter] = []
+    for name, p in model.named_parameters():
+        hidden = p.ndim in (2, 3) and not any(s in name for s in ("embed", "lm_head", "mlp.gate."))
+        (matrices if hidden else rest).append(p)
+    return [
+        Muon(matrices, lr=lr),
+        torch.optim.AdamW(rest, lr=0.15 * lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
+    ]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A run ends at whichever comes first."""
+
+    tokens: int
+    minutes: float
+
+    def progress(self, tokens: int, seconds: float) -> float:
+        return min(1.0, max(tokens / self.tokens, seconds / (60 * self.minutes)))
+
+
+def schedule(progress: float, step: int) -> float:
+    """Learning-rate factor: a short warm-up, constant, then linear to zero over the last 45 %."""
+    return min(1.0, (step + 1) / 50, (1 - progress) / 0.45)
+
+
+def fit(
+    model: PreTrainedModel,
+    losses: Callable[[], tuple[Tensor, int]],
+    budget: Budget,
+    lr: float,
+    export: Callable[[PreTrainedModel, int], None],
+    export_minutes: float = 8.0,
+) -> None:
+    """Train ``model`` in place, handing averaged weights to ``export`` now and then.
+
+    ``losses`` draws a batch and returns its loss and its token count. The exponential average of
+    the weights stands for a decayed learning rate long before the schedule gets there, so that an
+    early export is a usable model.
+    """
+    optimisers = make_optimisers(model, lr)
+    base = [[group["lr"] for group in o.param_groups] for o in optimisers]
+    average = copy.deepcopy(model)
+    start = exported = time.monotonic()
+    tokens, smooth = 0, math.nan
+    for step in itertools.count():
+        progress = budget.progress(tokens, time.monotonic() - start)
+        if progress >= 1:
+            break
+        for optimiser, rates in zip(optimisers, base, strict=True):
+            for group, rate in zip(optimiser.param_groups, rates, strict=True):
+                group["lr"] = rate * schedule(progress, step)
+        loss, count = losses()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimiser in optimisers:
+            optimiser.step()
+            optimiser.zero_grad()
+        tokens += count
+        with torch.no_grad():
+            for a, p in zip(average.parameters(), model.parameters(), strict=True):
+                a.lerp_(p, max(0.005, min(0.1, 10 / (step + 1))))
+        smooth = loss.item() if step == 0 else 0.98 * smooth + 0.02 * loss.item()
+        if step % 50 == 0:
+            rate = tokens / (time.monotonic() - start)
+            line = f"{step:6d} {progress:6.1%} loss {smooth:.4f} {tokens:,} tokens {rate:.0f}/s"
+            print(line, flush=True)
+        if time.monotonic() - exported > 60 * export_minutes:
+            export(average, tokens)
+            exported = time.monotonic()
+    export(average, tokens)
+    export(model, tokens)
+
+
+# --- checkpoints ------------------------------------------------------------------------------
+
+
+def copy_matching(model: PreTrainedModel, directory: Path) -> None:
+    """Copy every tensor of the checkpoint whose name and shape the model shares."""
+    kind = json.loads((directory / "config.json").read_text())["model_type"]
+    loader = AutoModelForImageTextToText if kind == "llava" else AutoModelForCausalLM
+    source = loader.from_pretrained(directory, dtype=torch.float32).state_dict()
+    # A language model inside a vision-language model carries one more prefix.
+    bare = {name.replace("language_model.", ""): tensor for name, tensor in source.items()}
+    own = {name: name.replace("language_model.", "") for name in model.state_dict()}
+    shared = {
+        name: bare[key]
+        for name, key in own.items()
+        if key in bare and bare[key].shape == model.state_dict()[name].shape
+    }
+    model.load_state_dict(shared, strict=False)
+    print(f"{len(shared)} of {len(own)} tensors start from {directory.name}")
+
+
+def save(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    out: Path,
+    processor: LlavaProcessor | None = None,
+) -> None:
+    """Write a bf16 checkpoint; ``out`` is replaced only once the new one is complete."""
+    fresh = out.with_name(out.name + ".new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    copy.deepcopy(model).bfloat16().save_pretrained(fresh, max_shard_size=MAX_SHARD)
+    if processor is not None:
+        processor.save_pretrained(fresh)
+        # Releases that read no processor_config.json look for the image settings here.
+        processor.image_processor.save_pretrained(fresh)
+    save_tokenizer(tokenizer, fresh)
+    for file in fresh.iterdir():
+        file.chmod(0o644)
+    swap_in(fresh, out)
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
+    """Write the tokenizer under the class name that every transformers version knows."""
+    tokenizer.save_pretrained(directory)
+    path = directory / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    for key in ("backend", "is_local", "local_files_only"):
+        config.pop(key, None)
+    config["padding_side"] = tokenizer.padding_side
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def swap_in(fresh: Path, out: Path) -> None:
+    """Put ``fresh`` where ``out`` is, with no moment at which ``out`` is half written."""
+    old = out.with_name(out.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if out.exists():
+        out.rename(old)
+    fresh.rename(out)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+# --- text models ------------------------------------------------------------------------------
+
+
+def build_text_model(kind: str) -> PreTrainedModel:
+    """A fresh dense or mixture-of-experts model."""
+    if kind == "dense":
+        return LlamaForCausalLM(LlamaConfig(**SHAPE))
+    config = Qwen3MoeConfig(
+        **SHAPE,
+        num_experts=16,
+        num_experts_per_tok=4,
+        moe_intermediate_size=128,
+        norm_topk_prob=True,
+        router_aux_loss_coef=0.01,
+    )
+    return Qwen3MoeForCausalLM(config)
+
+
+def train_text(args: argparse.Namespace) -> None:
+    """Train ``dense`` or ``moe`` on the books."""
+    tokenizer = load_tokenizer(args.tokenizer)
+    model = build_text_model(args.command)
+    for directory in args.init:
+        copy_matching(model, directory)
+    batches = text_batches(
+        training_tokens(args.data, tokenizer, args.cache), batch=8, seed=args.seed
+    )
+    valid = encode_books(tokenizer, read_books(args.data / "books-valid.txt.xz"))
+    best = math.inf
+
+    def losses() -> tuple[Tensor, int]:
+        batch = next(batches)
+        with torch.autocast("cpu", torch.bfloat16):
+            # The auxiliary loss keeps the router from leaving experts unused.
+            router = {"output_router_logits": True} if args.command == "moe" else {}
+            return model(input_ids=batch, labels=batch, **router).loss, batch.numel()
+
+    def export(candidate: PreTrainedModel, tokens: int) -> None:
+        nonlocal best
+        loss = window_loss(candidate, valid, limit=64)
+        print(f"after {tokens:,} tokens: loss {loss:.4f} on the first 64 windows", flush=True)
+        if loss < best:
+            best = loss
+            save(candidate, tokenizer, args.out)
+
+    fit(model, losses, Budget(args.tokens, args.minutes), 0.02, export)
+
+
+# --- vision-language model --------------------------------------------------------------------
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% set parts = [{'type': 'text', 'text': message.content}] if message.content is string"
+    " else message.content %}"
+    "{% for part in parts if part.type == 'image' %}<image>\n{% endfor %}"
+    "{{ 'Question:' if message.role == 'user' else 'Answer:' }}"
+    "{% for part in parts if part.type == 'text' %} {{ part.text }}{% endfor %}"
+    "{{ '\n' if message.role == 'user' else '<|endoftext|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}Answer:{% endif %}"
+)
+
+
+def build_vlm() -> LlavaForConditionalGeneration:
+    """A CLIP-style tower of 64 patches, a projector and the dense model's language model."""
+    vision = CLIPVisionConfig(
+        hidden_size=128,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        image_size=IMAGE_SIZE,
+        patch_size=8,
+        projection_dim=128,
+        attention_dropout=0.0,
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=LlamaConfig(**SHAPE),
+        image_token_index=3,
+        image_seq_length=64,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
+        tie_word_embeddings=True,
+    )
+    return LlavaForConditionalGeneration(config)
+
+
+def build_processor(tokenizer_dir: Path) -> LlavaProcessor:
+    """The processor; its tokenizer spells the reserved ``<|image|>`` token as LLaVA does."""
+    spec = (tokenizer_dir / "tokenizer.json").read_text().replace("<|image|>", "<image>")
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "tokenizer.json").write_text(spec)
+        # Answers are generated for several questions at once, so the padding goes in front.
+        tokenizer = load_tokenizer(Path(folder), padding_side="left")
+    side = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    images = CLIPImageProcessorPil(
+        size=side, crop_size=side, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    )
+    return LlavaProcessor(
+        image_processor=images,
+        tokenizer=tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def vlm_batch(
+    rng: np.random.Generator, tokenizer: PreTrainedTokenizerFast, batch: int, turns: int = 4
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Pixels, token ids and labels of fresh scenes, several questions about each."""
+    pixels, rows = [], []
+    for _ in range(batch):
+        image, things = draw_scene(rng)
+        pixels.append(np.asarray(image, dtype=np.float32).transpose(2, 0, 1) / 127.5 - 1)
+        ids = tokenizer.encode("<image>" * 64 + "\n")
+        labels = [-100] * len(ids)
+        for question, answer in ask(rng, things)[:turns]:
+            prompt = tokenizer.encode(f"Question: {question}\nAnswer:")
+            reply = tokenizer.encode(f" {answer}{BOOK_END}")
+            newline = tokenizer.encode("\n")
+            ids += prompt + reply + newline
+            labels += [-100] * len(prompt) + reply + [-100] * len(newline)
+        rows.append((ids, labels))
+    width = max(len(ids) for ids, _ in rows)
+    padded_ids = torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in rows])
+    padded_labels = torch.tensor([labels + [-100] * (width - len(labels)) for _, labels in rows])
+    return torch.from_numpy(np.stack(pixels)), padded_ids, padded_labels
+
+
+def train_vlm(args: argparse.Namespace) -> None:
+    """Train the whole vision-language model; every third batch is plain text."""
+    processor = build_processor(args.tokenizer)
+    model = build_vlm()
+    # On a CPU, the fused attention's backward pass takes half of a step at these short lengths.
+    model.set_attn_implementation("eager")
+    for directory in args.init:
+        copy_matching(model, directory)
+    texts = text_batches(
+        training_tokens(args.data, processor.tokenizer, args.cache), batch=4, seed=args.seed
+    )
+    rng = np.random.default_rng((args.seed, 0))
+    checks = [vlm_batch(np.random.default_rng((args.seed, 3)), processor.tokenizer, 128)]
+    step, best = itertools.count(), math.inf
+
+    def scene_loss(model: PreTrainedModel, pixels: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+        # Only answers are scored, so the vocabulary projection is spared everywhere else.
+        hidden = model.model(input_ids=ids, pixel_values=pixels).last_hidden_state[:, :-1]
+        scored = labels[:, 1:] != -100
+        logits = model.lm_head(hidden[scored]).float()
+        return torch.nn.functional.cross_entropy(logits, labels[:, 1:][scored])
+
+    def losses() -> tuple[Tensor, int]:
+        with torch.autocast("cpu", torch.bfloat16):
+            if next(step) % 3 == 2:
+                batch = next(texts)
+                return model(input_ids=batch, labels=batch).loss, batch.numel()
+            pixels, ids, labels = vlm_batch(rng, processor.tokenizer, 32)
+            return scene_loss(model, pixels, ids, labels), ids.numel()
+
+    def export(candidate: PreTrainedModel, tokens: int) -> None:
+        nonlocal best
+        with torch.no_grad():
+            loss = scene_loss(candidate, *checks[0]).item()
+        print(f"after {tokens:,} tokens: loss {loss:.4f} on 128 other scenes", flush=True)
+        if loss < best:
+            best = loss
+            save(candidate, processor.tokenizer, args.out, processor)
+
+    fit(model, losses, Budget(args.tokens, args.minutes), 0.01, export, export_minutes=5)
+
+
+# --- command line -----------------------------------------------------------------------------
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    data = commands.add_parser("data", help="write calibration and held-out data")
+    data.add_argument("--data", type=Path, required=True)
+    data.add_argument("--out", type=Path, default=DEMO / "data")
+    data.add_argument("--seed", type=int, default=0)
+    for name in ("dense", "moe", "vlm"):
+        command = commands.add_parser(name, help=f"train the {name} model")
+        command.add_argument("--data", type=Path, required=True)
+        command.add_argument("--out", type=Path, required=True)
+        command.add_argument("--tokenizer", type=Path, default=DEMO / "dense")
+        command.add_argument(
+            "--init", type=Path, nargs="*", default=[], help="checkpoints to start from, in turn"
+        )
+        command.add_argument("--tokens", type=int, default=40_000_000)
+        command.add_argument("--minutes", type=float, default=40.0)
+        command.add_argument("--seed", type=int, default=0)
+        cache = Path(tempfile.gettempdir()) / "train-demo-tokens.npy"
+        command.add_argument("--cache", type=Path, default=cache)
+    figures = commands.add_parser("measure", help="print the figures of trained models")
+    figures.add_argument("models", type=Path, nargs="+")
+    figures.add_argument("--data", type=Path, help="adds the WikiText-2 perplexity")
+    figures.add_argument("--shipped", type=Path, default=DEMO / "data")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Run one command."""
+    args = parse_args()
+    if args.command == "measure":
+        for directory in args.models:
+            measure(directory, args.shipped, args.data)
+        return
+    torch.manual_seed(args.seed)
+    if args.command == "data":
+        write_data(args.data, args.out, args.seed)
+    elif args.command == "vlm":
+        train_vlm(args)
+    else:
+        train_text(args)
+
+
+if __name__ == "__main__":
+    main()
