@@ -1,0 +1,3 @@
+"""compress: a compiler for LLM and VLM checkpoints."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,79 @@
+"""The vocabulary of an architecture table.
+
+Every file beside this one is named after a `model_type` and holds one literal, ``ARCH``. Names are those **on disk**, because that
+is what a user sees and writes patterns against; `compress.model` translates to what transformers holds in memory.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import pkgutil
+from dataclasses import dataclass
+
+from compress.errors import InputError
+
+
+@dataclass(frozen=True)
+class InputGroup:
+    """Linears of one block that read the same tensor; serving engines fuse them, so they share one scheme."""
+
+    name: str
+    linears: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Routed experts of one block. On disk ``{prefix}.{expert}.{linear}``; in memory two 3-D parameters of the module `module`."""
+
+    prefix: str
+    module: str
+    gate: str
+    up: str
+    down: str
+
+
+@dataclass(frozen=True)
+class Arch:
+    """Where things are in a checkpoint of one `model_type`.
+
+    `groups` are in the order in which data flows through a block, so that each is measured with everything before it already
+    compressed. A group none of whose linears a block has is skipped (dense and sparse blocks may alternate).
+    """
+
+    model_type: str
+    groups: tuple[InputGroup, ...]
+    blocks: str = "model.layers"
+    module_blocks: str = "model.layers"
+    text_config: str | None = None
+    experts: Experts | None = None
+    rename: tuple[tuple[str, str], ...] = ()
+    image: bool = False
+    unquantized: tuple[str, ...] = ()
+    dropped: tuple[tuple[str, str], ...] = ((r".*rotary_emb\.inv_freq", "a buffer that the config determines"),)
+
+
+ATTENTION = (
+    InputGroup("qkv", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+    InputGroup("o", ("self_attn.o_proj",)),
+)
+GATED_MLP = (
+    InputGroup("gate_up", ("mlp.gate_proj", "mlp.up_proj")),
+    InputGroup("down", ("mlp.down_proj",)),
+)
+
+
+def known() -> list[str]:
+    """Every `model_type` with a table, found by file name."""
+    package = importlib.import_module("compress.arch")
+    return sorted(module.name for module in pkgutil.iter_modules(package.__path__) if module.name != "base")
+
+
+def find(model_type: object) -> Arch:
+    """The table for a `model_type`; an `InputError` names those that exist."""
+    names = known()
+    if model_type not in names:
+        raise InputError.one("config.json: model_type", f"{model_type!r} is not supported", f"supported are {', '.join(names)}")
+    arch = importlib.import_module(f"compress.arch.{model_type}").ARCH
+    assert isinstance(arch, Arch)
+    return arch

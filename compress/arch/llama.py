@@ -1,0 +1,5 @@
+"""Llama: grouped-query attention and a gated MLP."""
+
+from compress.arch.base import ATTENTION, GATED_MLP, Arch
+
+ARCH = Arch(model_type="llama", groups=ATTENTION + GATED_MLP)

@@ -1,0 +1,5 @@
+"""Mistral: grouped-query attention and a gated MLP."""
+
+from compress.arch.base import ATTENTION, GATED_MLP, Arch
+
+ARCH = Arch(model_type="mistral", groups=ATTENTION + GATED_MLP)

@@ -1,0 +1,334 @@
+"""A checkpoint on disk: safetensors shards, read without trusting them and without mapping them into memory.
+
+Tensors are read with plain ``readinto`` rather than through a memory map: mapped pages count as resident memory until the
+kernel drops them, and a run promises to hold about one block.
+
+Nothing here imports torch until a tensor is asked for, so that a recipe can be checked in the time it takes to read headers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress.errors import InputError, Problems
+
+if TYPE_CHECKING:
+    import torch
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+DTYPE_BYTES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
+    "I16": 2, "U16": 2, "F16": 2, "BF16": 2, "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8,
+}  # fmt: skip
+TORCH_DTYPES = {
+    "BOOL": "bool", "U8": "uint8", "I8": "int8", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+    "I16": "int16", "F16": "float16", "BF16": "bfloat16", "I32": "int32", "F32": "float32", "I64": "int64", "F64": "float64",
+}  # fmt: skip
+DTYPE_NAMES = {torch_name: name for name, torch_name in TORCH_DTYPES.items()}
+FLOATS = ("F16", "BF16", "F32", "F64")
+OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".pkl", ".safetensors")
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies: ``dtype`` is the safetensors name, ``begin``/``end`` are byte offsets in ``file``."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    begin: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.begin
+
+
+def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """Tensors and metadata of one shard. Raises `InputError` if the file is not exactly as long as its header says."""
+    place = path.name
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length_bytes = file.read(8)
+            length = struct.unpack("<Q", length_bytes)[0] if len(length_bytes) == 8 else -1
+            if not 0 < length <= size - 8:
+                raise InputError.one(place, f"not a safetensors file (header of {length} bytes in a file of {size})", "fetch it again")
+            header = json.loads(file.read(length))
+    except OSError as error:
+        raise InputError.one(place, f"cannot be read ({error.strerror})", "fetch it again") from error
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError.one(place, f"its header is not JSON ({error})", "fetch it again") from error
+    metadata = header.pop("__metadata__", {})
+    tensors = {}
+    start = 8 + length
+    expected_end = start
+    for name, entry in header.items():
+        try:
+            dtype, shape, (begin, end) = entry["dtype"], tuple(map(int, entry["shape"])), entry["data_offsets"]
+            count = 1
+            for dim in shape:
+                count *= dim
+            consistent = dtype in DTYPE_BYTES and end - begin == count * DTYPE_BYTES[dtype] and begin >= 0
+        except (KeyError, TypeError, ValueError):
+            consistent = False
+        if not consistent:
+            raise InputError.one(f"{place}: {name}", f"header entry makes no sense: {entry}", "fetch the file again")
+        tensors[name] = TensorInfo(name, dtype, shape, path, start + begin, start + end)
+        expected_end = max(expected_end, start + end)
+    if expected_end != size:
+        what = "truncated" if size < expected_end else "followed by bytes that no tensor owns"
+        raise InputError.one(place, f"{what} ({size} bytes, header says {expected_end})", "fetch it again")
+    return tensors, metadata
+
+
+class Checkpoint:
+    """A folder of safetensors with its config and everything that belongs to it.
+
+    `tensors` maps names to `TensorInfo`; `extra_files` are to be carried byte for byte; `left_behind` are weight files in other
+    formats, which are not. Raises `InputError` with every fault of the folder at once.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        problems = Problems()
+        if not folder.is_dir():
+            raise InputError.one(str(folder), "no such folder", "give a local folder, a hub id or demo:dense, demo:moe, demo:vlm")
+        self.config = self._config(problems)
+        self.tensors: dict[str, TensorInfo] = {}
+        self.unlisted: list[str] = []
+        files = self._shards(problems)
+        for path, listed in files.items():
+            try:
+                found, _ = read_header(path)
+            except InputError as error:
+                problems.absorb(error)
+                continue
+            for name in sorted(listed - found.keys()):
+                problems.add(f"{INDEX}: {name}", f"not in {path.name}, where the index says it is", "fetch both files again")
+            self.unlisted += sorted(found.keys() - listed) if listed else []
+            self.tensors |= {name: info for name, info in found.items() if not listed or name in listed}
+        problems.raise_if_any()
+        self.shards = sorted(files)
+        self.extra_files, self.left_behind = self._other_files()
+
+    def _config(self, problems: Problems) -> dict[str, Any]:
+        path = self.folder / "config.json"
+        try:
+            config = json.loads(path.read_text())
+            if isinstance(config, dict):
+                return config
+            problems.add("config.json", f"must hold a mapping, got {type(config).__name__}")
+        except OSError:
+            problems.add(str(self.folder), "has no config.json", "MODEL must be a Hugging Face checkpoint folder")
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            problems.add("config.json", f"is not JSON ({error})", "fetch it again")
+        return {}
+
+    def _shards(self, problems: Problems) -> dict[Path, set[str]]:
+        """Shard files with the tensors the index lists in each (an empty set: no index, take all)."""
+        index = self.folder / INDEX
+        if not index.exists():
+            single = self.folder / SINGLE
+            if single.exists():
+                return {single: set()}
+            pickles = sorted(p.name for p in self.folder.glob("*.bin"))
+            remedy = "pickled weights are never read: convert them to safetensors first" if pickles else "is the download complete?"
+            problems.add(str(self.folder), f"holds neither {SINGLE} nor {INDEX}", remedy)
+            return {}
+        try:
+            weight_map = json.loads(index.read_text())["weight_map"]
+            pairs = [(str(name), str(file)) for name, file in weight_map.items()]
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
+            problems.add(INDEX, f"cannot be understood ({type(error).__name__}: {error})", "fetch it again")
+            return {}
+        shards: dict[Path, set[str]] = {}
+        for name, file in pairs:
+            shards.setdefault(self.folder / file, set()).add(name)
+        for path in list(shards):
+            file = str(path.relative_to(self.folder)) if path.is_relative_to(self.folder) else str(path)
+            if Path(file).name != file or file in ("..", "."):
+                problems.add(INDEX, f"points outside the folder ({file})", "an index may only name files beside it")
+                del shards[path]
+            elif not path.is_file():
+                problems.add(INDEX, f"names {file}, which is missing", "fetch the missing shard")
+                del shards[path]
+        return shards
+
+    def _other_files(self) -> tuple[list[Path], list[str]]:
+        extra, left = [], []
+        own = {*self.shards, self.folder / INDEX, self.folder / "config.json"}
+        for path in sorted(self.folder.rglob("*")):
+            relative = path.relative_to(self.folder)
+            if not path.is_file() or path in own or any(part.startswith(".") for part in relative.parts):
+                continue
+            if path.suffix in OTHER_WEIGHTS or path.name.endswith(".index.json"):
+                left.append(str(relative))
+            else:
+                extra.append(relative)
+        return extra, left
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(info.nbytes for info in self.tensors.values())
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor, freshly allocated on the CPU in its stored dtype."""
+        return read_tensor(self.tensors[name])
+
+    def verify(self, advance: Callable[[int], None] = lambda nbytes: None) -> dict[str, str]:
+        """Read every byte once: sha256 of each shard by file name. `advance` is told of bytes as they are read.
+
+        Raises `InputError` naming every tensor that holds a NaN or an infinity.
+        """
+        by_file: dict[Path, list[TensorInfo]] = {path: [] for path in self.shards}
+        for info in self.tensors.values():
+            by_file[info.file].append(info)
+        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+            hashes = dict(zip(by_file, pool.map(lambda path: sha256(path, advance), by_file), strict=True))
+            faulty = [name for names in pool.map(_not_finite, by_file.values()) for name in names]
+        if faulty:
+            problems = Problems()
+            for name in faulty:
+                problems.add(name, "holds NaN or infinity", "the source checkpoint is damaged; fetch it again")
+            problems.raise_if_any()
+        return {path.name: digest for path, digest in hashes.items()}
+
+
+def _not_finite(infos: list[TensorInfo]) -> list[str]:
+    import torch
+
+    return [
+        info.name
+        for info in infos
+        if info.dtype in FLOATS and not all(bool(torch.isfinite(part).all()) for part in read_tensor(info).view(-1).split(1 << 24))
+    ]
+
+
+def read_tensor(info: TensorInfo) -> torch.Tensor:
+    """The tensor at `info`, in memory of its own."""
+    import torch
+
+    if info.dtype not in TORCH_DTYPES:
+        raise InputError.one(info.name, f"has dtype {info.dtype}, which this program does not read", f"known are {', '.join(TORCH_DTYPES)}")
+    tensor = torch.empty(info.shape, dtype=getattr(torch, TORCH_DTYPES[info.dtype]))
+    if tensor.numel():
+        with info.file.open("rb", buffering=0) as file:
+            file.seek(info.begin)
+            view = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+            while view:  # one read returns at most 2 GiB
+                count = file.readinto(view)
+                if not count:
+                    raise InputError.one(info.file.name, "became shorter while it was read", "do not change the model during a run")
+                view = view[count:]
+    return tensor
+
+
+def sha256(path: Path, advance: Callable[[int], None] = lambda nbytes: None) -> str:
+    """Hex digest of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+            advance(len(chunk))
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor to be written: its bytes come from `source`, a stored tensor or one in memory."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    source: TensorInfo | torch.Tensor
+
+    @property
+    def nbytes(self) -> int:
+        count = DTYPE_BYTES[self.dtype]
+        for dim in self.shape:
+            count *= dim
+        return count
+
+
+def entry(name: str, source: TensorInfo | torch.Tensor) -> Entry:
+    """An `Entry` under a new name for a stored tensor or one in memory."""
+    if isinstance(source, TensorInfo):
+        return Entry(name, source.dtype, source.shape, source)
+    return Entry(name, DTYPE_NAMES[str(source.dtype).removeprefix("torch.")], tuple(source.shape), source)
+
+
+def write_safetensors(path: Path, entries: Iterable[Entry], metadata: Mapping[str, str]) -> None:
+    """Write one safetensors file, streaming stored tensors through a small buffer; durable and atomic at `path`."""
+    entries = list(entries)
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for item in entries:
+        header[item.name] = {"dtype": item.dtype, "shape": list(item.shape), "data_offsets": [offset, offset + item.nbytes]}
+        offset += item.nbytes
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        file.write(struct.pack("<Q", len(encoded)) + encoded)
+        for item in entries:
+            for chunk in _chunks(item):
+                file.write(chunk)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    sync_folder(path.parent)
+
+
+def _chunks(item: Entry) -> Iterator[bytes | memoryview]:
+    if isinstance(item.source, TensorInfo):
+        with item.source.file.open("rb", buffering=0) as file:
+            file.seek(item.source.begin)
+            left = item.source.nbytes
+            while left:
+                chunk = file.read(min(left, 1 << 22))
+                if not chunk:
+                    raise InputError.one(item.source.file.name, "became shorter while it was read", "do not change the model during a run")
+                left -= len(chunk)
+                yield chunk
+    elif item.source.numel():
+        import torch
+
+        yield memoryview(item.source.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file durably and atomically."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy bytes, making parent folders."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)
