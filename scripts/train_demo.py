@@ -10,7 +10,7 @@
 ``--data`` is a folder with ``books-train.txt.xz``, ``books-valid.txt.xz`` (paragraphs one per
 line, books parted by ``<|endoftext|>``), ``wikitext2-test.txt`` and ``minimal-pairs.jsonl``.
 
-Everything is sized for one CPU core and less than an hour a model. On Linux, keeping freed
+Everything is sized for one CPU core and less than an hour a model. With glibc, keeping freed
 memory in the process (MALLOC_TRIM_THRESHOLD_, MALLOC_MMAP_THRESHOLD_) speeds training by half.
 """
 
@@ -22,22 +22,18 @@ import itertools
 import json
 import math
 import shutil
+import sys
 import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 import torch
 from demo_data import (
-    BOOK_END,
-    CONTEXT,
-    IMAGE_SIZE,
-    ask,
-    draw_scene,
     encode_books,
     load_tokenizer,
     read_books,
@@ -46,43 +42,29 @@ from demo_data import (
     write_data,
 )
 from demo_measure import measure, window_loss
+from demo_models import (
+    TowerTeacher,
+    build_processor,
+    build_text_model,
+    build_vlm,
+    scene_batch,
+    scene_loss,
+    tower_batch,
+)
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
-    CLIPImageProcessorPil,
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
     PreTrainedModel,
     PreTrainedTokenizerFast,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
 )
 
 DEMO = Path(__file__).resolve().parent.parent / "compress" / "demo"
 MAX_SHARD = "8600KB"  # with the header, every file stays below 9,000,000 bytes
 
-# The text models share one shape; every width that a linear layer sees is a multiple of 128, so
-# that group sizes up to 128 divide it.
-SHAPE: dict[str, Any] = {
-    "vocab_size": 4096,
-    "hidden_size": 256,
-    "intermediate_size": 768,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 32,
-    "max_position_embeddings": CONTEXT,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": True,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-    "pad_token_id": 0,
-}
+ModelT = TypeVar("ModelT", bound=torch.nn.Module)
 
 
 # --- optimisation -----------------------------------------------------------------------------
@@ -113,6 +95,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient."""
         for group in self.param_groups:
             by_shape: defaultdict[tuple[int, int], list[tuple[Tensor, Tensor]]] = defaultdict(list)
             for p in group["params"]:
@@ -134,7 +117,7 @@ class Muon(torch.optim.Optimizer):
                     p.add_(part, alpha=-scale)
 
 
-def make_optimisers(model: PreTrainedModel, lr: float) -> list[torch.optim.Optimizer]:
+def make_optimisers(model: torch.nn.Module, lr: float) -> list[torch.optim.Optimizer]:
     """Muon for the hidden matrices, AdamW for embeddings, norms, biases, routers and the rest."""
     matrices: list[torch.nn.Parameter] = []
     rest: list[torch.nn.Parameter] = []
@@ -155,6 +138,7 @@ class Budget:
     minutes: float
 
     def progress(self, tokens: int, seconds: float) -> float:
+        """Return the share of the budget that is spent."""
         return min(1.0, max(tokens / self.tokens, seconds / (60 * self.minutes)))
 
 
@@ -164,11 +148,11 @@ def schedule(progress: float, step: int) -> float:
 
 
 def fit(
-    model: PreTrainedModel,
+    model: ModelT,
     losses: Callable[[], tuple[Tensor, int]],
     budget: Budget,
     lr: float,
-    export: Callable[[PreTrainedModel, int], None],
+    export: Callable[[ModelT, int], None],
     export_minutes: float = 8.0,
 ) -> None:
     """Train ``model`` in place, handing averaged weights to ``export`` now and then.
@@ -276,30 +260,14 @@ def swap_in(fresh: Path, out: Path) -> None:
 # --- text models ------------------------------------------------------------------------------
 
 
-def build_text_model(kind: str) -> PreTrainedModel:
-    """A fresh dense or mixture-of-experts model."""
-    if kind == "dense":
-        return LlamaForCausalLM(LlamaConfig(**SHAPE))
-    config = Qwen3MoeConfig(
-        **SHAPE,
-        num_experts=16,
-        num_experts_per_tok=4,
-        moe_intermediate_size=128,
-        norm_topk_prob=True,
-        router_aux_loss_coef=0.01,
-    )
-    return Qwen3MoeForCausalLM(config)
-
-
 def train_text(args: argparse.Namespace) -> None:
     """Train ``dense`` or ``moe`` on the books."""
     tokenizer = load_tokenizer(args.tokenizer)
     model = build_text_model(args.command)
     for directory in args.init:
         copy_matching(model, directory)
-    batches = text_batches(
-        training_tokens(args.data, tokenizer, args.cache), batch=8, seed=args.seed
-    )
+    stream = training_tokens(args.data, tokenizer, args.cache)
+    batches = text_batches(stream, batch=8, seed=args.seed)
     valid = encode_books(tokenizer, read_books(args.data / "books-valid.txt.xz"))
     best = math.inf
 
@@ -323,85 +291,28 @@ def train_text(args: argparse.Namespace) -> None:
 
 # --- vision-language model --------------------------------------------------------------------
 
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% set parts = [{'type': 'text', 'text': message.content}] if message.content is string"
-    " else message.content %}"
-    "{% for part in parts if part.type == 'image' %}<image>\n{% endfor %}"
-    "{{ 'Question:' if message.role == 'user' else 'Answer:' }}"
-    "{% for part in parts if part.type == 'text' %} {{ part.text }}{% endfor %}"
-    "{{ '\n' if message.role == 'user' else '<|endoftext|>\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}Answer:{% endif %}"
-)
 
+def train_tower(
+    model: LlavaForConditionalGeneration, rng: np.random.Generator, minutes: float
+) -> None:
+    """Teach the vision tower what stands where before the language model learns to read it.
 
-def build_vlm() -> LlavaForConditionalGeneration:
-    """A CLIP-style tower of 64 patches, a projector and the dense model's language model."""
-    vision = CLIPVisionConfig(
-        hidden_size=128,
-        intermediate_size=512,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        image_size=IMAGE_SIZE,
-        patch_size=8,
-        projection_dim=128,
-        attention_dropout=0.0,
-    )
-    config = LlavaConfig(
-        vision_config=vision,
-        text_config=LlamaConfig(**SHAPE),
-        image_token_index=3,
-        image_seq_length=64,
-        vision_feature_layer=-1,
-        vision_feature_select_strategy="default",
-        tie_word_embeddings=True,
-    )
-    return LlavaForConditionalGeneration(config)
+    From the answers alone, tower and language model would have to find a common code at once,
+    which takes many times more steps.
+    """
+    teacher = TowerTeacher(model.model.vision_tower)
 
+    def losses() -> tuple[Tensor, int]:
+        pixels, labels = tower_batch(rng, 64)
+        with torch.autocast("cpu", torch.bfloat16):
+            return teacher(pixels, labels), labels.numel()
 
-def build_processor(tokenizer_dir: Path) -> LlavaProcessor:
-    """The processor; its tokenizer spells the reserved ``<|image|>`` token as LLaVA does."""
-    spec = (tokenizer_dir / "tokenizer.json").read_text().replace("<|image|>", "<image>")
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "tokenizer.json").write_text(spec)
-        # Answers are generated for several questions at once, so the padding goes in front.
-        tokenizer = load_tokenizer(Path(folder), padding_side="left")
-    side = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
-    images = CLIPImageProcessorPil(
-        size=side, crop_size=side, image_mean=[0.5] * 3, image_std=[0.5] * 3
-    )
-    return LlavaProcessor(
-        image_processor=images,
-        tokenizer=tokenizer,
-        patch_size=8,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=CHAT_TEMPLATE,
-    )
+    def report(candidate: torch.nn.Module, tokens: int) -> None:
+        with torch.no_grad():
+            loss = candidate(*tower_batch(rng, 256)).item()
+        print(f"tower after {tokens:,} labels: loss {loss:.4f}", flush=True)
 
-
-def vlm_batch(
-    rng: np.random.Generator, tokenizer: PreTrainedTokenizerFast, batch: int, turns: int = 4
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Pixels, token ids and labels of fresh scenes, several questions about each."""
-    pixels, rows = [], []
-    for _ in range(batch):
-        image, things = draw_scene(rng)
-        pixels.append(np.asarray(image, dtype=np.float32).transpose(2, 0, 1) / 127.5 - 1)
-        ids = tokenizer.encode("<image>" * 64 + "\n")
-        labels = [-100] * len(ids)
-        for question, answer in ask(rng, things)[:turns]:
-            prompt = tokenizer.encode(f"Question: {question}\nAnswer:")
-            reply = tokenizer.encode(f" {answer}{BOOK_END}")
-            newline = tokenizer.encode("\n")
-            ids += prompt + reply + newline
-            labels += [-100] * len(prompt) + reply + [-100] * len(newline)
-        rows.append((ids, labels))
-    width = max(len(ids) for ids, _ in rows)
-    padded_ids = torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in rows])
-    padded_labels = torch.tensor([labels + [-100] * (width - len(labels)) for _, labels in rows])
-    return torch.from_numpy(np.stack(pixels)), padded_ids, padded_labels
+    fit(teacher, losses, Budget(sys.maxsize, minutes), 0.01, report)
 
 
 def train_vlm(args: argparse.Namespace) -> None:
@@ -412,32 +323,26 @@ def train_vlm(args: argparse.Namespace) -> None:
     model.set_attn_implementation("eager")
     for directory in args.init:
         copy_matching(model, directory)
-    texts = text_batches(
-        training_tokens(args.data, processor.tokenizer, args.cache), batch=4, seed=args.seed
-    )
+    stream = training_tokens(args.data, processor.tokenizer, args.cache)
+    texts = text_batches(stream, batch=4, seed=args.seed)
     rng = np.random.default_rng((args.seed, 0))
-    checks = [vlm_batch(np.random.default_rng((args.seed, 3)), processor.tokenizer, 128)]
+    if args.tower_minutes > 0:
+        train_tower(model, rng, args.tower_minutes)
+    check = scene_batch(np.random.default_rng((args.seed, 3)), processor.tokenizer, 128)
     step, best = itertools.count(), math.inf
-
-    def scene_loss(model: PreTrainedModel, pixels: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
-        # Only answers are scored, so the vocabulary projection is spared everywhere else.
-        hidden = model.model(input_ids=ids, pixel_values=pixels).last_hidden_state[:, :-1]
-        scored = labels[:, 1:] != -100
-        logits = model.lm_head(hidden[scored]).float()
-        return torch.nn.functional.cross_entropy(logits, labels[:, 1:][scored])
 
     def losses() -> tuple[Tensor, int]:
         with torch.autocast("cpu", torch.bfloat16):
             if next(step) % 3 == 2:
                 batch = next(texts)
                 return model(input_ids=batch, labels=batch).loss, batch.numel()
-            pixels, ids, labels = vlm_batch(rng, processor.tokenizer, 32)
+            pixels, ids, labels = scene_batch(rng, processor.tokenizer, 32)
             return scene_loss(model, pixels, ids, labels), ids.numel()
 
     def export(candidate: PreTrainedModel, tokens: int) -> None:
         nonlocal best
         with torch.no_grad():
-            loss = scene_loss(candidate, *checks[0]).item()
+            loss = scene_loss(candidate, *check).item()
         print(f"after {tokens:,} tokens: loss {loss:.4f} on 128 other scenes", flush=True)
         if loss < best:
             best = loss
@@ -467,11 +372,15 @@ def parse_args() -> argparse.Namespace:
         command.add_argument(
             "--init", type=Path, nargs="*", default=[], help="checkpoints to start from, in turn"
         )
+        if name == "vlm":
+            command.add_argument("--tower-minutes", type=float, default=4.0)
         command.add_argument("--tokens", type=int, default=40_000_000)
         command.add_argument("--minutes", type=float, default=40.0)
         command.add_argument("--seed", type=int, default=0)
         cache = Path(tempfile.gettempdir()) / "train-demo-tokens.npy"
-        command.add_argument("--cache", type=Path, default=cache)
+        command.add_argument(
+            "--cache", type=Path, default=cache, help="the tokenised books, kept between runs"
+        )
     figures = commands.add_parser("measure", help="print the figures of trained models")
     figures.add_argument("models", type=Path, nargs="+")
     figures.add_argument("--data", type=Path, help="adds the WikiText-2 perplexity")
