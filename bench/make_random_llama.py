@@ -107,7 +107,8 @@ def config(shape: Shape) -> dict[str, object]:
 def make(shape: Shape, tokenizer: Path, out: Path, seed: int = 0) -> int:
     """Write the checkpoint to `out` and return the bytes of its tensors."""
     out.mkdir(parents=True, exist_ok=False)
-    where, size = {}, 0
+    where: dict[str, str] = {}
+    size = 0
     for number, tensors in enumerate(shards(shape, seed), start=1):
         file = f"model-{number:05d}-of-{shape.layers + 1:05d}.safetensors"
         save_file(tensors, out / file, metadata={"format": "pt"})

@@ -52,7 +52,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=512, help="tokens per window, of calibration and evaluation")
     parser.add_argument("--windows", type=int, help="evaluate on the first so many windows only")
     parser.add_argument("--seeds", type=int, default=1, help="repeat with so many draws of the calibration windows")
-    parser.add_argument("--variants", nargs="+", default=["default"], help="rivals' variants; 'all' for every one they have")
+    parser.add_argument("--variants", nargs="+", default=["default", "mse"], help="of the rivals; 'all' for every one")
     parser.add_argument("--rivals", nargs="*", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument(
         "--passes", nargs="*", default=["rtn", "gptq"], help="ours; with options as NAME={key: value} (YAML), if any"
@@ -127,9 +127,8 @@ def show(rows: list[dict[str, Any]], baseline: dict[str, Any], seeds: int) -> No
     table = Table(title=f"mean over {seeds} calibration seed(s), min-max in brackets" if seeds > 1 else None)
     for heading in ("tool", "method", "bits", "group", "grid", "MB"):
         table.add_column(heading, overflow="fold")
-    for text in baseline:
-        for heading in (f"{text}: ppl", "x baseline", "excess loss"):
-            table.add_column(heading, justify="right")
+    for heading in (part for text in baseline for part in (f"{text}: ppl", "x baseline", "excess loss")):
+        table.add_column(heading, justify="right")
     numbers = [part for base in baseline.values() for part in (f"{base['perplexity']:.3f}", "1", "0")]
     table.add_row("-", "baseline", "16", "-", "-", "", *numbers)
     for row in rows:
