@@ -87,10 +87,3 @@ def unpack(linear: str, tensors: dict[str, Tensor]) -> Quantized:
     if zero_point is not None:
         zero_point = unpack_stream(zero_point.T.contiguous(), bits, rows).T.contiguous()
     return Quantized(unpack_stream(packed, bits, columns), scale, zero_point, bits)
-
-
-def stored_bytes(rows: int, columns: int, bits: int, group_size: int, symmetric: bool, scale_bytes: int = 2) -> int:
-    """Bytes on disk of one linear, for plans made before any weight is read."""
-    groups = columns // group_size
-    zero_points = 0 if symmetric else -(-rows * bits // 32) * groups * 4
-    return rows * -(-columns * bits // 32) * 4 + rows * groups * scale_bytes + 16 + zero_points

@@ -32,6 +32,12 @@ class Factor:
     order: Tensor
     damp: Tensor
 
+    def members(self, chosen: list[int]) -> Factor:
+        """The factors of some members of the batch; without a copy if it is all of them."""
+        if chosen == list(range(len(self.damp))):
+            return self
+        return Factor(self.upper[chosen], self.diagonal[chosen], self.order[chosen], self.damp[chosen])
+
     def importance(self) -> Tensor:
         """[batch, in] in the original order: what a squared rounding error of each input costs once feedback is at work."""
         return torch.empty_like(self.diagonal).scatter_(1, self.order, self.diagonal)

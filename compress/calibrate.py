@@ -1,0 +1,212 @@
+"""The calibration walk: every block once, each input group measured with everything before it already compressed.
+
+A pass is a plain loop over `sweep`. What it has not quantised when it asks for the next item stays as it is; when a block is done
+its new tensors go to disk and its memory is freed. What the next block is given is kept on disk too, so that a killed run continues
+with the block it was in and produces the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from compress.checkpoint import entry, read_header, read_tensor, write_safetensors
+from compress.data import Samples
+from compress.layout import EXPERTS_IN, EXPERTS_OUT, Group, Stage
+from compress.model import Block, Experts3D, Model, Reached
+
+STATISTICS_BYTES = 1 << 30
+"""Statistics held at once; more experts than fit are measured in several turns."""
+
+
+class Progress(Protocol):
+    """What a walk reports to."""
+
+    def blocks(self, done: int, total: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Where one pass keeps its finished blocks and what the next block is given."""
+
+    folder: Path
+    progress: Progress
+
+    def block_file(self, index: int) -> Path:
+        return self.folder / f"block-{index:05d}.safetensors"
+
+    @property
+    def activations(self) -> Path:
+        return self.folder / "activations.safetensors"
+
+
+class SecondMoment:
+    """Sum of ``x x^T`` over tokens, [batch, in, in] float32, and the tokens counted per member, [batch].
+
+    Two of a kind merge by adding, which is what makes them distributable.
+    """
+
+    def __init__(self, batch: int, size: int, device: torch.device) -> None:
+        self.total = torch.zeros(batch, size, size, device=device)
+        self.tokens = [0] * batch
+
+    def add(self, member: int, inputs: Tensor) -> None:
+        """Count ``inputs`` [..., in] for `member`."""
+        rows = inputs.reshape(-1, inputs.shape[-1])
+        _add_outer(self.total[member], rows)
+        self.tokens[member] += rows.shape[0]
+
+    def merge(self, other: SecondMoment) -> None:
+        self.total += other.total
+        self.tokens = [mine + theirs for mine, theirs in zip(self.tokens, other.tokens, strict=True)]
+
+    def mean(self) -> Tensor:
+        """The Hessian of the squared output error up to a factor of two: mean of ``x x^T``; in place, call once."""
+        for member, count in enumerate(self.tokens):
+            upper = self.total[member]
+            upper.triu_()
+            upper += upper.triu(1).T
+            upper /= max(1, count)
+        return self.total
+
+
+def _add_outer(total: Tensor, rows: Tensor, tile: int = 1024) -> None:
+    """Add ``rows^T rows`` to the upper triangle of `total` (whole tiles), at about half the cost of the full product.
+
+    Inputs in bfloat16 multiply exactly in float32, so where the hardware has bfloat16 products with float32 sums they are used;
+    the result is that of a float32 product.
+    """
+    exact_in_bf16 = rows.dtype == torch.bfloat16 and rows.device.type == "cpu"
+    rows = rows.float()
+    setting = torch.backends.mkldnn.matmul
+    before = setting.fp32_precision
+    setting.fp32_precision = "bf16" if exact_in_bf16 else "ieee"
+    try:
+        size = rows.shape[1]
+        for start in range(0, size, tile):
+            end = min(start + tile, size)
+            total[start:end, start:] += rows[:, start:end].T @ rows[:, start:]
+    finally:
+        setting.fp32_precision = before
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Input groups of equal shape in one block, measured as the model is now.
+
+    ``hessian`` [groups, in, in] float32 is the mean of ``x x^T``; ``tokens`` how many each group saw.
+    """
+
+    block: Block
+    groups: tuple[Group, ...]
+    hessian: Tensor
+    tokens: tuple[int, ...]
+    seen: int
+    """Tokens of the whole calibration set."""
+
+
+def walk(model: Model, workspace: Workspace) -> Iterator[Block]:
+    """Every unfinished block in turn, without running any data through it."""
+    for layout in model.blocks:
+        path = workspace.block_file(layout.index)
+        if not path.exists():
+            with model.block(layout.index) as block:
+                yield block
+                block.save(path)
+        workspace.progress.blocks(layout.index + 1, len(model.blocks))
+
+
+@torch.no_grad()
+def sweep(model: Model, samples: Samples, workspace: Workspace, wanted: Callable[[Group], bool]) -> Iterator[Inputs]:
+    """Measure every input group for which `wanted` holds, block after block, in the order in which data flows."""
+    start, hidden, kwargs = _begin(model, samples, workspace)
+    workspace.progress.blocks(start, len(model.blocks))
+    for layout in model.blocks[start:]:
+        path = workspace.block_file(layout.index)
+        with model.block(layout.index) as block:
+            mine = [each[layout.index] for each in kwargs]
+            for stage in layout.stages:
+                for groups in _turns(tuple(group for group in stage.groups if wanted(group))):
+                    moment = SecondMoment(len(groups), groups[0].columns, model.device)
+                    _measure(block, stage, groups, hidden, mine, moment)
+                    tokens = tuple(moment.tokens)
+                    yield Inputs(block, groups, moment.mean(), tokens, samples.tokens)
+                    del moment
+            block.save(path)
+            if layout.index + 1 < len(model.blocks):
+                for index, each in enumerate(hidden):
+                    hidden[index] = block.forward(each, mine[index])
+                _keep(workspace, layout.index + 1, hidden)
+        workspace.progress.blocks(layout.index + 1, len(model.blocks))
+
+
+def _begin(model: Model, samples: Samples, workspace: Workspace) -> tuple[int, list[Tensor], list[list[dict[str, Any]]]]:
+    """The first unfinished block, what it is given and the keyword arguments of all blocks."""
+    kwargs = []
+    hidden = []
+    for batch in samples.batches():
+        first, noted = model.embed(batch.inputs)
+        hidden.append(first)
+        kwargs.append(noted)
+    if not workspace.activations.exists():
+        return 0, hidden, kwargs
+    tensors, metadata = read_header(workspace.activations)
+    start = int(metadata["block"])
+    if workspace.block_file(len(model.blocks) - 1).exists():
+        start = len(model.blocks)
+    return start, [read_tensor(tensors[str(index)]).to(model.device) for index in range(len(hidden))], kwargs
+
+
+def _keep(workspace: Workspace, block: int, hidden: list[Tensor]) -> None:
+    """Put on disk what `block` is given; a run killed from here on starts there."""
+    write_safetensors(workspace.activations, [entry(str(index), each) for index, each in enumerate(hidden)], {"block": str(block)})
+
+
+def _turns(groups: tuple[Group, ...]) -> Iterator[tuple[Group, ...]]:
+    """As many groups at a time as their statistics fit into memory, all of one shape."""
+    start = 0
+    while start < len(groups):
+        room = max(1, STATISTICS_BYTES // (4 * groups[start].columns ** 2))
+        yield groups[start : start + room]
+        start += room
+
+
+def _measure(block: Block, stage: Stage, groups: tuple[Group, ...], hidden: list[Tensor], kwargs: list[dict[str, Any]], moment: SecondMoment) -> None:
+    """Run all data through the block up to where `groups` read their input."""
+    if stage.name in (EXPERTS_IN, EXPERTS_OUT):
+        member = {group.expert: index for index, group in enumerate(groups)}
+
+        def record(expert: int, inputs: Tensor) -> None:
+            if expert in member:
+                moment.add(member[expert], inputs)
+
+        block.experts.listener = Experts3D(record, after_gate=stage.name == EXPERTS_OUT)
+        try:
+            _run(block, hidden, kwargs)
+        finally:
+            block.experts.listener = None
+        return
+
+    def hook(module: torch.nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        moment.add(0, arguments[0])
+        raise Reached
+
+    handle = block.submodule(groups[0].linears[0].name).register_forward_pre_hook(hook)
+    try:
+        _run(block, hidden, kwargs)
+    finally:
+        handle.remove()
+
+
+def _run(block: Block, hidden: list[Tensor], kwargs: list[dict[str, Any]]) -> None:
+    for index, each in enumerate(hidden):
+        try:
+            block.forward(each, kwargs[index])
+        except Reached:
+            continue
+        raise AssertionError(f"{block.layout.prefix} never reached the linear to be measured")

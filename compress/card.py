@@ -1,0 +1,41 @@
+"""The model card of an artifact. It holds nothing that differs between two runs of the same recipe."""
+
+from __future__ import annotations
+
+import yaml
+
+from compress import __version__
+from compress.passes.base import Scheme
+from compress.recipe import Recipe
+
+
+def write(model: str, recipe: Recipe, schemes: dict[str, Scheme]) -> str:
+    """README.md of the artifact."""
+    kinds = sorted({f"{scheme.bits}-bit{'' if scheme.symmetric else ' asymmetric'}, group {scheme.group_size}" for scheme in schemes.values()})
+    passes = ", ".join(name for name, _ in recipe.instances())
+    return f"""---
+library_name: transformers
+tags: [compress, compressed-tensors]
+---
+
+# {model}, compressed
+
+{len(schemes)} linears are {'; '.join(kinds) or 'unchanged'} ({passes}). Everything else is as in the source, byte for byte.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("PATH")
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+```
+
+What was lost is in `report.html`; hashes of all files are in `manifest.json`.
+
+## Recipe
+
+Made by compress {__version__} with:
+
+```yaml
+{yaml.safe_dump(recipe.resolved(), sort_keys=False).strip()}
+```
+"""

@@ -1,0 +1,290 @@
+"""Text, chats and images, as batches of token ids.
+
+A batch holds only sequences of one length, so there is no padding anywhere: nothing that is not a token can enter a statistic.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from compress.errors import InputError
+from compress.source import DEMO, HUB_ID, demo_data
+
+TOKENS_PER_BATCH = 4096
+CHARACTERS_PER_TOKEN = 8
+"""A slice of text this many times longer than the tokens wanted from it is long enough in all but pathological cases."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sequence: ``ids`` int64 [tokens]; ``scored`` bool [tokens], the tokens whose prediction counts; ``extra`` are image tensors [1, ...]."""
+
+    ids: Tensor
+    scored: Tensor
+    extra: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, ids: list[int]) -> Sample:
+        return cls(torch.tensor(ids), torch.ones(len(ids), dtype=torch.bool))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples of equal length: what the model is called with, and which samples these are."""
+
+    inputs: dict[str, Tensor]
+    scored: Tensor
+    members: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """A data set, drawn and tokenised. ``source`` says from where, for the protocol."""
+
+    source: str
+    items: tuple[Sample, ...]
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(item.ids) for item in self.items)
+
+    @property
+    def digest(self) -> str:
+        """sha256 over the tokens and pixels, in order."""
+        digest = hashlib.sha256()
+        for item in self.items:
+            for tensor in (item.ids, item.scored, *(item.extra[name] for name in sorted(item.extra))):
+                digest.update(str(tuple(tensor.shape)).encode())
+                digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def batches(self) -> Iterator[Batch]:
+        """Samples of one shape together, at most `TOKENS_PER_BATCH` tokens at once, longest first."""
+        by_shape: dict[tuple[Any, ...], list[int]] = {}
+        for index, item in enumerate(self.items):
+            key = (-len(item.ids), *((name, tuple(tensor.shape)) for name, tensor in sorted(item.extra.items())))
+            by_shape.setdefault(key, []).append(index)
+        for _, indices in sorted(by_shape.items()):
+            rows = max(1, TOKENS_PER_BATCH // len(self.items[indices[0]].ids))
+            for start in range(0, len(indices), rows):
+                members = indices[start : start + rows]
+                chosen = [self.items[index] for index in members]
+                inputs = {"input_ids": torch.stack([item.ids for item in chosen])}
+                inputs |= {name: torch.cat([item.extra[name] for item in chosen]) for name in chosen[0].extra}
+                yield Batch(inputs, torch.stack([item.scored for item in chosen]), tuple(members))
+
+
+class Tokenizer:
+    """The tokenizer (and processor, for images) that lies beside a model."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        from transformers import AutoTokenizer
+
+        try:
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise InputError.one(str(folder), f"has no usable tokenizer ({reason})", "tokenizer files must lie beside the weights") from error
+        self._tokenizer.model_max_length = int(1e30)  # documents are cut here, not by a warning
+        self._processor: Any = None
+
+    @property
+    def end(self) -> int | None:
+        return cast("int | None", self._tokenizer.eos_token_id)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids without special tokens added."""
+        return cast(list[int], self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def chat(self, messages: list[dict[str, str]]) -> list[int]:
+        """Token ids of a conversation through the model's chat template."""
+        if not self._tokenizer.chat_template:
+            raise InputError.one(str(self.folder), "has no chat template, but the data are conversations", "give data with a `text` field")
+        encoded = self._tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)
+        return cast(list[int], encoded["input_ids"])
+
+    def question(self, image: Path, question: str, answer: str) -> Sample:
+        """An image with a question, the answer's tokens scored."""
+        from PIL import Image
+
+        if self._processor is None:
+            from transformers import AutoProcessor
+
+            try:
+                self._processor = AutoProcessor.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
+            except (OSError, ValueError) as error:
+                raise InputError.one(str(self.folder), "has no processor for images", "use text data with this model") from error
+        if not hasattr(self._processor, "image_processor"):
+            raise InputError.one(str(self.folder), "is a text model; it cannot be calibrated with images", "use text data with this model")
+        content = [{"type": "image"}, {"type": "text", "text": question}]
+        prompt = self._processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        with Image.open(image) as picture:
+            encoded = self._processor(images=picture.convert("RGB"), text=prompt, return_tensors="pt")
+        ids = encoded.pop("input_ids")[0]
+        extra = {name: tensor for name, tensor in encoded.items() if name not in ("attention_mask", "mm_token_type_ids")}
+        tail = torch.tensor(self.encode(" " + answer.strip()) + ([self.end] if self.end is not None else []))
+        scored = torch.cat([torch.zeros(len(ids), dtype=torch.bool), torch.ones(len(tail), dtype=torch.bool)])
+        return Sample(torch.cat([ids, tail]), scored, extra)
+
+
+def calibration(data: str, samples: int, length: int, seed: int, tokenizer: Tokenizer) -> Samples:
+    """Draw `samples` sequences of at most `length` tokens from `data`, deterministically by `seed`.
+
+    `data` is ``demo:text`` or another ``demo:`` name, a ``.txt`` file (random passages), a ``.jsonl`` file (one document a line with
+    ``text``, ``messages`` or ``input_ids``), a folder of images with a ``data.jsonl`` (``image``, ``question``, ``answer``), a folder or
+    hub id of a data set (``text`` or ``messages`` column of its ``train`` split).
+    """
+    place = f"calibration: data: {data}"
+    rng = random.Random(seed)
+    path = demo_data(data) if data.startswith(DEMO) else Path(data).expanduser()
+    if path.suffix == ".txt" and path.is_file():
+        items = _passages(_read(path, place), samples, length, rng, tokenizer, place)
+    elif path.suffix == ".jsonl" and path.is_file():
+        items = _documents(_json_lines(path, place), samples, length, rng, tokenizer, place)
+    elif path.is_dir() and (path / "data.jsonl").exists():
+        rows = list(_json_lines(path / "data.jsonl", place))
+        rng.shuffle(rows)
+        items = [_question(row, path, tokenizer, place) for row in rows[:samples]]
+    elif path.is_dir() or HUB_ID.fullmatch(data.partition("#")[0]):
+        items = _documents(_hub(data, place), samples, length, rng, tokenizer, place)
+    else:
+        raise InputError.one(place, "no such file, folder or hub id", "give a .txt or .jsonl file, a folder, a hub id or demo:text")
+    if len(items) < samples:
+        raise InputError.one(place, f"holds only {len(items)} samples, {samples} are wanted", f"set samples: {len(items)} or give more data")
+    return Samples(data, tuple(items))
+
+
+def windows(data: str, context: int, limit: int | None, tokenizer: Tokenizer, place: str) -> Samples:
+    """Text cut into consecutive windows of `context` tokens, no overlap, nothing added, the rest of the last one left out.
+
+    A folder of images gives its questions instead, with only the answers scored.
+    """
+    path = demo_data(data) if data.startswith(DEMO) else Path(data).expanduser()
+    if path.is_dir() and (path / "data.jsonl").exists():
+        rows = list(_json_lines(path / "data.jsonl", place))[:limit]
+        return Samples(data, tuple(_question(row, path, tokenizer, place) for row in rows))
+    if not path.is_file():
+        raise InputError.one(f"{place}: {data}", "no such file", "give a .txt file, a folder of images with data.jsonl, or demo:heldout")
+    text = _read(path, place)
+    if limit is not None:
+        text = text[: limit * context * CHARACTERS_PER_TOKEN]
+    ids = tokenizer.encode(text)
+    count = len(ids) // context
+    if not count:
+        raise InputError.one(f"{place}: {data}", f"has {len(ids)} tokens, less than one window of {context}", "give more text or a smaller context")
+    starts = range(0, count * context, context)
+    return Samples(data, tuple(Sample.of(ids[start : start + context]) for start in starts)[:limit])
+
+
+def sentence_pairs(data: str, tokenizer: Tokenizer) -> Samples:
+    """Minimal pairs, the good sentence before the bad one, from a ``.jsonl`` of ``good`` and ``bad``."""
+    place = f"evaluate: pairs: {data}"
+    path = demo_data(data) if data.startswith(DEMO) else Path(data).expanduser()
+    if not path.is_file():
+        raise InputError.one(place, "no such file", "give a .jsonl file of good and bad sentences, or demo:pairs")
+    items = []
+    for row in _json_lines(path, place):
+        if not isinstance(row.get("good"), str) or not isinstance(row.get("bad"), str):
+            raise InputError.one(place, f"a line without good and bad sentences: {row}")
+        items += [Sample.of(tokenizer.encode(row["good"])), Sample.of(tokenizer.encode(row["bad"]))]
+    return Samples(data, tuple(items))
+
+
+def _read(path: Path, place: str) -> str:
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError.one(place, f"cannot be read as text ({error})") from error
+
+
+def _json_lines(path: Path, place: str) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(_read(path, place).splitlines(), 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise InputError.one(f"{place}: line {number}", f"is not JSON ({error})") from error
+            if not isinstance(row, dict):
+                raise InputError.one(f"{place}: line {number}", f"must be an object, got {type(row).__name__}")
+            yield row
+
+
+def _hub(data: str, place: str) -> Iterator[dict[str, Any]]:
+    """Rows of a data set: ``id``, or ``id#config`` for one with several configurations."""
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetNotFoundError
+
+    name, _, config = data.partition("#")
+    try:
+        yield from load_dataset(name, config or None, split="train", streaming=True)
+    except (OSError, ValueError, DatasetNotFoundError) as error:
+        raise InputError.one(place, f"cannot be loaded ({str(error).splitlines()[0]})", "check the name and the network") from error
+
+
+def _passages(text: str, samples: int, length: int, rng: random.Random, tokenizer: Tokenizer, place: str) -> list[Sample]:
+    """Windows of exactly `length` tokens that start at random places."""
+    span = length * CHARACTERS_PER_TOKEN
+    items: list[Sample] = []
+    for _ in range(4 * samples):
+        if len(items) == samples:
+            break
+        start = rng.randrange(max(1, len(text) - span))
+        # A token cut in two at the start is not one the model would see.
+        ids = tokenizer.encode(text[start : start + span])[1 : length + 1]
+        if len(ids) == length:
+            items.append(Sample.of(ids))
+    return items
+
+
+def _documents(rows: Iterable[dict[str, Any]], samples: int, length: int, rng: random.Random, tokenizer: Tokenizer, place: str) -> list[Sample]:
+    """Conversations and token lists one by one; plain documents joined and cut into windows of `length` tokens."""
+    items: list[Sample] = []
+    running: list[int] = []
+    pool = _shuffled(rows, rng, 16 * samples)
+    for row in pool:
+        if len(items) == samples:
+            break
+        if isinstance(row.get("input_ids"), list):
+            mask = row.get("attention_mask", [1] * len(row["input_ids"]))
+            items.append(Sample.of([token for token, real in zip(row["input_ids"], mask, strict=True) if real][:length]))
+        elif isinstance(row.get("messages"), list):
+            items.append(Sample.of(tokenizer.chat(row["messages"])[:length]))
+        elif isinstance(row.get("text"), str):
+            running += tokenizer.encode(row["text"]) + ([tokenizer.end] if tokenizer.end is not None else [])
+            while len(running) >= length and len(items) < samples:
+                items.append(Sample.of(running[:length]))
+                running = running[length:]
+        else:
+            raise InputError.one(place, f"a row without input_ids, messages or text: {sorted(row)}", "rename the column that holds the text")
+    return [item for item in items if len(item.ids)]
+
+
+def _shuffled(rows: Iterable[dict[str, Any]], rng: random.Random, limit: int) -> list[dict[str, Any]]:
+    """The first `limit` rows in random order: a stream may be endless, and a file sorted."""
+    pool = []
+    for row in rows:
+        pool.append(row)
+        if len(pool) == limit:
+            break
+    rng.shuffle(pool)
+    return pool
+
+
+def _question(row: dict[str, Any], folder: Path, tokenizer: Tokenizer, place: str) -> Sample:
+    try:
+        image, question, answer = folder / str(row["image"]), str(row["question"]), str(row["answer"])
+    except KeyError as error:
+        raise InputError.one(place, f"a row without {error}: {row}", "each line needs image, question and answer") from error
+    if not image.is_file() or not image.resolve().is_relative_to(folder.resolve()):
+        raise InputError.one(place, f"names {row['image']}, which is not a file of the folder")
+    return tokenizer.question(image, question, answer)

@@ -1,0 +1,94 @@
+"""From scores to the figures of a report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from compress.checkpoint import Checkpoint
+from compress.data import Samples, Tokenizer, sentence_pairs, windows
+from compress.evaluate import scoring, tasks
+from compress.layout import Layout
+from compress.model import Model
+
+if TYPE_CHECKING:
+    from compress.recipe import Evaluation
+
+
+class Progress(Protocol):
+    """What a measurement reports to."""
+
+    def done(self, units: int) -> None: ...
+
+
+def against_source(source: Layout, artifact: Path, options: Evaluation, tokenizer: Tokenizer, progress: Progress) -> dict[str, Any]:
+    """The artifact, read back from disk, beside its source."""
+    base, model = Model(source), Model(Layout(Checkpoint(artifact)))
+    result = _measure(base, model, options, tokenizer, progress)
+    base.release()
+    model.release()
+    if options.tasks:
+        result["baseline"]["tasks"] = tasks.run(source.checkpoint.folder, options.tasks)
+        result["compressed"]["tasks"] = tasks.run(artifact, options.tasks)
+    return result
+
+
+def alone(layout: Layout, options: Evaluation, tokenizer: Tokenizer, progress: Progress) -> dict[str, Any]:
+    """One model, compressed or not, on its own."""
+    model = Model(layout)
+    both = _measure(model, model, options, tokenizer, progress)
+    model.release()
+    result = {"protocol": both["protocol"], **both["baseline"]}
+    if options.tasks:
+        result["tasks"] = tasks.run(layout.checkpoint.folder, options.tasks)
+    return result
+
+
+def _measure(base: Model, model: Model, options: Evaluation, tokenizer: Tokenizer, progress: Progress) -> dict[str, Any]:
+    samples = windows(options.data, options.context, options.windows, tokenizer, "evaluate: data")
+    finished = 0
+
+    def advance() -> None:
+        nonlocal finished
+        finished += 1
+        progress.done(finished)
+
+    scores = scoring.compare(base, model, samples, advance)
+    protocol = scoring.protocol(samples, options.context, model.dtype, scores)
+    base_correct, correct = _accuracy(base, model, samples, scores, options, tokenizer, protocol)
+    figures = {
+        "perplexity_ratio": scoring.perplexity(scores.loss) / scoring.perplexity(scores.base_loss),
+        "kl": float(scores.kl.double().mean()),
+        "top1_agreement": float(scores.agree.double().mean()),
+        "accuracy_drop": float(base_correct.double().mean() - correct.double().mean()),
+    }
+    return {
+        "protocol": protocol,
+        "baseline": {"perplexity": scoring.perplexity(scores.base_loss), "accuracy": float(base_correct.double().mean())},
+        "compressed": {
+            "perplexity": scoring.perplexity(scores.loss),
+            "accuracy": float(correct.double().mean()),
+            "kl": figures["kl"],
+            "top1_agreement": figures["top1_agreement"],
+        },
+        "figures": figures,
+        "intervals": scoring.intervals(scores, base_correct, correct),
+    }
+
+
+def _accuracy(
+    base: Model, model: Model, samples: Samples, scores: scoring.Scores, options: Evaluation, tokenizer: Tokenizer, protocol: dict[str, Any]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Right or wrong, before and after, in the sense that the data allow; `protocol` is told which."""
+    if options.pairs:
+        pairs = sentence_pairs(options.pairs, tokenizer)
+        scored = scoring.compare(base, model, pairs)
+        protocol["accuracy"] = f"share of the {len(pairs.items) // 2} pairs of {options.pairs} whose good sentence has the higher probability"
+        return scoring.preferred(scored, scored.base_loss), scoring.preferred(scored, scored.loss)
+    if any(item.extra for item in samples.items):
+        protocol["accuracy"] = "share of questions answered exactly"
+        return scoring.answered(scores, scores.base_right), scoring.answered(scores, scores.right)
+    protocol["accuracy"] = "share of tokens predicted right"
+    return scores.base_right, scores.right

@@ -1,0 +1,211 @@
+"""The compressed-tensors artifact: `pack-quantized`, opened by transformers, vLLM and SGLang.
+
+What each engine accepts was read off its loader: see docs/formats.md.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress.checkpoint import INDEX, SINGLE, Entry, entry, write_safetensors, write_text
+from compress.errors import InputError, Problems
+from compress.layout import Layout
+from compress.passes.base import Scheme
+
+if TYPE_CHECKING:
+    from compress.model import Model
+
+SHARD_BYTES = 5_000_000_000
+VERSION = "0.18.0"
+"""The layout's version, as compressed-tensors counts; it wrote these tensors the same way ever since."""
+
+
+def check(place: str, layout: Layout, plan: dict[str, Scheme], problems: Problems) -> None:
+    """Report what this layout or its readers cannot express."""
+    for block in layout.blocks:
+        schemes = set()
+        for stage in block.stages:
+            for group in stage.groups:
+                found = {plan.get(linear.name) for linear in group.linears}
+                if len(found) > 1:
+                    problems.add(place, f"{group.name} is one matrix to serving engines, but its linears get different schemes", "treat them alike")
+                if group.expert is not None:
+                    schemes |= found
+        if len(schemes) > 1:
+            problems.add(place, f"the experts of {block.prefix} get different schemes", "engines hold them in one tensor: treat them alike")
+        if any(scheme and not scheme.symmetric for scheme in schemes):
+            problems.add(place, f"the experts of {block.prefix} are asymmetric; transformers ignores zero points of experts", "set symmetric: true")
+
+
+def verdicts(layout: Layout, plan: dict[str, Scheme]) -> dict[str, str]:
+    """For each serving engine, whether and how it reads the artifact, as far as its loader's rules tell."""
+    schemes = set(plan.values())
+    bits = {scheme.bits for scheme in schemes}
+    if not schemes:
+        return dict.fromkeys(("transformers", "vLLM", "SGLang"), "loads: nothing is quantised")
+    odd = bits - {4, 8}
+    vllm = "loads"
+    if any(linear.rows % 32 or linear.columns % 32 for name, linear in layout.linears.items() if name in plan):
+        vllm = "GPU only: its CPU kernel wants widths divisible by 32"
+    elif odd:
+        vllm = f"GPU only: {'/'.join(map(str, sorted(odd)))}-bit needs the Humming kernels"
+    return {
+        "transformers": "loads, decompresses on first use",
+        "vLLM": vllm,
+        "SGLang": f"refuses {'/'.join(map(str, sorted(odd)))}-bit: only 4 and 8" if odd else "loads on GPUs since Ampere",
+    }
+
+
+def quantization_config(layout: Layout, plan: dict[str, Scheme]) -> dict[str, Any]:
+    """The `quantization_config` of config.json for what `plan` says."""
+    by_scheme: dict[Scheme, list[str]] = {}
+    for name, scheme in plan.items():
+        by_scheme.setdefault(scheme, []).append(name)
+    groups = {}
+    for index, (scheme, names) in enumerate(by_scheme.items()):
+        targets = ["Linear"] if len(by_scheme) == 1 else sorted({_target(layout, name) for name in names})
+        per_channel = all(layout.linears[name].columns == scheme.group_size for name in names)
+        groups[f"group_{index}"] = {
+            "targets": targets,
+            "weights": {
+                "num_bits": scheme.bits,
+                "type": "int",
+                "symmetric": scheme.symmetric,
+                "strategy": "channel" if per_channel else "group",
+                "group_size": None if per_channel else scheme.group_size,
+                "dynamic": False,
+            },
+            "input_activations": None,
+            "output_activations": None,
+            "format": "pack-quantized",
+        }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": _ignored(layout, plan),
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+        "version": VERSION,
+    }
+
+
+def _target(layout: Layout, linear: str) -> str:
+    """A pattern for one linear that fits its name in every engine, whatever stands before the blocks."""
+    return f"re:.*layers\\.{re.escape(linear.removeprefix(layout.arch.blocks + '.'))}$"
+
+
+def _ignored(layout: Layout, plan: dict[str, Scheme]) -> list[str]:
+    """Modules with a matrix that stays as it is. Anything before the blocks goes by different names in different engines."""
+    ignored = {"lm_head"}
+    towers = {name.partition(".")[0] for name in layout.checkpoint.tensors} - {layout.arch.blocks.partition(".")[0], "lm_head", "model"}
+    ignored |= {f"re:.*{tower}.*" for tower in towers}
+    for name in layout.linears:
+        if name not in plan:
+            ignored.add(_target(layout, name))
+    for block in layout.blocks:
+        for local in layout.arch.unquantized:
+            if f"{block.prefix}.{local}.weight" in layout.checkpoint.tensors:
+                ignored.add(_target(layout, f"{block.prefix}.{_renamed(layout, local)}"))
+                ignored.add(_target(layout, f"{block.prefix}.{local}"))
+    return sorted(ignored)
+
+
+def _renamed(layout: Layout, local: str) -> str:
+    for old, new in layout.arch.rename:
+        if local.startswith(old):
+            return new + local.removeprefix(old)
+    return local
+
+
+def write(model: Model, plan: dict[str, Scheme], folder: Path) -> None:
+    """Write weights and config.json into `folder`; tensors stream from where they lie."""
+    shards = list(_shards(model))
+    if len(shards) == 1:
+        write_safetensors(folder / SINGLE, shards[0], {"format": "pt"})
+    else:
+        weight_map = {}
+        for number, entries in enumerate(shards, 1):
+            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            write_safetensors(folder / file, entries, {"format": "pt"})
+            weight_map |= {item.name: file for item in entries}
+        total = sum(item.nbytes for entries in shards for item in entries)
+        write_text(folder / INDEX, json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n")
+    config = dict(model.checkpoint.config)
+    if plan:
+        config["quantization_config"] = quantization_config(model.layout, plan)
+    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+
+
+def _shards(model: Model) -> Iterator[list[Entry]]:
+    """Everything outside the blocks first, then block by block."""
+    prefix = model.layout.arch.blocks + "."
+
+    def position(name: str) -> tuple[int, str]:
+        if not name.startswith(prefix):
+            return -1, name
+        return int(name.removeprefix(prefix).partition(".")[0]), name
+
+    entries: list[Entry] = []
+    size = 0
+    for name in sorted((name for name in model.tensors if not is_dropped(model, name)), key=position):
+        item = entry(name, model.tensors[name])
+        if entries and size + item.nbytes > SHARD_BYTES:
+            yield entries
+            entries, size = [], 0
+        entries.append(item)
+        size += item.nbytes
+    yield entries
+
+
+def is_dropped(model: Model, name: str) -> str | None:
+    """Why a source tensor is not written, or None if it is."""
+    return next((reason for rule, reason in model.layout.arch.dropped if re.fullmatch(rule, name)), None)
+
+
+def compare(model: Model, folder: Path) -> int:
+    """Compare every tensor of the artifact with what was meant, and every weight with what compressed-tensors itself unpacks.
+
+    Returns how many weights were compared. Raises `InputError` on the first difference: nothing may be handed over that differs.
+    """
+    import torch
+    from compressed_tensors.compressors import PackedQuantizationCompressor
+    from compressed_tensors.quantization import QuantizationScheme
+
+    from compress.checkpoint import Checkpoint, read_tensor
+
+    written = Checkpoint(folder)
+    expected = {name for name in model.tensors if not is_dropped(model, name)}
+    if set(written.tensors) != expected:
+        raise InputError.one(str(folder), f"tensors differ from those meant: {sorted(set(written.tensors) ^ expected)[:3]}", "report this")
+    config = written.config.get("quantization_config", {"config_groups": {}})
+    groups = [QuantizationScheme.model_validate(group) for group in config["config_groups"].values()]
+    compared = 0
+    for name in sorted(expected):
+        if not torch.equal(_bits(read_tensor(written.tensors[name])), _bits(read_tensor(model.tensors[name]))):
+            raise InputError.one(name, "reads back differently from what was written", "is the disk sound?")
+        linear = name.removesuffix(".weight_packed")
+        if linear != name and (meant := model.quantized(linear)):
+            fitting = [
+                group for group in groups
+                if group.weights and group.weights.num_bits == meant.bits and group.weights.symmetric == meant.symmetric
+                and (group.weights.group_size or model.layout.linears[linear].columns) == meant.group_size
+            ]  # fmt: skip
+            parts = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+            state = {part: read_tensor(written.tensors[f"{linear}.{part}"]) for part in parts if f"{linear}.{part}" in written.tensors}
+            unpacked = PackedQuantizationCompressor.decompress(state, fitting[0])["weight"]
+            if not torch.equal(unpacked, meant.dequantize()):
+                raise InputError.one(linear, "compressed-tensors unpacks other values than those meant", "report this")
+            compared += 1
+    return compared
+
+
+def _bits(tensor: Any) -> Any:
+    import torch
+
+    return tensor.contiguous().view(-1).view(torch.uint8) if tensor.numel() else tensor

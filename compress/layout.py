@@ -1,0 +1,168 @@
+"""What a checkpoint consists of: its blocks, the linears in them and which of those read the same tensor.
+
+Built from headers, config and an architecture table alone - no weight is read and no torch imported - so that a recipe can be
+checked and planned at once.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from compress.arch.base import Arch, InputGroup, find
+from compress.checkpoint import FLOATS, Checkpoint
+from compress.errors import InputError, Problem, Problems
+
+EXPERTS_IN, EXPERTS_OUT = "experts.gate_up", "experts.down"
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One projection: ``name`` on disk without ``.weight``; its weight is [rows, columns]."""
+
+    name: str
+    rows: int
+    columns: int
+
+
+@dataclass(frozen=True)
+class Group:
+    """Linears that read the same tensor. ``expert`` is set for those of a routed expert."""
+
+    name: str
+    linears: tuple[Linear, ...]
+    expert: int | None = None
+
+    @property
+    def columns(self) -> int:
+        return self.linears[0].columns
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Groups of one block that are measured together: one group, or the same group of every expert."""
+
+    name: str
+    groups: tuple[Group, ...]
+
+
+@dataclass(frozen=True)
+class BlockLayout:
+    """One decoder block: tensors are named ``{prefix}.{local name}``."""
+
+    index: int
+    prefix: str
+    stages: tuple[Stage, ...]
+    tensors: tuple[str, ...]
+
+    @property
+    def linears(self) -> Iterator[Linear]:
+        return (linear for stage in self.stages for group in stage.groups for linear in group.linears)
+
+
+class Layout:
+    """Blocks of `checkpoint` in order. Raises `InputError` with everything about the folder that does not fit together."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.arch: Arch = find(checkpoint.config.get("model_type"))
+        self.text_config: dict[str, Any] = checkpoint.config.get(self.arch.text_config or "", {}) if self.arch.text_config else checkpoint.config
+        problems = Problems()
+        self.blocks = self._blocks(problems)
+        problems.raise_if_any()
+
+    @property
+    def packed(self) -> bool:
+        """Whether the checkpoint is one of our own artifacts."""
+        return "quantization_config" in self.checkpoint.config
+
+    @cached_property
+    def linears(self) -> dict[str, Linear]:
+        """Every linear in a block, by name."""
+        return {linear.name: linear for block in self.blocks for linear in block.linears}
+
+    @cached_property
+    def in_blocks(self) -> frozenset[str]:
+        """Names of all tensors that belong to a block."""
+        return frozenset(name for block in self.blocks for name in block.tensors)
+
+    def refuse_quantized(self) -> None:
+        """Raise `InputError` if the checkpoint is already quantised: codes cannot be calibrated again."""
+        config = self.checkpoint.config.get("quantization_config") or self.text_config.get("quantization_config")
+        if config:
+            method = config.get("quant_method", "?") if isinstance(config, dict) else "?"
+            raise InputError.one("config.json: quantization_config", f"the model is already quantised ({method})", "start from the original checkpoint")
+        problems = [
+            Problem(f"{name}.weight", f"is stored as {dtype}, already quantised", "start from the original checkpoint")
+            for name in self.linears
+            if (dtype := self.checkpoint.tensors[f"{name}.weight"].dtype) not in FLOATS
+        ]
+        if problems:
+            raise InputError(problems)
+
+    def _blocks(self, problems: Problems) -> list[BlockLayout]:
+        pattern = re.compile(re.escape(self.arch.blocks) + r"\.(\d+)\.(.+)")
+        by_block: dict[int, list[str]] = {}
+        for name in self.checkpoint.tensors:
+            if (match := pattern.fullmatch(name)) and not any(re.fullmatch(rule, name) for rule, _ in self.arch.dropped):
+                by_block.setdefault(int(match[1]), []).append(match[2])
+        count = self.text_config.get("num_hidden_layers")
+        if not isinstance(count, int) or count < 1:
+            problems.add("config.json: num_hidden_layers", f"must be a positive number, got {count!r}")
+            return []
+        for index in sorted(set(range(count)) - by_block.keys()):
+            problems.add(f"{self.arch.blocks}.{index}", "has no tensors, though config.json counts it", "is the download complete?")
+        for index in sorted(by_block.keys() - set(range(count))):
+            problems.add(f"{self.arch.blocks}.{index}", f"is not accounted for: config.json has {count} blocks", "such extra blocks are not supported")
+        return [self._block(index, sorted(by_block[index]), problems) for index in range(count) if index in by_block]
+
+    def _block(self, index: int, locals_: list[str], problems: Problems) -> BlockLayout:
+        prefix = f"{self.arch.blocks}.{index}"
+        stages = []
+        for table in self.arch.groups:
+            if group := self._group(prefix, table, "", problems):
+                stages.append(Stage(table.name, (group,)))
+        if experts := self.arch.experts:
+            pattern = re.compile(re.escape(experts.prefix) + r"\.(\d+)\.")
+            numbers = sorted({int(match[1]) for name in locals_ if (match := pattern.match(name))})
+            fused = [name for name in locals_ if name.startswith(experts.prefix + ".") and not pattern.match(name)]
+            if fused:
+                problems.add(f"{prefix}.{fused[0]}", "holds all experts in one tensor", "save the checkpoint with one tensor per expert")
+            for name, parts in ((EXPERTS_IN, (experts.gate, experts.up)), (EXPERTS_OUT, (experts.down,))):
+                groups = [
+                    self._group(prefix, InputGroup(name, tuple(f"{experts.prefix}.{number}.{part}" for part in parts)), f".{number}", problems, number)
+                    for number in numbers
+                ]
+                if numbers:
+                    stages.append(Stage(name, tuple(group for group in groups if group)))
+        if not stages:
+            problems.add(prefix, f"has none of the linears a {self.arch.model_type} has", "is model_type right?")
+        return BlockLayout(index, prefix, tuple(stages), tuple(f"{prefix}.{name}" for name in locals_))
+
+    def _group(self, prefix: str, table: InputGroup, suffix: str, problems: Problems, expert: int | None = None) -> Group | None:
+        names = [f"{prefix}.{local}" for local in table.linears]
+        shapes = {name: self._shape(name) for name in names}
+        present = [name for name, shape in shapes.items() if shape]
+        if not present:
+            return None
+        for name in sorted(shapes.keys() - set(present)):
+            problems.add(f"{name}.weight", "is missing", "is the download complete?")
+        linears = tuple(Linear(name, *shape) for name, shape in shapes.items() if shape)
+        if len({linear.columns for linear in linears}) > 1:
+            problems.add(f"{prefix}.{table.name}", f"linears that share an input differ in width: {[linear.columns for linear in linears]}")
+        return Group(f"{prefix}.{table.name}{suffix}", linears, expert)
+
+    def _shape(self, linear: str) -> tuple[int, int] | None:
+        tensors = self.checkpoint.tensors
+        if (info := tensors.get(f"{linear}.weight")) is not None:
+            return (info.shape[0], info.shape[1]) if len(info.shape) == 2 else None
+        if (info := tensors.get(f"{linear}.weight_shape")) is not None:
+            with info.file.open("rb") as file:
+                file.seek(info.begin)
+                rows, columns = struct.unpack("<2q", file.read(16))
+            return rows, columns
+        return None

@@ -1,0 +1,344 @@
+"""The model: a config, blocks that are materialised one at a time, and what has become of each tensor.
+
+This is the only place that changes a weight and the only one that knows what transformers holds in memory.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from compress import hardware
+from compress.arch.base import Experts
+from compress.checkpoint import Checkpoint, TensorInfo, entry, read_header, read_tensor, write_safetensors
+from compress.errors import InputError, Problems
+from compress.formats import pack_quantized
+from compress.layout import BlockLayout, Layout
+from compress.numerics.grid import Quantized
+
+EXPERTS_FUNCTION = "compress"
+Recorder = Callable[[int, Tensor], None]
+
+
+class Reached(Exception):
+    """Raised inside a block's forward once everything asked for has been measured; the rest need not be computed."""
+
+
+@dataclass
+class Experts3D:
+    """Listens to the experts of one block: ``record(expert, inputs [tokens, in])`` before or after the gated product."""
+
+    record: Recorder
+    after_gate: bool
+
+
+def experts_forward(self: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """The experts of transformers v5, one after the other, telling `self.listener` what each is given.
+
+    ``hidden`` [tokens, hidden]; ``top_k_index`` and ``top_k_weights`` [tokens, k]. Same operations in the same order as the eager
+    implementation.
+    """
+    listener: Experts3D | None = getattr(self, "listener", None)
+    result = torch.zeros_like(hidden)
+    for expert in range(self.gate_up_proj.shape[0]):
+        token, place = torch.where(top_k_index == expert)
+        inputs = hidden[token]
+        if listener and not listener.after_gate:
+            listener.record(expert, inputs)
+            continue
+        gated = self._apply_gate(nn.functional.linear(inputs, self.gate_up_proj[expert]))
+        if listener:
+            listener.record(expert, gated)
+            continue
+        output = nn.functional.linear(gated, self.down_proj[expert]) * top_k_weights[token, place, None]
+        result.index_add_(0, token, output.to(result.dtype))
+    if listener:
+        raise Reached
+    return result
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a tensor on disk lives in memory: a parameter of the block's module, or the rows of one expert in it."""
+
+    parameter: str
+    expert: int | None = None
+    half: int | None = None
+
+    def view(self, parameters: dict[str, nn.Parameter]) -> Tensor:
+        data = parameters[self.parameter].data
+        if self.expert is not None:
+            data = data[self.expert]
+        if self.half is not None:
+            data = data.chunk(2)[self.half]
+        return data
+
+
+class Block:
+    """One materialised decoder block."""
+
+    def __init__(self, layout: BlockLayout, module: nn.Module, slots: dict[str, Slot], model: Model) -> None:
+        self.layout = layout
+        self.module = module
+        self._slots = slots
+        self._model = model
+        self._parameters = dict(module.named_parameters())
+        self._quantized: dict[str, Quantized] = {}
+        self.records: list[dict[str, Any]] = []
+
+    def submodule(self, linear: str) -> nn.Module:
+        """The module that computes the linear of this name on disk."""
+        return self.module.get_submodule(self._slots[f"{linear}.weight"].parameter.removesuffix(".weight"))
+
+    @property
+    def experts(self) -> Any:
+        """The module that holds all experts."""
+        table = self._model.layout.arch.experts
+        assert table
+        return self.module.get_submodule(table.module)
+
+    def weight(self, linear: str) -> Tensor:
+        """[out, in] float32, as exact as it is stored; a copy."""
+        return self._model.dense(linear).to(self._model.device, torch.float32)
+
+    def stored_dtype(self, linear: str) -> torch.dtype:
+        """The dtype of the weight on disk, which scales are stored in."""
+        return self._model.dense_dtype(linear)
+
+    def set_quantized(self, linear: str, weight: Quantized, record: dict[str, Any]) -> None:
+        """From here on the block computes with the dequantised values; `record` goes into the report."""
+        self._slots[f"{linear}.weight"].view(self._parameters).copy_(weight.dequantize())
+        self._quantized[linear] = weight
+        self.records.append({"name": linear, "block": self.layout.index, "bits": weight.bits, "group_size": weight.group_size,
+                             "symmetric": weight.symmetric, **record})  # fmt: skip
+
+    def forward(self, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """[batch, tokens, hidden] through the block."""
+        output = self.module(hidden, **kwargs)
+        return cast(Tensor, output[0] if isinstance(output, tuple) else output)
+
+    def save(self, path: Path) -> None:
+        """Write what changed, durably, in the layout of the final artifact."""
+        tensors: dict[str, Tensor] = {}
+        for linear, weight in self._quantized.items():
+            tensors |= pack_quantized.pack(linear, weight)
+        write_safetensors(path, [entry(name, tensor) for name, tensor in tensors.items()], {"records": json.dumps(self.records)})
+
+
+class Model:
+    """A checkpoint opened for streaming.
+
+    `tensors` maps every name of the model as it is now to where its bytes lie: the source, or a block file of a finished pass.
+    Memory holds the parts outside the blocks and the block in use.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self.checkpoint: Checkpoint = layout.checkpoint
+        self.tensors: dict[str, TensorInfo] = dict(self.checkpoint.tensors)
+        self.device = hardware.device()
+        stored = {str(info.dtype) for name, info in self.tensors.items() if name.endswith("norm.weight")} or {"BF16"}
+        self.dtype = hardware.compute_dtype(torch.bfloat16 if stored == {"BF16"} else torch.float16 if stored == {"F16"} else torch.float32)
+        self._skeleton: Any = None
+        self._slots = self._all_slots()
+
+    @property
+    def blocks(self) -> list[BlockLayout]:
+        return self.layout.blocks
+
+    # What transformers holds in memory ------------------------------------------------------------------------------------------
+
+    @property
+    def skeleton(self) -> Any:
+        """The model of transformers with everything outside the blocks loaded and the blocks empty."""
+        if self._skeleton is None:
+            self._skeleton = self._hollow()
+        return self._skeleton
+
+    def release(self) -> None:
+        """Free everything held in memory."""
+        self._skeleton = None
+
+    def _config(self) -> Any:
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(self.checkpoint.folder, local_files_only=True, trust_remote_code=False)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config  # packed weights are unpacked here, not by transformers
+        text = config.get_text_config()
+        config._experts_implementation = text._experts_implementation = EXPERTS_FUNCTION
+        config._attn_implementation = text._attn_implementation = "sdpa"
+        return config
+
+    def _auto_class(self) -> Any:
+        from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+        from transformers.utils import logging
+
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        ALL_EXPERTS_FUNCTIONS.register(EXPERTS_FUNCTION, experts_forward)
+        return AutoModelForImageTextToText if self.layout.arch.image else AutoModelForCausalLM
+
+    def _empty_blocks(self) -> tuple[Any, nn.ModuleList]:
+        auto = self._auto_class()
+        config = self._config()
+        with torch.device("meta"):
+            whole = auto.from_config(config, dtype=self.dtype, attn_implementation="sdpa", trust_remote_code=False)
+        return config, whole.get_submodule(self.layout.arch.module_blocks)
+
+    def _hollow(self) -> Any:
+        config, blocks = self._empty_blocks()
+        bare = copy.deepcopy(config)
+        text = bare.get_text_config()
+        count, text.num_hidden_layers = text.num_hidden_layers, 0
+        types = getattr(text, "layer_types", None)
+        if types is not None:
+            text.layer_types = []
+        hollow = self._auto_class().from_pretrained(
+            self.checkpoint.folder, config=bare, dtype=self.dtype, attn_implementation="sdpa",
+            local_files_only=True, trust_remote_code=False, use_safetensors=True,
+        )  # fmt: skip
+        hollow.to(self.device).eval().requires_grad_(False)
+        parent, _, name = self.layout.arch.module_blocks.rpartition(".")
+        holder = hollow.get_submodule(parent)
+        setattr(holder, name, blocks)
+        held = holder.config
+        held.num_hidden_layers = count
+        if types is not None:
+            held.layer_types = types
+        return hollow.eval()
+
+    def _all_slots(self) -> list[dict[str, Slot]]:
+        """For each block, tensor name to slot. Raises `InputError` for tensors missing from disk or unknown to transformers."""
+        _, modules = self._empty_blocks()
+        problems = Problems()
+        slots = []
+        for block, module in zip(self.blocks, modules, strict=True):
+            needed = {name for name, _ in module.named_parameters()}
+            found = {}
+            for name in block.tensors:
+                name = _dense_name(name)
+                slot = self._slot(name.removeprefix(block.prefix + "."), module)
+                if slot.parameter not in needed:
+                    problems.add(name, f"is not accounted for: a {type(module).__name__} has no such weight", "this variant is not supported")
+                found[name] = slot
+            for parameter in sorted(needed - {slot.parameter for slot in found.values()}):
+                problems.add(f"{block.prefix}.{parameter}", "is missing from the checkpoint", "is the download complete?")
+            slots.append(found)
+        problems.raise_if_any()
+        return slots
+
+    def _slot(self, local: str, module: nn.Module) -> Slot:
+        table = self.layout.arch.experts
+        if table and local.startswith(table.prefix + "."):
+            number, _, part = local.removeprefix(table.prefix + ".").partition(".")
+            return self._expert_slot(table, int(number), part.removesuffix(".weight"), module)
+        for old, new in self.layout.arch.rename:
+            if local.startswith(old):
+                local = new + local.removeprefix(old)
+        return Slot(local)
+
+    def _expert_slot(self, table: Experts, number: int, part: str, module: nn.Module) -> Slot:
+        experts: Any = module.get_submodule(table.module)
+        layout = {flag: getattr(experts, flag, None) for flag in ("is_concatenated", "is_transposed", "has_bias", "has_gate")}
+        if layout != {"is_concatenated": True, "is_transposed": False, "has_bias": False, "has_gate": True}:
+            raise InputError.one(f"{self.layout.arch.model_type} experts", f"have a layout that is not supported: {layout}")
+        if part == table.down:
+            return Slot(f"{table.module}.down_proj", number)
+        return Slot(f"{table.module}.gate_up_proj", number, 0 if part == table.gate else 1)
+
+    # Reading --------------------------------------------------------------------------------------------------------------------
+
+    def quantized(self, linear: str) -> Quantized | None:
+        """The codes of a linear, or None if it is not quantised."""
+        names = [f"{linear}.{part}" for part in (pack_quantized.PACKED, pack_quantized.SCALE, pack_quantized.SHAPE, pack_quantized.ZERO_POINT)]
+        if names[0] not in self.tensors:
+            return None
+        return pack_quantized.unpack(linear, {name: read_tensor(self.tensors[name]) for name in names if name in self.tensors})
+
+    def dense(self, linear: str) -> Tensor:
+        """The weight of a linear as stored, or as its codes say."""
+        weight = self.quantized(linear)
+        return weight.dequantize() if weight else read_tensor(self.tensors[f"{linear}.weight"])
+
+    def dense_dtype(self, linear: str) -> torch.dtype:
+        """The dtype `dense` returns."""
+        names = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+        name = f"{linear}.{pack_quantized.SCALE}"
+        return names[self.tensors[name if name in self.tensors else f"{linear}.weight"].dtype]
+
+    @contextmanager
+    def block(self, index: int) -> Iterator[Block]:
+        """Block `index` in memory, freed on leaving."""
+        layout, slots = self.blocks[index], self._slots[index]
+        module = self.skeleton.get_submodule(self.layout.arch.module_blocks)[index]
+        for name, parameter in list(module.named_parameters()):
+            owner, _, leaf = name.rpartition(".")
+            empty = torch.empty(parameter.shape, dtype=self.dtype, device=self.device)
+            module.get_submodule(owner)._parameters[leaf] = nn.Parameter(empty, requires_grad=False)
+        parameters = dict(module.named_parameters())
+        for name, slot in slots.items():
+            linear = name.removesuffix(".weight")
+            slot.view(parameters).copy_(self.dense(linear) if linear in self.layout.linears else read_tensor(self.tensors[name]))
+        try:
+            yield Block(layout, module, slots, self)
+        finally:
+            module.to("meta")
+
+    def adopt(self, path: Path) -> list[dict[str, Any]]:
+        """Take the tensors of a finished block from its file, and return its records."""
+        tensors, metadata = read_header(path)
+        for name in tensors:
+            linear, _, part = name.rpartition(".")
+            if part == pack_quantized.PACKED:
+                self.tensors.pop(f"{linear}.weight", None)
+        self.tensors |= tensors
+        return cast(list[dict[str, Any]], json.loads(metadata["records"]))
+
+    # Running --------------------------------------------------------------------------------------------------------------------
+
+    def embed(self, inputs: dict[str, Tensor]) -> tuple[Tensor, list[dict[str, Any]]]:
+        """What the first block is given for `inputs` (``input_ids`` [rows, tokens], ...), and the keyword arguments of each block.
+
+        The whole forward of transformers runs with each block replaced by one that takes notes and passes its input on, so masks,
+        rotary tables and image embeddings are exactly those of the real model.
+        """
+        modules = self.skeleton.get_submodule(self.layout.arch.module_blocks)
+        hidden: list[Tensor] = []
+        noted: list[dict[str, Any]] = []
+
+        def note(given: Tensor, **kwargs: Any) -> Tensor:
+            hidden.append(given)
+            noted.append(kwargs)
+            return given
+
+        try:
+            for module in modules:
+                module.forward = note
+            self.skeleton.base_model(**{name: value.to(self.device) for name, value in inputs.items()}, use_cache=False)
+        finally:
+            for module in modules:
+                del module.forward
+        return hidden[0], noted
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., vocabulary] float32 from the output of the last block [..., hidden]."""
+        parent, _, _ = self.layout.arch.module_blocks.rpartition(".")
+        normed = self.skeleton.get_submodule(parent).norm(hidden)
+        return cast(Tensor, self.skeleton.lm_head(normed).float())
+
+
+def _dense_name(name: str) -> str:
+    """The source name of a tensor that may be one of several that replaced it."""
+    head, _, part = name.rpartition(".")
+    packed = (pack_quantized.PACKED, pack_quantized.SCALE, pack_quantized.SHAPE, pack_quantized.ZERO_POINT)
+    return f"{head}.weight" if part in packed else name

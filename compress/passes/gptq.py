@@ -1,0 +1,107 @@
+"""GPTQ (arXiv 2210.17323): round columns one after the other, feeding each one's error back into those still to come.
+
+Beyond the paper: the loudest inputs first with groups kept in place ("static groups"), scales searched before rounding on the error
+each input will really cost under feedback (the diagonal of the factored Hessian), and damping that grows only where it must.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field
+
+from compress.errors import InputError
+from compress.passes.base import Quantize, split
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from compress.calibrate import Inputs, Workspace
+    from compress.data import Samples
+    from compress.layout import Group, Linear
+    from compress.model import Model
+    from compress.numerics.grid import Grid, Scales
+
+
+class Pass(Quantize):
+    """Round with error feedback, measured on calibration data."""
+
+    needs_data: ClassVar[bool] = True
+
+    act_order: bool = Field(default=True, description="round the inputs with the largest second moment first; groups stay in place, so no index is stored")
+    damp: float = Field(default=0.01, gt=0, le=1, description="added to the Hessian's diagonal, as a fraction of its mean; grows tenfold where factoring fails")
+    scales: Literal["minmax", "mse", "hessian"] = Field(
+        default="hessian", description="`minmax`: the group's range; `mse`: least squared error; `hessian`: squared errors weighted by what they cost under feedback"
+    )
+    fallback: Literal["error", "round"] = Field(
+        default="error", description="for a linear that saw too few tokens or whose Hessian cannot be factored: stop, or round it without data and record it"
+    )
+    min_tokens: float = Field(
+        default=0.25, ge=0, description="fewest tokens per input a linear must have seen (0.25: a width of 2048 needs 512); fewer is a case for `fallback`"
+    )
+
+    def run(self, model: Model, samples: Samples, workspace: Workspace) -> None:
+        from compress.calibrate import sweep
+
+        chosen = self.takes(model.layout)
+        for inputs in sweep(model, samples, workspace, lambda group: bool(split(group, chosen))):
+            self._quantize(inputs, [split(group, chosen) for group in inputs.groups])
+
+    def _quantize(self, inputs: Inputs, members: list[tuple[Linear, ...]]) -> None:
+        import torch
+
+        from compress.numerics.feedback import factorize, round_with_feedback
+        from compress.numerics.grid import Grid, Scales, quantized, round_to_nearest
+
+        block, grid = inputs.block, Grid(self.bits, self.symmetric)
+        factor = factorize(inputs.hessian, self.damp, self.act_order)
+        for shape in sorted({tuple(linear.rows for linear in linears) for linears in members}):
+            batch = [index for index, linears in enumerate(members) if tuple(linear.rows for linear in linears) == shape]
+            weight = torch.stack([torch.cat([block.weight(linear.name) for linear in members[index]]) for index in batch])
+            reasons = [self._unfit(inputs, index, bool(factor.damp[index].isnan())) for index in batch]
+            for index, reason in zip(batch, reasons, strict=True):
+                if reason and self.fallback == "error":
+                    self._refuse(inputs.groups[index], reason)
+            first = members[batch[0]][0]
+            stored, group_size = block.stored_dtype(first.name), self.group_of(first)
+            importance = factor.importance()[batch]
+            found = [self._scales(each, grid, group_size, stored, importance[place]) for place, each in enumerate(weight)]
+            scales = Scales(torch.stack([each.scale for each in found]), torch.stack([each.zero for each in found]))
+            codes, cost = round_with_feedback(weight, factor.members(batch), scales, grid)
+            energy = torch.einsum("bri,bij,brj->br", weight, inputs.hessian[batch], weight)
+            for place, (index, reason) in enumerate(zip(batch, reasons, strict=True)):
+                if reason:
+                    codes[place] = round_to_nearest(weight[place], found[place], grid)
+                start = 0
+                for linear in members[index]:
+                    rows = slice(start, start + linear.rows)
+                    start += linear.rows
+                    part = Scales(found[place].scale[rows], found[place].zero[rows])
+                    record = {
+                        "pass": "gptq",
+                        "tokens": inputs.tokens[index],
+                        "damp": None if reason else float(factor.damp[index]),
+                        "error": None if reason else float(cost[place, rows].sum() / energy[place, rows].sum().clamp_min(1e-30)),
+                        "fallback": reason,
+                    }
+                    block.set_quantized(linear.name, quantized(codes[place, rows], part, grid, stored), record)
+
+    def _scales(self, weight: Tensor, grid: Grid, group_size: int, stored: torch.dtype, importance: Tensor) -> Scales:
+        from compress.numerics.grid import minmax_scales, search_scales
+
+        if self.scales == "minmax":
+            return minmax_scales(weight, grid, group_size, stored)
+        weighted = self.scales == "hessian" and bool(importance.isfinite().all()) and float(importance.max()) > 0
+        return search_scales(weight, grid, group_size, stored, importance if weighted else None)
+
+    def _unfit(self, inputs: Inputs, index: int, indefinite: bool) -> str | None:
+        """Why a group's statistics cannot be trusted, or None."""
+        needed = math.ceil(self.min_tokens * inputs.groups[index].columns)
+        if inputs.tokens[index] < needed:
+            return f"saw {inputs.tokens[index]} of {inputs.seen} calibration tokens, needs {needed}"
+        return "its Hessian cannot be factored, even with a hundredfold damping" if indefinite else None
+
+    def _refuse(self, group: Group, reason: str) -> None:
+        raise InputError.one(group.name, reason, "give more calibration data, or set fallback: round to have it rounded without data and recorded")

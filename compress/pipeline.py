@@ -1,0 +1,360 @@
+"""The table of contents of a run."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Protocol
+
+import yaml
+
+from compress import __version__
+from compress.checkpoint import Checkpoint, copy_file, sha256, sync_folder, write_text
+from compress.errors import InputError
+from compress.layout import Layout
+from compress.passes.base import Pass, Scheme
+from compress.recipe import Recipe, check, export_module
+from compress.source import locate_model
+
+FULL_REOPEN_BYTES = 2 << 30
+NOT_IN_MANIFEST = ("manifest.json", "report.json", "report.html")
+"""The report holds seconds and memory, which no two runs share; everything else is the same bytes every time."""
+
+
+class Progress(Protocol):
+    """What a run tells whoever watches it."""
+
+    def step(self, name: str, total: int) -> None:
+        """A step begins that has `total` units."""
+
+    def done(self, units: int) -> None:
+        """So many units of the step are done in all."""
+
+    def blocks(self, done: int, total: int) -> None:
+        """So many blocks of the step are done."""
+
+    def note(self, text: str) -> None:
+        """Something worth a line."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One `compress run`."""
+
+    recipe: Recipe
+    place: str
+    model: str
+    out: Path
+    work: Path
+    overwrite: bool
+
+
+def open_layout(model: str) -> Layout:
+    """The model's layout from headers alone."""
+    return Layout(Checkpoint(locate_model(model)))
+
+
+def run(request: Request, progress: Progress) -> dict[str, Any]:
+    """Check, compress, export, reopen, evaluate, gate; returns the report, which also lies in the artifact.
+
+    Raises `InputError` for anything the user can mend; then `request.out` is as it was before. Finished blocks stay in the work
+    folder, so that the same request continues where a killed one stopped.
+    """
+    began = time.monotonic()
+    layout = open_layout(request.model)
+    plan = check(request.recipe, layout, request.place)
+    _check_target(request)
+    _check_disk(request, layout, {name: scheme for name, (_, scheme) in plan.items()})
+    with _no_space_is_an_input_error(request):
+        return _Run(request, layout, plan, progress, began).go()
+
+
+def _check_target(request: Request) -> None:
+    if request.out.exists() and not request.overwrite:
+        raise InputError.one(str(request.out), "exists already", "choose another --out or pass --overwrite")
+    parent = request.out.absolute().parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError.one(str(parent), f"cannot be made ({error.strerror})", "choose another --out") from error
+    if not os.access(parent, os.W_OK):
+        raise InputError.one(str(parent), "is not writable", "choose another --out")
+
+
+def _check_disk(request: Request, layout: Layout, plan: dict[str, Scheme]) -> None:
+    from compress.planning import output_bytes
+
+    # Blocks of each pass, then the artifact beside them; activations are small change beside the margin.
+    needed = int(2.1 * output_bytes(layout, plan)) + (64 << 20)
+    free = shutil.disk_usage(request.out.absolute().parent).free
+    if free < needed:
+        raise InputError.one(str(request.out), f"the disk has {free / 1e9:.2f} GB free, the run needs {needed / 1e9:.2f} GB", "free some space or choose another --out")
+
+
+@contextmanager
+def _no_space_is_an_input_error(request: Request) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise InputError.one(str(error.filename or request.out), "the disk is full", "free some space; the same command then continues") from error
+
+
+class _Run:
+    """One run: what its steps share."""
+
+    def __init__(self, request: Request, layout: Layout, plan: dict[str, tuple[str, Scheme]], progress: Progress, began: float) -> None:
+        from compress.data import Tokenizer
+        from compress.model import Model
+
+        self.request, self.recipe, self.layout, self.progress, self.began = request, request.recipe, layout, progress, began
+        self.plan = plan
+        self.schemes = {name: scheme for name, (_, scheme) in plan.items()}
+        self.steps: list[tuple[str, Pass]] = self.recipe.instances()
+        self.model = Model(layout)
+        self.tokenizer = Tokenizer(layout.checkpoint.folder)
+        self.passes: list[dict[str, Any]] = []
+        self.records: list[dict[str, Any]] = []
+
+    def go(self) -> dict[str, Any]:
+        from compress import report
+        from compress.hardware import peak_bytes
+
+        sources = self._verify_source()
+        samples = self._calibration()
+        work = self._work_folder(sources, samples.digest if samples else "")
+        for index, (name, step) in enumerate(self.steps):
+            self._pass(index, name, step, samples, work)
+        staging = work / "artifact"
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir()
+        self._export(staging)
+        verification = self._reopen(staging)
+        evaluation = self._evaluate(staging)
+        ledger = self._ledger()
+        size = self._size(staging)
+        fallbacks = [record for record in self.records if record.get("fallback")]
+        gates = judge(self.recipe, evaluation, size, len(fallbacks))
+        accepted = all(gate["passed"] for gate in gates)
+        self._manifest(staging, sources, samples, accepted)
+        result = {
+            "accepted": accepted,
+            "compress": __version__,
+            "model": self.request.model,
+            "recipe": self.recipe.resolved(),
+            "recipe_hash": self.recipe.hash,
+            "seconds": time.monotonic() - self.began,
+            "peak_bytes": peak_bytes(),
+            "calibration": {"source": samples.source, "sequences": len(samples.items), "tokens": samples.tokens, "sha256": samples.digest} if samples else None,
+            "passes": self.passes,
+            "size": size,
+            "engines": export_module(self.recipe.export[0]).verdicts(self.layout, self.schemes),
+            "verification": verification,
+            "evaluation": evaluation,
+            "fallbacks": fallbacks,
+            "gates": gates,
+            "linears": self.records,
+            "ledger": ledger,
+            "environment": environment(),
+        }
+        report.write(result, staging)
+        self._deliver(staging)
+        return result
+
+    def _verify_source(self) -> dict[str, str]:
+        total = sum(path.stat().st_size for path in self.layout.checkpoint.shards)
+        self.progress.step("read and hash the source", total)
+        seen = 0
+
+        def advance(count: int) -> None:
+            nonlocal seen
+            seen += count
+            self.progress.done(seen)
+
+        return self.layout.checkpoint.verify(advance)
+
+    def _calibration(self) -> Any:
+        from compress import data
+
+        if not any(step.needs_data for _, step in self.steps):
+            return None
+        options = self.recipe.calibration
+        return data.calibration(options.data, options.samples, options.length, options.seed, self.tokenizer)
+
+    def _work_folder(self, sources: dict[str, str], data_digest: str) -> Path:
+        """A folder named after everything that decides the result; what other contents left there is thrown away."""
+        compression = {key: self.recipe.resolved()[key] for key in ("passes", "export")}
+        config = sha256(self.layout.checkpoint.folder / "config.json")
+        key = json.dumps([__version__, sources, config, compression, data_digest, str(self.model.dtype), str(self.model.device)], sort_keys=True)
+        folder = self.request.work / hashlib.sha256(key.encode()).hexdigest()[:16]
+        if folder.exists():
+            self.progress.note(f"continuing from {folder}")
+        folder.mkdir(parents=True, exist_ok=True)
+        for stale in self.request.work.iterdir():
+            if stale != folder:
+                shutil.rmtree(stale)
+        return folder
+
+    def _pass(self, index: int, name: str, step: Pass, samples: Any, work: Path) -> None:
+        from compress.calibrate import Workspace
+        from compress.hardware import peak_bytes
+
+        self.progress.step(name, len(self.layout.blocks))
+        folder = work / f"pass-{index}-{name}"
+        folder.mkdir(exist_ok=True)
+        workspace = Workspace(folder, self.progress)
+        began = time.monotonic()
+        step.run(self.model, samples, workspace)
+        for layout in self.layout.blocks:
+            self.records += self.model.adopt(workspace.block_file(layout.index))
+        self.passes.append({"name": name, "seconds": time.monotonic() - began, "peak_bytes": peak_bytes()})
+        missing = sorted({linear for linear, (by, _) in self.plan.items() if by == name} - {record["name"] for record in self.records})
+        if missing:
+            raise AssertionError(f"{name} left {len(missing)} linears alone that it should have taken: {missing[:3]}")
+
+    def _export(self, staging: Path) -> None:
+        self.progress.step("export", 1)
+        export_module(self.recipe.export[0]).write(self.model, self.schemes, staging)
+        for relative in self.layout.checkpoint.extra_files:
+            target = Path("README.source.md") if str(relative) == "README.md" else relative
+            copy_file(self.layout.checkpoint.folder / relative, staging / target)
+        write_text(staging / "recipe.yaml", yaml.safe_dump(self.recipe.resolved(), sort_keys=False))
+
+    def _reopen(self, staging: Path) -> dict[str, Any]:
+        from compress import reopen
+
+        self.progress.step("reopen and compare", 1)
+        weights = export_module(self.recipe.export[0]).compare(self.model, staging)
+        result: dict[str, Any] = {"tensors": len(self.model.tensors), "weights_unpacked_by_compressed_tensors": weights}
+        dense = self.layout.checkpoint.nbytes
+        mode = self.recipe.verify if self.recipe.verify != "auto" else "full" if dense <= FULL_REOPEN_BYTES else "streamed"
+        result["mode"] = mode
+        if mode == "full":
+            result |= reopen.compare_logits(self.model, staging, self.tokenizer)
+        return result
+
+    def _evaluate(self, staging: Path) -> dict[str, Any] | None:
+        from compress.evaluate import measure
+
+        if self.recipe.evaluate is None:
+            return None
+        self.progress.step("evaluate", 2 * len(self.layout.blocks))
+        self.model.release()
+        return measure.against_source(self.layout, staging, self.recipe.evaluate, self.tokenizer, self.progress)
+
+    def _ledger(self) -> list[dict[str, Any]]:
+        """What became of every tensor of the source. Raises AssertionError if one is not accounted for: a bug, not a warning."""
+        exporter = export_module(self.recipe.export[0])
+        ledger = []
+        for name, info in sorted(self.layout.checkpoint.tensors.items()):
+            linear = name.removesuffix(".weight")
+            item: dict[str, Any] = {"name": name, "shape": list(info.shape), "dtype": info.dtype}
+            if reason := exporter.is_dropped(self.model, name):
+                item |= {"action": "dropped", "why": reason}
+            elif linear in self.plan and name not in self.model.tensors:
+                by, scheme = self.plan[linear]
+                item |= {"action": "quantized", "why": f"{by}: {scheme.bits} bits, group {scheme.group_size}"}
+            elif linear in self.layout.linears and linear not in self.plan:
+                item |= {"action": "kept", "why": "no pass takes this linear"}
+            elif name in self.layout.in_blocks:
+                item |= {"action": "kept", "why": "not a linear of the block (norm, bias or router)"}
+            elif name in self.model.tensors and linear not in self.plan:
+                item |= {"action": "kept", "why": "outside the decoder blocks"}
+            else:
+                raise AssertionError(f"{name} is not accounted for")
+            ledger.append(item)
+        ledger += [{"name": name, "action": "dropped", "why": "in a shard, but not in the index"} for name in self.layout.checkpoint.unlisted]
+        ledger += [{"name": name, "action": "dropped", "why": "weights in another format"} for name in self.layout.checkpoint.left_behind]
+        return ledger
+
+    def _size(self, staging: Path) -> dict[str, Any]:
+        after = Checkpoint(staging)
+        quantized = sum(linear.rows * linear.columns for name, linear in self.layout.linears.items() if name in self.plan)
+        parts = ("weight_packed", "weight_scale", "weight_zero_point")
+        stored = sum(info.nbytes for name, info in after.tensors.items() if name.rpartition(".")[2] in parts)
+        return {
+            "before_bytes": self.layout.checkpoint.nbytes,
+            "after_bytes": after.nbytes,
+            "bits_per_weight": 8 * stored / quantized if quantized else None,
+            "quantized_weights": quantized,
+        }
+
+    def _manifest(self, staging: Path, sources: dict[str, str], samples: Any, accepted: bool) -> None:
+        from compress import card
+
+        write_text(staging / "README.md", card.write(self.request.model, self.recipe, self.schemes))
+        files = {
+            str(path.relative_to(staging)): sha256(path)
+            for path in sorted(staging.rglob("*"))
+            if path.is_file() and path.name not in NOT_IN_MANIFEST
+        }
+        manifest = {
+            "accepted": accepted,
+            "loadable_by": ["transformers with compressed-tensors", "vLLM", "SGLang"] if self.schemes else ["transformers"],
+            "compress": __version__,
+            "recipe_hash": self.recipe.hash,
+            "seed": self.recipe.calibration.seed,
+            "calibration_sha256": samples.digest if samples else None,
+            "source": {"name": self.request.model, "sha256": sources},
+            "versions": environment()["versions"],
+            "files": files,
+        }
+        write_text(staging / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+
+    def _deliver(self, staging: Path) -> None:
+        """Move the finished artifact to its place in one step, then forget the work folder."""
+        for path in staging.rglob("*"):
+            if path.is_file():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+        out = self.request.out.absolute()
+        previous = out.with_name(f".{out.name}.previous")
+        if out.exists():
+            out.rename(previous)
+        staging.rename(out)
+        sync_folder(out.parent)
+        shutil.rmtree(previous, ignore_errors=True)
+        shutil.rmtree(self.request.work)
+
+
+def judge(recipe: Recipe, evaluation: dict[str, Any] | None, size: dict[str, Any], fallbacks: int) -> list[dict[str, Any]]:
+    """Every gate with the figure, its confidence interval where there is one, and whether it is within bounds."""
+    figures: dict[str, float | None] = {
+        "bits_per_weight": size["bits_per_weight"],
+        "size_ratio": size["after_bytes"] / size["before_bytes"],
+        "fallbacks": fallbacks,
+    }
+    intervals: dict[str, Any] = {}
+    if evaluation:
+        figures |= evaluation["figures"]
+        intervals = evaluation["intervals"]
+    gates = []
+    for name, bound in recipe.gates.items():
+        value = figures[name]
+        passed = value is not None and (bound.max is None or value <= bound.max) and (bound.min is None or value >= bound.min)
+        low, high = intervals.get(name, (value, value))
+        # The whole interval on one side of the bound: more data would not change the verdict.
+        certain = value is not None and all(limit is None or not low < limit < high for limit in (bound.max, bound.min))
+        gates.append({"name": name, "value": value, "bound": bound.model_dump(exclude_none=True), "interval": [low, high], "passed": passed, "certain": certain})
+    return gates
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware, for the report."""
+    packages = ("torch", "transformers", "compressed-tensors", "safetensors", "tokenizers")
+    return {
+        "versions": {"python": platform.python_version(), "compress": __version__} | {name: metadata.version(name) for name in packages},
+        "machine": platform.machine(),
+        "cpus": os.cpu_count(),
+    }

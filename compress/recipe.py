@@ -1,0 +1,275 @@
+"""A recipe: what to do to a model, checked completely before a weight is read."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib
+import json
+import pkgutil
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from compress.errors import InputError, Problems
+from compress.layout import Layout
+from compress.passes.base import STAGES, Pass, Scheme
+
+
+class Section(BaseModel):
+    """A part of a recipe: immutable, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Calibration(Section):
+    """The data statistics are measured on."""
+
+    data: str = Field(
+        default="demo:text", description="`demo:text`, a `.txt` or `.jsonl` file, a folder of images with `data.jsonl`, or a data set on the hub (`id` or `id#config`)"
+    )
+    samples: int = Field(default=128, ge=1, description="sequences drawn")
+    length: int = Field(default=512, ge=2, description="tokens per sequence, at most")
+    seed: int = Field(default=0, description="of the draw")
+
+
+class Evaluation(Section):
+    """What the model is measured with before and after."""
+
+    data: str = Field(default="demo:heldout", description="a `.txt` file, a folder of images with `data.jsonl`, `demo:heldout` or `demo:shapes-heldout`")
+    context: int = Field(default=512, ge=2, description="tokens per window; windows do not overlap")
+    windows: int | None = Field(default=100, ge=1, description="at most this many windows; `null` for all")
+    pairs: str | None = Field(default=None, description="minimal pairs (`.jsonl` of `good` and `bad`, or `demo:pairs`) for `accuracy`")
+    tasks: tuple[str, ...] = Field(default=(), description="lm-eval tasks: names, or paths of task files; the whole model is loaded for these")
+
+
+class Bound(Section):
+    """What a gate lets through."""
+
+    max: float | None = None
+    min: float | None = None
+
+    @model_validator(mode="after")
+    def _some_bound(self) -> Bound:
+        if self.max is None and self.min is None:
+            raise ValueError("needs max or min")
+        return self
+
+
+MEASURED_GATES = {
+    "perplexity_ratio": "perplexity after, divided by perplexity before",
+    "kl": "mean Kullback-Leibler divergence from the original's next-token distribution, in nats",
+    "top1_agreement": "share of positions where both models predict the same token",
+    "accuracy_drop": "accuracy before minus accuracy after",
+}
+RECORDED_GATES = {
+    "bits_per_weight": "of everything stored for the weights of the quantised linears",
+    "size_ratio": "bytes after, divided by bytes before",
+    "fallbacks": "how often a pass had to make do",
+}
+GATES = MEASURED_GATES | RECORDED_GATES
+
+
+class Recipe(Section):
+    """The whole recipe; every key but `passes` has a default."""
+
+    calibration: Calibration = Calibration()
+    passes: tuple[dict[str, Any], ...] = Field(min_length=1, description="in order; each is one file in `compress/passes/`")
+    evaluate: Evaluation | None = Field(default=Evaluation(), description="`null` to skip")
+    gates: dict[Annotated[str, Field(description="what is measured")], Bound] = Field(default={}, description="a run whose figures leave these bounds exits with 3")
+    export: tuple[str, ...] = Field(default=("compressed-tensors",), min_length=1, max_length=1, description="each is one file in `compress/export/`")
+    verify: Literal["auto", "full", "streamed"] = Field(
+        default="auto",
+        description="how the artifact is reopened: `full` loads all of it into plain transformers and compares logits, `streamed` compares every tensor block by "
+        "block; `auto` is `full` up to 2 GiB of weights",
+    )
+
+    def instances(self) -> list[tuple[str, Pass]]:
+        """The passes in order, with their names."""
+        return [(name, _pass_class(name).model_validate(options or {})) for step in self.passes for name, options in step.items()]
+
+    @property
+    def hash(self) -> str:
+        """sha256 of the recipe with every default filled in."""
+        return hashlib.sha256(json.dumps(self.resolved(), sort_keys=True).encode()).hexdigest()
+
+    def resolved(self) -> dict[str, Any]:
+        """Plain data with every default filled in."""
+        plain = self.model_dump(mode="json")
+        plain["passes"] = [{name: step.model_dump(mode="json")} for name, step in self.instances()]  # type: ignore[attr-defined]
+        return plain
+
+
+def pass_names() -> list[str]:
+    """Every pass, found by file name."""
+    return _modules("compress.passes")
+
+
+def export_names() -> list[str]:
+    """Every export target, found by file name."""
+    return [name.replace("_", "-") for name in _modules("compress.export")]
+
+
+def export_module(name: str) -> ModuleType:
+    """The module that writes an export target."""
+    return importlib.import_module(f"compress.export.{name.replace('-', '_')}")
+
+
+def _modules(package: str) -> list[str]:
+    path = importlib.import_module(package).__path__
+    return sorted(module.name for module in pkgutil.iter_modules(path) if module.name != "base")
+
+
+def _pass_class(name: str) -> Any:
+    return importlib.import_module(f"compress.passes.{name}").Pass
+
+
+def load(path: Path) -> Recipe:
+    """Read and validate a recipe. Raises `InputError` with every mistake in it, each with its place."""
+    try:
+        plain = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise InputError.one(str(path), f"cannot be read ({error.strerror})", "`compress recipes` lists those that ship with the project") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError.one(str(path), f"is not YAML ({' '.join(str(error).split())})") from error
+    return validate(plain, path.name)
+
+
+def validate(plain: object, place: str) -> Recipe:
+    """A recipe from plain data; `place` starts every message."""
+    if not isinstance(plain, dict):
+        raise InputError.one(place, f"must be a mapping with the key passes, got {type(plain).__name__}")
+    problems = Problems()
+    recipe = None
+    try:
+        recipe = Recipe.model_validate(plain)
+    except ValidationError as error:
+        _report(error, place, Recipe, problems)
+    _check_passes(plain.get("passes"), place, problems)
+    _check_names(plain, place, problems)
+    problems.raise_if_any()
+    assert recipe
+    return recipe
+
+
+def _check_passes(steps: object, place: str, problems: Problems) -> None:
+    if not isinstance(steps, list):
+        return
+    stage_reached = 0
+    for index, step in enumerate(steps):
+        where = f"{place}: passes[{index}]"
+        if not isinstance(step, dict) or len(step) != 1:
+            problems.add(where, "must be one pass name with its options", "write `- gptq: {bits: 4}`")
+            continue
+        name, options = next(iter(step.items()))
+        if name not in pass_names():
+            problems.add(where, f"no pass is called {name!r}", _suggest(str(name), pass_names()))
+            continue
+        if not isinstance(options, dict | None):
+            problems.add(f"{where}.{name}", f"options must be a mapping, got {options!r}", "write `- gptq: {bits: 4}`")
+            continue
+        cls = _pass_class(name)
+        try:
+            cls.model_validate(options or {})
+        except ValidationError as error:
+            _report(error, f"{where}.{name}", cls, problems)
+        stage = STAGES.index(cls.stage)
+        if stage < stage_reached:
+            problems.add(where, f"{name} belongs to stage {cls.stage}, but comes after a pass of stage {STAGES[stage_reached]}", f"the order is {' < '.join(STAGES)}")
+        stage_reached = max(stage, stage_reached)
+
+
+def _check_names(plain: dict[str, Any], place: str, problems: Problems) -> None:
+    gates = plain.get("gates")
+    for name in gates if isinstance(gates, dict) else ():
+        if name not in GATES:
+            problems.add(f"{place}: gates.{name}", "nothing of this name is measured", _suggest(str(name), list(GATES)))
+        elif name in MEASURED_GATES and "evaluate" in plain and plain["evaluate"] is None:
+            problems.add(f"{place}: gates.{name}", "needs an evaluation, but evaluate is null", "give evaluate some data or drop the gate")
+    exports = plain.get("export")
+    for name in exports if isinstance(exports, list) else ():
+        if name not in export_names():
+            problems.add(f"{place}: export", f"no export is called {name!r}", _suggest(str(name), export_names()))
+
+
+def _report(error: ValidationError, place: str, model: type[BaseModel], problems: Problems) -> None:
+    for item in error.errors():
+        path = ".".join(str(part) for part in item["loc"] if not str(part).startswith(("function-", "literal[", "constrained-")))
+        where = f"{place}: {path}" if path else place
+        if item["type"] == "extra_forbidden":
+            problems.add(where, "unknown key", _suggest(str(item["loc"][-1]), _keys(model, item["loc"][:-1])))
+        elif item["type"] == "missing":
+            problems.add(where, "is missing")
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            problems.add(where, f"{message[:1].lower()}{message[1:]}, got {item['input']!r}")
+
+
+def _keys(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
+    """Keys allowed at a place inside a recipe section."""
+    for part in path:
+        field = model.model_fields.get(str(part))
+        inner = [kind for kind in (getattr(field.annotation, "__args__", ()) or (field.annotation,)) if isinstance(kind, type)] if field else []
+        models = [kind for kind in inner if issubclass(kind, BaseModel)]
+        if not models:
+            return []
+        model = models[0]
+    return list(model.model_fields)
+
+
+def _suggest(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
+
+
+def check(recipe: Recipe, layout: Layout, place: str) -> dict[str, tuple[str, Scheme]]:
+    """Everything that can be known before weights load. Returns pass and scheme per linear; raises `InputError` with every problem."""
+    problems = Problems()
+    plan: dict[str, tuple[str, Scheme]] = {}
+    try:
+        layout.refuse_quantized()
+    except InputError as error:
+        problems.absorb(error)
+    for index, (name, step) in enumerate(recipe.instances()):
+        where = f"{place}: passes[{index}].{name}"
+        before = len(problems)
+        step.check(where, layout, problems)
+        if len(problems) > before:
+            continue
+        for linear, scheme in step.plan(layout).items():
+            if linear in plan:
+                problems.add(where, f"{linear} is already quantised by {plan[linear][0]}", "use include and exclude so that each linear is taken once")
+                break
+            plan[linear] = (name, scheme)
+    for target in recipe.export:
+        export_module(target).check(f"{place}: export", layout, {name: scheme for name, (_, scheme) in plan.items()}, problems)
+    _check_data(recipe, layout, place, problems)
+    problems.raise_if_any()
+    return plan
+
+
+def _check_data(recipe: Recipe, layout: Layout, place: str, problems: Problems) -> None:
+    from compress.source import DEMO, HUB_ID, demo_data
+
+    longest = layout.text_config.get("max_position_embeddings")
+    wanted = {"calibration.length": recipe.calibration.length} if any(step.needs_data for _, step in recipe.instances()) else {}
+    names = {"calibration.data": recipe.calibration.data} if wanted else {}
+    if recipe.evaluate:
+        wanted["evaluate.context"] = recipe.evaluate.context
+        names["evaluate.data"] = recipe.evaluate.data
+        if recipe.evaluate.pairs:
+            names["evaluate.pairs"] = recipe.evaluate.pairs
+    for key, tokens in wanted.items():
+        if isinstance(longest, int) and tokens > longest:
+            problems.add(f"{place}: {key}", f"{tokens} tokens exceed the model's {longest}", f"set it to {longest} or less")
+    for key, name in names.items():
+        if name.startswith(DEMO):
+            try:
+                demo_data(name)
+            except InputError as error:
+                problems.add(f"{place}: {key}", str(error))
+        elif not Path(name).expanduser().exists() and (key != "calibration.data" or not HUB_ID.fullmatch(name.partition("#")[0])):
+            problems.add(f"{place}: {key}", f"{name} is no file or folder", "paths are relative to where the command runs")

@@ -1,0 +1,40 @@
+"""Open an artifact as its users will, with plain transformers, and compare it with the model that was meant."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compress.data import Sample, Samples, Tokenizer
+from compress.errors import InputError
+from compress.evaluate.scoring import last_hidden
+from compress.model import Model
+
+PROBE = "The quick brown fox jumps over the lazy dog, and the model that was compressed must still say the same as before."
+TOLERANCE = 2.0**-7
+"""Of the largest logit. Both sides compute in the same dtype, but kernels for other shapes may sum in another order; a wrong weight is far beyond it."""
+
+
+@torch.no_grad()
+def compare_logits(model: Model, folder: Path, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Load `folder` with transformers alone and compare next-token logits with those of `model`.
+
+    Raises `InputError` if they differ by more than rounding, if a weight was not found or if one was invented.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    auto: Any = AutoModelForImageTextToText if model.layout.arch.image else AutoModelForCausalLM
+    opened, info = auto.from_pretrained(folder, dtype=model.dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True)
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info.get(kind):
+            raise InputError.one(str(folder), f"transformers reports {kind.replace('_', ' ')}: {sorted(map(str, info[kind]))[:3]}", "report this")
+    ids = tokenizer.encode(PROBE)
+    theirs = opened.to(model.device)(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0].float()
+    del opened
+    ours = model.logits(last_hidden(model, Samples("probe", (Sample.of(ids),)))[0][0])
+    difference = float((ours - theirs).abs().max() / ours.abs().max())
+    if not difference <= TOLERANCE:
+        raise InputError.one(str(folder), f"transformers computes other logits than meant (off by {difference:.2e} of the largest)", "report this")
+    return {"logits_max_difference": difference}

@@ -1,0 +1,46 @@
+"""From the names a user gives to local paths: a folder or file, a hub id, or something that ships inside (``demo:...``)."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from compress import demo
+from compress.errors import InputError
+
+DEMO = "demo:"
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+WANTED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.md", "tokenizer*", "LICENSE*", "*.py"]
+
+
+def demo_model(name: str) -> Path:
+    """The folder of a model that ships inside."""
+    try:
+        return demo.path(name.removeprefix(DEMO))
+    except ValueError as error:
+        raise InputError.one(name, str(error)) from error
+
+
+def demo_data(name: str) -> Path:
+    """The file or folder of data that ship inside."""
+    try:
+        return demo.data_path(name.removeprefix(DEMO))
+    except ValueError as error:
+        raise InputError.one(name, str(error)) from error
+
+
+def locate_model(name: str) -> Path:
+    """The local folder of a model, downloading from the hub if `name` is a hub id and no such folder exists."""
+    if name.startswith(DEMO):
+        return demo_model(name)
+    folder = Path(name).expanduser()
+    if folder.exists() or not HUB_ID.fullmatch(name):
+        return folder
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=WANTED))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError.one(name, f"is no local folder and could not be fetched from the hub ({reason})", "check the name and the network") from error
