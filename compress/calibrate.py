@@ -83,7 +83,7 @@ def _add_outer(total: Tensor, rows: Tensor, tile: int = 1024) -> None:
     """
     exact_in_bf16 = rows.dtype == torch.bfloat16 and rows.device.type == "cpu"
     rows = rows.float()
-    setting = torch.backends.mkldnn.matmul
+    setting: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = setting.fp32_precision
     setting.fp32_precision = "bf16" if exact_in_bf16 else "ieee"
     try:

@@ -20,7 +20,7 @@ tags: [compress, compressed-tensors]
 
 # {model}, compressed
 
-{len(schemes)} linears are {'; '.join(kinds) or 'unchanged'} ({passes}). Everything else is as in the source, byte for byte.
+{len(schemes)} linears are {"; ".join(kinds) or "unchanged"} ({passes}). Everything else is as in the source, byte for byte.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -213,7 +213,7 @@ def _not_finite(infos: list[TensorInfo]) -> list[str]:
     return [
         info.name
         for info in infos
-        if info.dtype in FLOATS and not all(bool(torch.isfinite(part).all()) for part in read_tensor(info).view(-1).split(1 << 24))
+        if info.dtype in FLOATS and not all(bool(torch.isfinite(part).all()) for part in torch.split(read_tensor(info).view(-1), 1 << 24))
     ]
 
 
@@ -227,7 +227,7 @@ def read_tensor(info: TensorInfo) -> torch.Tensor:
     if tensor.numel():
         with info.file.open("rb", buffering=0) as file:
             file.seek(info.begin)
-            view = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+            view = memoryview(tensor.view(-1).view(torch.uint8).numpy().data)
             while view:  # one read returns at most 2 GiB
                 count = file.readinto(view)
                 if not count:
@@ -306,7 +306,7 @@ def _chunks(item: Entry) -> Iterator[bytes | memoryview]:
     elif item.source.numel():
         import torch
 
-        yield memoryview(item.source.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        yield item.source.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def sync_folder(folder: Path) -> None:

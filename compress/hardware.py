@@ -22,7 +22,7 @@ def bf16_is_native() -> bool:
     Virtual machines have been seen to advertise AMX and then kill the process on its first use, so the claim is tried in a child first.
     """
     if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
+        return bool(torch.cuda.is_bf16_supported())
     if not (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()):
         return False
     sys.stdout.flush()

@@ -95,7 +95,9 @@ class Layout:
         config = self.checkpoint.config.get("quantization_config") or self.text_config.get("quantization_config")
         if config:
             method = config.get("quant_method", "?") if isinstance(config, dict) else "?"
-            raise InputError.one("config.json: quantization_config", f"the model is already quantised ({method})", "start from the original checkpoint")
+            raise InputError.one(
+                "config.json: quantization_config", f"the model is already quantised ({method})", "start from the original checkpoint"
+            )
         problems = [
             Problem(f"{name}.weight", f"is stored as {dtype}, already quantised", "start from the original checkpoint")
             for name in self.linears
@@ -117,7 +119,9 @@ class Layout:
         for index in sorted(set(range(count)) - by_block.keys()):
             problems.add(f"{self.arch.blocks}.{index}", "has no tensors, though config.json counts it", "is the download complete?")
         for index in sorted(by_block.keys() - set(range(count))):
-            problems.add(f"{self.arch.blocks}.{index}", f"is not accounted for: config.json has {count} blocks", "such extra blocks are not supported")
+            problems.add(
+                f"{self.arch.blocks}.{index}", f"is not accounted for: config.json has {count} blocks", "such extra blocks are not supported"
+            )
         return [self._block(index, sorted(by_block[index]), problems) for index in range(count) if index in by_block]
 
     def _block(self, index: int, locals_: list[str], problems: Problems) -> BlockLayout:
@@ -134,7 +138,9 @@ class Layout:
                 problems.add(f"{prefix}.{fused[0]}", "holds all experts in one tensor", "save the checkpoint with one tensor per expert")
             for name, parts in ((EXPERTS_IN, (experts.gate, experts.up)), (EXPERTS_OUT, (experts.down,))):
                 groups = [
-                    self._group(prefix, InputGroup(name, tuple(f"{experts.prefix}.{number}.{part}" for part in parts)), f".{number}", problems, number)
+                    self._group(
+                        prefix, InputGroup(name, tuple(f"{experts.prefix}.{number}.{part}" for part in parts)), f".{number}", problems, number
+                    )
                     for number in numbers
                 ]
                 if numbers:

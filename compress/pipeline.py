@@ -98,7 +98,9 @@ def _check_disk(request: Request, layout: Layout, plan: dict[str, Scheme]) -> No
     needed = int(2.1 * output_bytes(layout, plan)) + (64 << 20)
     free = shutil.disk_usage(request.out.absolute().parent).free
     if free < needed:
-        raise InputError.one(str(request.out), f"the disk has {free / 1e9:.2f} GB free, the run needs {needed / 1e9:.2f} GB", "free some space or choose another --out")
+        raise InputError.one(
+            str(request.out), f"the disk has {free / 1e9:.2f} GB free, the run needs {needed / 1e9:.2f} GB", "free some space or choose another --out"
+        )
 
 
 @contextmanager
@@ -156,7 +158,9 @@ class _Run:
             "recipe_hash": self.recipe.hash,
             "seconds": time.monotonic() - self.began,
             "peak_bytes": peak_bytes(),
-            "calibration": {"source": samples.source, "sequences": len(samples.items), "tokens": samples.tokens, "sha256": samples.digest} if samples else None,
+            "calibration": {"source": samples.source, "sequences": len(samples.items), "tokens": samples.tokens, "sha256": samples.digest}
+            if samples
+            else None,
             "passes": self.passes,
             "size": size,
             "engines": export_module(self.recipe.export[0]).verdicts(self.layout, self.schemes),
@@ -295,9 +299,7 @@ class _Run:
 
         write_text(staging / "README.md", card.write(self.request.model, self.recipe, self.schemes))
         files = {
-            str(path.relative_to(staging)): sha256(path)
-            for path in sorted(staging.rglob("*"))
-            if path.is_file() and path.name not in NOT_IN_MANIFEST
+            str(path.relative_to(staging)): sha256(path) for path in sorted(staging.rglob("*")) if path.is_file() and path.name not in NOT_IN_MANIFEST
         }
         manifest = {
             "accepted": accepted,
@@ -346,7 +348,16 @@ def judge(recipe: Recipe, evaluation: dict[str, Any] | None, size: dict[str, Any
         low, high = intervals.get(name, (value, value))
         # The whole interval on one side of the bound: more data would not change the verdict.
         certain = value is not None and all(limit is None or not low < limit < high for limit in (bound.max, bound.min))
-        gates.append({"name": name, "value": value, "bound": bound.model_dump(exclude_none=True), "interval": [low, high], "passed": passed, "certain": certain})
+        gates.append(
+            {
+                "name": name,
+                "value": value,
+                "bound": bound.model_dump(exclude_none=True),
+                "interval": [low, high],
+                "passed": passed,
+                "certain": certain,
+            }
+        )
     return gates
 
 

@@ -29,7 +29,8 @@ class Calibration(Section):
     """The data statistics are measured on."""
 
     data: str = Field(
-        default="demo:text", description="`demo:text`, a `.txt` or `.jsonl` file, a folder of images with `data.jsonl`, or a data set on the hub (`id` or `id#config`)"
+        default="demo:text",
+        description="`demo:text`, a `.txt` or `.jsonl` file, a folder of images with `data.jsonl`, or a data set on the hub (`id` or `id#config`)",
     )
     samples: int = Field(default=128, ge=1, description="sequences drawn")
     length: int = Field(default=512, ge=2, description="tokens per sequence, at most")
@@ -39,7 +40,9 @@ class Calibration(Section):
 class Evaluation(Section):
     """What the model is measured with before and after."""
 
-    data: str = Field(default="demo:heldout", description="a `.txt` file, a folder of images with `data.jsonl`, `demo:heldout` or `demo:shapes-heldout`")
+    data: str = Field(
+        default="demo:heldout", description="a `.txt` file, a folder of images with `data.jsonl`, `demo:heldout` or `demo:shapes-heldout`"
+    )
     context: int = Field(default=512, ge=2, description="tokens per window; windows do not overlap")
     windows: int | None = Field(default=100, ge=1, description="at most this many windows; `null` for all")
     pairs: str | None = Field(default=None, description="minimal pairs (`.jsonl` of `good` and `bad`, or `demo:pairs`) for `accuracy`")
@@ -79,12 +82,14 @@ class Recipe(Section):
     calibration: Calibration = Calibration()
     passes: tuple[dict[str, Any], ...] = Field(min_length=1, description="in order; each is one file in `compress/passes/`")
     evaluate: Evaluation | None = Field(default=Evaluation(), description="`null` to skip")
-    gates: dict[Annotated[str, Field(description="what is measured")], Bound] = Field(default={}, description="a run whose figures leave these bounds exits with 3")
+    gates: dict[Annotated[str, Field(description="what is measured")], Bound] = Field(
+        default={}, description="a run whose figures leave these bounds exits with 3"
+    )
     export: tuple[str, ...] = Field(default=("compressed-tensors",), min_length=1, max_length=1, description="each is one file in `compress/export/`")
     verify: Literal["auto", "full", "streamed"] = Field(
         default="auto",
-        description="how the artifact is reopened: `full` loads all of it into plain transformers and compares logits, `streamed` compares every tensor block by "
-        "block; `auto` is `full` up to 2 GiB of weights",
+        description="how the artifact is reopened: `full` loads all of it into plain transformers and compares logits, `streamed` compares "
+        "every tensor block by block; `auto` is `full` up to 2 GiB of weights",
     )
 
     def instances(self) -> list[tuple[str, Pass]]:
@@ -99,7 +104,7 @@ class Recipe(Section):
     def resolved(self) -> dict[str, Any]:
         """Plain data with every default filled in."""
         plain = self.model_dump(mode="json")
-        plain["passes"] = [{name: step.model_dump(mode="json")} for name, step in self.instances()]  # type: ignore[attr-defined]
+        plain["passes"] = [{name: step.model_dump(mode="json")} for name, step in self.instances()]
         return plain
 
 
@@ -178,7 +183,11 @@ def _check_passes(steps: object, place: str, problems: Problems) -> None:
             _report(error, f"{where}.{name}", cls, problems)
         stage = STAGES.index(cls.stage)
         if stage < stage_reached:
-            problems.add(where, f"{name} belongs to stage {cls.stage}, but comes after a pass of stage {STAGES[stage_reached]}", f"the order is {' < '.join(STAGES)}")
+            problems.add(
+                where,
+                f"{name} belongs to stage {cls.stage}, but comes after a pass of stage {STAGES[stage_reached]}",
+                f"the order is {' < '.join(STAGES)}",
+            )
         stage_reached = max(stage, stage_reached)
 
 
@@ -241,7 +250,9 @@ def check(recipe: Recipe, layout: Layout, place: str) -> dict[str, tuple[str, Sc
             continue
         for linear, scheme in step.plan(layout).items():
             if linear in plan:
-                problems.add(where, f"{linear} is already quantised by {plan[linear][0]}", "use include and exclude so that each linear is taken once")
+                problems.add(
+                    where, f"{linear} is already quantised by {plan[linear][0]}", "use include and exclude so that each linear is taken once"
+                )
                 break
             plan[linear] = (name, scheme)
     for target in recipe.export:

@@ -14,7 +14,7 @@ from compress.model import Model
 
 PROBE = "The quick brown fox jumps over the lazy dog, and the model that was compressed must still say the same as before."
 TOLERANCE = 2.0**-7
-"""Of the largest logit. Both sides compute in the same dtype, but kernels for other shapes may sum in another order; a wrong weight is far beyond it."""
+"""Of the largest logit. Both sides compute in one dtype, but kernels may sum in another order; a wrong weight is far beyond it."""
 
 
 @torch.no_grad()

@@ -43,4 +43,6 @@ def locate_model(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=WANTED))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise InputError.one(name, f"is no local folder and could not be fetched from the hub ({reason})", "check the name and the network") from error
+        raise InputError.one(
+            name, f"is no local folder and could not be fetched from the hub ({reason})", "check the name and the network"
+        ) from error

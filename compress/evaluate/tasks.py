@@ -30,6 +30,8 @@ def run(folder: Path, tasks: tuple[str, ...], limit: int | None = None) -> dict[
     model = HFLM(pretrained=str(folder), batch_size=8)
     results: dict[str, Any] = simple_evaluate(model=model, tasks=names, task_manager=manager, limit=limit, bootstrap_iters=0)["results"]
     return {
-        task: {metric.partition(",")[0]: float(value) for metric, value in figures.items() if isinstance(value, int | float) and "stderr" not in metric}
+        task: {
+            metric.partition(",")[0]: float(value) for metric, value in figures.items() if isinstance(value, int | float) and "stderr" not in metric
+        }
         for task, figures in results.items()
     }

@@ -129,7 +129,7 @@ def write(model: Model, plan: dict[str, Scheme], folder: Path) -> None:
     if len(shards) == 1:
         write_safetensors(folder / SINGLE, shards[0], {"format": "pt"})
     else:
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for number, entries in enumerate(shards, 1):
             file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             write_safetensors(folder / file, entries, {"format": "pt"})

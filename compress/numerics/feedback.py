@@ -100,9 +100,7 @@ def round_with_feedback(weight: Tensor, factor: Factor, scales: Scales, grid: Gr
         for k in range(start, end):
             column = wanted[k - start]
             if k > start:
-                column = torch.baddbmm(
-                    column[:, None], factor.upper[:, start:k, k, None].transpose(1, 2), error[start:k].transpose(0, 1)
-                )[:, 0]
+                column = torch.baddbmm(column[:, None], factor.upper[:, start:k, k, None].transpose(1, 2), error[start:k].transpose(0, 1))[:, 0]
             groups = group_of[:, k]
             code = torch.mul(column, inverse[each, groups])
             if not grid.symmetric:

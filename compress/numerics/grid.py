@@ -68,7 +68,7 @@ class Quantized:
 
 @dataclass(frozen=True)
 class Scales:
-    """Scales of one matrix: ``scale`` float32 [..., out, groups] holding values that the stored dtype can hold exactly; ``zero`` float32, integral."""
+    """``scale`` float32 [..., out, groups], holding values the stored dtype can hold exactly; ``zero`` float32, integral."""
 
     scale: Tensor
     zero: Tensor
@@ -76,7 +76,7 @@ class Scales:
 
 def minmax_scales(weight: Tensor, grid: Grid, group_size: int, stored: torch.dtype) -> Scales:
     """The scales of plain rounding: each group's range is the grid's. ``weight`` float32 [..., in]."""
-    low, high = _range(weight.unflatten(-1, (-1, group_size)), grid)
+    low, high = _range(torch.unflatten(weight, -1, (-1, group_size)), grid)
     return _scales(low, high, grid, stored)
 
 
@@ -157,13 +157,14 @@ def _error(tile: Tensor, scales: Scales, grid: Grid, root: Tensor | None, buffer
     buffer.mul_(scale).sub_(tile)
     if root is not None:
         buffer *= root
-    return torch.linalg.vector_norm(buffer, dim=-1)
+    error: Tensor = torch.linalg.vector_norm(buffer, dim=-1)
+    return error
 
 
 def round_to_nearest(weight: Tensor, scales: Scales, grid: Grid) -> Tensor:
     """Codes int8 [..., in] of ``weight`` float32 [..., in] under ``scales`` [..., groups]."""
     groups = scales.scale.shape[-1]
-    codes = weight.unflatten(-1, (groups, -1)) * scales.scale[..., None].reciprocal()
+    codes = torch.unflatten(weight, -1, (groups, -1)) * scales.scale[..., None].reciprocal()
     codes = codes.add_(scales.zero[..., None]).round_().clamp_(grid.low, grid.high)
     return codes.to(torch.int8).flatten(-2)
 

@@ -33,6 +33,9 @@ class Pass(Protocol):
     def plan(self, layout: Layout) -> dict[str, Scheme]:
         """What becomes of each linear it takes."""
 
+    def model_dump(self, *, mode: str) -> dict[str, Any]:
+        """Its options as plain data."""
+
     def run(self, model: Model, samples: Samples, workspace: Workspace) -> None:
         """Do it; finished blocks go to the workspace."""
 
@@ -61,7 +64,8 @@ class Quantize(BaseModel):
     include: tuple[str, ...] = Field(default=(), description="take only linears that match: shell patterns, or `re:` and a regular expression")
     exclude: tuple[str, ...] = Field(default=(), description="leave out linears that match, same patterns")
     indivisible: Literal["error", "keep", "channel"] = Field(
-        default="error", description="what to do with a linear whose width the group does not divide: refuse, leave it as it is, or one scale per output"
+        default="error",
+        description="what to do with a linear whose width the group does not divide: refuse, leave it as it is, or one scale per output",
     )
 
     def takes(self, layout: Layout) -> dict[str, Linear]:
@@ -69,9 +73,9 @@ class Quantize(BaseModel):
         chosen = {}
         for name, linear in layout.linears.items():
             wanted = not self.include or any(matches(pattern, name) for pattern in self.include)
-            if wanted and not any(matches(pattern, name) for pattern in self.exclude):
-                if self.indivisible != "keep" or linear.columns % self._group(linear) == 0:
-                    chosen[name] = linear
+            wanted = wanted and not any(matches(pattern, name) for pattern in self.exclude)
+            if wanted and (self.indivisible != "keep" or linear.columns % self._group(linear) == 0):
+                chosen[name] = linear
         return chosen
 
     def _group(self, linear: Linear) -> int:
@@ -94,7 +98,11 @@ class Quantize(BaseModel):
         for key in ("include", "exclude"):
             for pattern in getattr(self, key):
                 if not any(matches(pattern, name) for name in layout.linears):
-                    problems.add(f"{place}: {key}", f"{pattern!r} matches none of the {len(layout.linears)} linears", f"one of them is {_first(layout.linears)}")
+                    problems.add(
+                        f"{place}: {key}",
+                        f"{pattern!r} matches none of the {len(layout.linears)} linears",
+                        f"one of them is {_first(layout.linears)}",
+                    )
         chosen = self.takes(layout)
         if not chosen:
             problems.add(place, "takes no linear at all", "loosen include and exclude")

@@ -30,16 +30,24 @@ class Pass(Quantize):
 
     needs_data: ClassVar[bool] = True
 
-    act_order: bool = Field(default=True, description="round the inputs with the largest second moment first; groups stay in place, so no index is stored")
-    damp: float = Field(default=0.01, gt=0, le=1, description="added to the Hessian's diagonal, as a fraction of its mean; grows tenfold where factoring fails")
+    act_order: bool = Field(
+        default=True, description="round the inputs with the largest second moment first; groups stay in place, so no index is stored"
+    )
+    damp: float = Field(
+        default=0.01, gt=0, le=1, description="added to the Hessian's diagonal, as a fraction of its mean; grows tenfold where factoring fails"
+    )
     scales: Literal["minmax", "mse", "hessian"] = Field(
-        default="hessian", description="`minmax`: the group's range; `mse`: least squared error; `hessian`: squared errors weighted by what they cost under feedback"
+        default="hessian",
+        description="`minmax`: the group's range; `mse`: least squared error; `hessian`: squared errors weighted by what they cost under feedback",
     )
     fallback: Literal["error", "round"] = Field(
-        default="error", description="for a linear that saw too few tokens or whose Hessian cannot be factored: stop, or round it without data and record it"
+        default="error",
+        description="for a linear that saw too few tokens or whose Hessian cannot be factored: stop, or round it without data and record it",
     )
     min_tokens: float = Field(
-        default=0.25, ge=0, description="fewest tokens per input a linear must have seen (0.25: a width of 2048 needs 512); fewer is a case for `fallback`"
+        default=0.25,
+        ge=0,
+        description="fewest tokens per input a linear must have seen (0.25: a width of 2048 needs 512); fewer is a case for `fallback`",
     )
 
     def run(self, model: Model, samples: Samples, workspace: Workspace) -> None:

@@ -1,0 +1,222 @@
+"""The command line. Everything heavy is imported where it is used, so that `compress --help` answers at once."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from compress.errors import Exit, InputError, Interrupted
+
+if TYPE_CHECKING:
+    from compress.layout import Layout
+    from compress.passes.base import Scheme
+    from compress.recipe import Recipe
+
+app = typer.Typer(
+    help="A compiler for LLM and VLM checkpoints: a recipe and a model in, a packed checkpoint and a report of what was lost out.",
+    epilog="Exit codes: 0 accepted, 1 a bug of ours, 2 bad recipe, model or data, 3 a gate failed, 4 interrupted (the same command continues).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="a recipe file, or the name of one that `compress recipes` lists")]
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="a local folder, a hub id, or demo:dense, demo:moe, demo:vlm")]
+JsonOption = Annotated[bool, typer.Option("--json", help="print JSON instead of tables")]
+
+
+@app.command()
+def run(
+    recipe: RecipeArgument,
+    model: ModelArgument,
+    out: Annotated[Path | None, typer.Option(help="folder of the artifact [default: the model's and the recipe's name]")] = None,
+    work: Annotated[Path | None, typer.Option(help="folder for unfinished blocks, to continue from [default: OUT.work]")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace OUT if it exists")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Compress MODEL as RECIPE says, measure what was lost and judge it."""
+    with _errors(as_json):
+        chosen, path = _recipe(recipe)
+        target = out or Path(f"{model.rstrip('/').replace(':', '-').rpartition('/')[2]}-{path.stem}")
+        from compress import pipeline, view
+
+        request = pipeline.Request(chosen, path.name, model, target, work or target.with_name(target.name + ".work"), overwrite)
+        with _interruptible(), view.watch(as_json) as progress:
+            result = pipeline.run(request, progress)
+        if as_json:
+            typer.echo(json.dumps(result))
+        else:
+            view.run(result, target)
+        raise typer.Exit(Exit.ACCEPTED if result["accepted"] else Exit.GATE_FAILED)
+
+
+@app.command()
+def check(recipe: RecipeArgument, model: ModelArgument, as_json: JsonOption = False) -> None:
+    """Everything that can be known before weights load; all mistakes at once."""
+    with _errors(as_json):
+        _, _, layout, plan = _planned(recipe, model)
+        if as_json:
+            typer.echo(json.dumps({"ok": True, "linears": len(layout.linears), "quantized": len(plan)}))
+        else:
+            typer.echo(f"ok: {len(plan)} of {len(layout.linears)} linears in {len(layout.blocks)} blocks will be quantised")
+
+
+@app.command()
+def plan(recipe: RecipeArgument, model: ModelArgument, as_json: JsonOption = False) -> None:
+    """What a run will cost and give: memory, disk and time per pass, size, and a verdict per engine."""
+    with _errors(as_json):
+        chosen, _, layout, schemes = _planned(recipe, model)
+        from compress import planning, view
+
+        result = planning.plan(chosen, layout, schemes)
+        if as_json:
+            typer.echo(json.dumps(result))
+        else:
+            view.plan(result)
+
+
+@app.command("eval")
+def evaluate(
+    model: ModelArgument,
+    data: Annotated[str, typer.Option(help="a .txt file, a folder of images with data.jsonl, or demo:heldout")] = "demo:heldout",
+    context: Annotated[int, typer.Option(help="tokens per window", min=2)] = 512,
+    windows: Annotated[int | None, typer.Option(help="at most this many windows [default: all]", min=1)] = None,
+    pairs: Annotated[str | None, typer.Option(help="minimal pairs for accuracy, e.g. demo:pairs")] = None,
+    tasks: Annotated[list[str] | None, typer.Option(help="an lm-eval task or task file; may be repeated")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure MODEL, compressed or not: perplexity, accuracy, lm-eval tasks."""
+    with _errors(as_json):
+        from compress import recipe, view
+        from compress.pipeline import open_layout
+
+        options = recipe.Evaluation(data=data, context=context, windows=windows, pairs=pairs, tasks=tuple(tasks or ()))
+        layout = open_layout(model)
+        from compress.data import Tokenizer
+        from compress.evaluate import measure
+
+        with _interruptible(), view.watch(as_json) as progress:
+            progress.step("evaluate", len(layout.blocks))
+            result = measure.alone(layout, options, Tokenizer(layout.checkpoint.folder), progress)
+        if as_json:
+            typer.echo(json.dumps(result))
+        else:
+            view.evaluation(model, result)
+
+
+@app.command()
+def inspect(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="an artifact, or any checkpoint folder")],
+    as_json: JsonOption = False,
+) -> None:
+    """What each tensor became."""
+    with _errors(as_json):
+        from compress import inspection, view
+
+        result = inspection.inspect(folder)
+        if as_json:
+            typer.echo(json.dumps(result))
+        else:
+            view.inspection(result)
+
+
+@app.command()
+def recipes(as_json: JsonOption = False) -> None:
+    """The recipes that ship with the project."""
+    with _errors(as_json):
+        found = [{"name": path.stem, "path": str(path), "summary": _summary(path)} for path in _shipped()]
+        if as_json:
+            typer.echo(json.dumps(found))
+        else:
+            for item in found:
+                typer.echo(f"{item['name']:<12} {item['summary']}")
+
+
+def main() -> None:
+    """The console script."""
+    app(prog_name="compress")
+
+
+def _recipe(path: Path) -> tuple[Recipe, Path]:
+    from compress import recipe
+
+    if not path.exists() and path.parent == Path():
+        path = next((shipped for shipped in _shipped() if path.name in (shipped.name, shipped.stem)), path)
+    return recipe.load(path), path
+
+
+def _planned(path: Path, model: str) -> tuple[Recipe, Path, Layout, dict[str, tuple[str, Scheme]]]:
+    """Recipe and model, opened and checked against each other, with the mistakes of both reported together."""
+    from compress.errors import Problems
+    from compress.pipeline import open_layout
+    from compress.recipe import check as check_recipe
+
+    problems = Problems()
+    chosen = layout = None
+    try:
+        chosen, path = _recipe(path)
+    except InputError as error:
+        problems.absorb(error)
+    try:
+        layout = open_layout(model)
+    except InputError as error:
+        problems.absorb(error)
+    problems.raise_if_any()
+    assert chosen and layout
+    return chosen, path, layout, check_recipe(chosen, layout, path.name)
+
+
+def _shipped() -> list[Path]:
+    """Recipes lie inside an installed package, and beside the package in a clone."""
+    here = Path(__file__).resolve().parent
+    folder = next((folder for folder in (here / "recipes", here.parent / "recipes") if folder.is_dir()), None)
+    return sorted(folder.glob("*.yaml")) if folder else []
+
+
+def _summary(path: Path) -> str:
+    """The second line of a recipe says what it is for; the first is the command that runs it."""
+    lines = path.read_text().splitlines()
+    return lines[1].removeprefix("#").strip() if len(lines) > 1 else ""
+
+
+@contextmanager
+def _errors(as_json: bool) -> Iterator[None]:
+    """Turn what the user can mend into messages and exit code 2, and an interruption into 4."""
+    try:
+        yield
+    except InputError as error:
+        if as_json:
+            typer.echo(json.dumps({"errors": [{"place": p.place, "what": p.what, "remedy": p.remedy} for p in error.problems]}))
+        else:
+            for problem in error.problems:
+                typer.echo(f"error: {problem}", err=True)
+        raise typer.Exit(Exit.BAD_INPUT) from error
+    except (Interrupted, KeyboardInterrupt) as error:
+        typer.echo("interrupted: the same command continues where this one stopped", err=True)
+        raise typer.Exit(Exit.INTERRUPTED) from error
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let a polite kill end a run like Ctrl-C does."""
+
+    def stop(number: int, frame: FrameType | None) -> NoReturn:
+        raise Interrupted
+
+    before: Any = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""What a terminal shows: progress while a run lasts, tables when it is over."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+
+class MemoryColumn(ProgressColumn):
+    """Most memory resident so far."""
+
+    def render(self, task: Task) -> Text:
+        from compress.hardware import peak_bytes
+
+        return Text(f"{human(peak_bytes())} peak", style="dim")
+
+
+class Watch:
+    """Shows one bar per step: what, how far, how long yet, memory."""
+
+    def __init__(self, bars: Progress) -> None:
+        self._bars = bars
+        self._task: TaskID | None = None
+
+    def step(self, name: str, total: int) -> None:
+        self._finish()
+        self._task = self._bars.add_task(name, total=total)
+
+    def done(self, units: int) -> None:
+        if self._task is not None:
+            self._bars.update(self._task, completed=units)
+
+    def blocks(self, done: int, total: int) -> None:
+        if self._task is not None:
+            self._bars.update(self._task, completed=done, total=total)
+
+    def note(self, text: str) -> None:
+        self._bars.console.print(text, style="dim")
+
+    def _finish(self) -> None:
+        if self._task is not None:
+            task = next(task for task in self._bars.tasks if task.id == self._task)
+            self._bars.update(self._task, completed=task.total)
+
+
+@contextmanager
+def watch(quiet: bool) -> Iterator[Watch]:
+    """Progress on standard error; with `quiet` nothing is shown."""
+    import warnings
+
+    # Libraries print bars and advice of their own, which would tear ours apart.
+    warnings.filterwarnings("ignore", module="transformers|compressed_tensors|torch")
+    columns = (
+        SpinnerColumn(finished_text="·"),
+        TextColumn("{task.description:<24}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        MemoryColumn(),
+    )
+    bars = Progress(*columns, console=Console(file=sys.stderr), disable=quiet)
+    with bars:
+        shown = Watch(bars)
+        yield shown
+        shown._finish()
+
+
+def run(result: dict[str, Any], out: Path) -> None:
+    """The table that ends a run."""
+    console = Console()
+    size, evaluation = result["size"], result["evaluation"]
+    table = Table(title=f"{result['model']} -> {out}", title_justify="left", show_edge=False)
+    for heading in ("", "before", "after", ""):
+        table.add_column(heading, justify="left" if not heading else "right")
+    table.add_row("size", human(size["before_bytes"]), human(size["after_bytes"]), f"{size['before_bytes'] / size['after_bytes']:.2f}x smaller")
+    if size["bits_per_weight"]:
+        table.add_row("bits per quantised weight", "", f"{size['bits_per_weight']:.3f}", "")
+    if evaluation:
+        before, after, low_high = evaluation["baseline"], evaluation["compressed"], evaluation["intervals"]["perplexity_ratio"]
+        ratio = evaluation["figures"]["perplexity_ratio"]
+        table.add_row(
+            "perplexity", f"{before['perplexity']:.3f}", f"{after['perplexity']:.3f}", f"x {ratio:.4f}  [{low_high[0]:.4f}, {low_high[1]:.4f}]"
+        )
+        table.add_row("accuracy", f"{before['accuracy']:.2%}", f"{after['accuracy']:.2%}", evaluation["protocol"]["accuracy"])
+        table.add_row("KL divergence", "", f"{after['kl']:.5f}", "nats")
+        table.add_row("same top token", "", f"{after['top1_agreement']:.2%}", "")
+        for task, figures in after.get("tasks", {}).items():
+            for metric, value in figures.items():
+                table.add_row(f"{task} {metric}", f"{before['tasks'][task][metric]:.4f}", f"{value:.4f}", "")
+    console.print(table)
+    for gate in result["gates"]:
+        bounds = ", ".join(f"{kind} {value:g}" for kind, value in gate["bound"].items())
+        noise = "" if gate["certain"] else "  (within noise)"
+        console.print(f"gate {gate['name']}: {gate['value']:.4g} ({bounds}) {'passed' if gate['passed'] else 'FAILED'}{noise}", highlight=False)
+    if result["fallbacks"]:
+        console.print(f"{len(result['fallbacks'])} fallbacks taken, see the report", style="yellow")
+    console.print(f"{result['seconds']:.0f} s, {human(result['peak_bytes'])} peak memory, report: {out / 'report.html'}", highlight=False)
+    console.print("accepted" if result["accepted"] else "not accepted", style="bold green" if result["accepted"] else "bold red")
+
+
+def plan(result: dict[str, Any]) -> None:
+    """The table of `compress plan`."""
+    console = Console()
+    table = Table(show_edge=False)
+    for heading in ("pass", "peak memory", "disk", "time"):
+        table.add_column(heading, justify="left" if heading == "pass" else "right")
+    for step in result["passes"]:
+        table.add_row(step["name"], human(step["peak_bytes"]), human(step["disk_bytes"]), _duration(step["seconds"]))
+    console.print(table)
+    size = result["size"]
+    bits = f", {size['bits_per_weight']:.3f} bits per quantised weight" if size["bits_per_weight"] else ""
+    console.print(f"size: {human(size['before_bytes'])} -> {human(size['after_bytes'])}{bits}", highlight=False)
+    for engine, verdict in result["engines"].items():
+        console.print(f"{engine}: {verdict}", highlight=False)
+
+
+def evaluation(model: str, result: dict[str, Any]) -> None:
+    """The lines of `compress eval`."""
+    console = Console()
+    console.print(f"{model}: perplexity {result['perplexity']:.4f}, accuracy {result['accuracy']:.2%}", highlight=False)
+    for task, figures in result.get("tasks", {}).items():
+        console.print(f"{task}: " + ", ".join(f"{metric} {value:.4f}" for metric, value in figures.items()), highlight=False)
+    for key, value in result["protocol"].items():
+        console.print(f"  {key}: {value}", style="dim", highlight=False)
+
+
+def inspection(result: dict[str, Any]) -> None:
+    """The table of `compress inspect`."""
+    console = Console()
+    table = Table(show_edge=False)
+    for heading in ("tensor", "shape", "became", "bytes"):
+        table.add_column(heading, justify="right" if heading == "bytes" else "left", overflow="fold")
+    for item in result["tensors"]:
+        table.add_row(item["name"], "x".join(map(str, item["shape"])), item["became"], human(item["bytes"]))
+    console.print(table)
+    state = {True: "accepted", False: "not accepted", None: "not made by compress"}[result["accepted"]]
+    console.print(f"{len(result['tensors'])} weights, {human(result['bytes'])}, {state}", highlight=False)
+
+
+def human(count: float) -> str:
+    """Bytes for people."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
