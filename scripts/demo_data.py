@@ -79,7 +79,7 @@ def text_batches(tokens: np.ndarray, batch: int, seed: int) -> Iterator[Tensor]:
 IMAGE_SIZE = 64
 QUADRANTS = ("top left", "top right", "bottom left", "bottom right")
 SHAPES = ("circle", "square", "triangle", "diamond")
-COUNTS = ("zero", "one", "two", "three", "four")
+COUNTS = ("one", "two", "three", "four")
 COLOURS = {
     "red": (215, 45, 45),
     "green": (45, 170, 65),
@@ -113,13 +113,16 @@ def outline(shape: str, x: float, y: float, r: float) -> list[tuple[float, float
 
 
 def draw_scene(rng: np.random.Generator) -> tuple[Image.Image, list[Thing]]:
-    """Draw one to four shapes, at most one a quadrant, with jittered place, size and shade."""
+    """Draw one to four shapes of one kind and colour, at most one a quadrant.
+
+    Place, size and shade are jittered, so that hardly any two scenes are alike.
+    """
     background = tuple(int(v) for v in rng.integers(0, 60, 3))
     image = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), background)
     canvas = ImageDraw.Draw(image)
+    colour, shape = str(rng.choice(list(COLOURS))), str(rng.choice(SHAPES))
     things = []
     for q in sorted(rng.permutation(4)[: rng.integers(1, 5)]):
-        colour, shape = str(rng.choice(list(COLOURS))), str(rng.choice(SHAPES))
         shade = tuple(int(v) for v in np.clip(COLOURS[colour] + rng.integers(-15, 16, 3), 0, 255))
         x, y = 16 + 32 * (q % 2) + rng.uniform(-4, 4), 16 + 32 * (q // 2) + rng.uniform(-4, 4)
         canvas.polygon(outline(shape, x, y, rng.uniform(8, 11)), fill=shade)
@@ -128,28 +131,20 @@ def draw_scene(rng: np.random.Generator) -> tuple[Image.Image, list[Thing]]:
 
 
 def ask(rng: np.random.Generator, things: list[Thing]) -> list[tuple[str, str]]:
-    """Every kind of question that the scene allows, in random order, with its answer."""
-    shapes, colours = [t.shape for t in things], [t.colour for t in things]
-    thing, place = things[rng.integers(len(things))], str(rng.choice(QUADRANTS))
-    there = {t.quadrant: f"{t.colour} {t.shape}" for t in things}
-    # Half of the yes-or-no questions name what is there, half a random pair that seldom is.
-    pair = f"{thing.colour} {thing.shape}"
-    if rng.random() < 0.5:
-        pair = f"{rng.choice(list(COLOURS))} {rng.choice(SHAPES)}"
-    article = "an" if pair.startswith("orange") else "a"
-    counted = thing.shape if rng.random() < 0.75 else str(rng.choice(SHAPES))
+    """Every question that the scene allows, in random order, with its answer."""
+    quadrant, colour, shape = things[0]
+    alone = len(things) == 1
     questions = [
-        ("How many shapes are there?", COUNTS[len(things)]),
-        (f"How many {counted}s are there?", COUNTS[shapes.count(counted)]),
-        (f"What is at the {place}?", there.get(place, "nothing")),
-        (f"Is there {article} {pair}?", "yes" if pair in there.values() else "no"),
+        (f"How many {shape}s are there?", COUNTS[len(things) - 1]),
+        ("How many shapes are there?", COUNTS[len(things) - 1]),
+        (f"What colour is the {shape}?" if alone else f"What colour are the {shape}s?", colour),
+        (
+            f"What shape is the {colour} one?" if alone else f"What shape are the {colour} ones?",
+            shape,
+        ),
     ]
-    for t in things:
-        if shapes.count(t.shape) == 1:
-            questions.append((f"What colour is the {t.shape}?", t.colour))
-            questions.append((f"Where is the {t.shape}?", t.quadrant))
-        if colours.count(t.colour) == 1:
-            questions.append((f"What shape is the {t.colour} one?", t.shape))
+    if alone:
+        questions.append((f"Where is the {shape}?", quadrant))
     return [questions[i] for i in rng.permutation(len(questions))]
 
 

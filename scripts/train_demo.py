@@ -286,7 +286,7 @@ def train_text(args: argparse.Namespace) -> None:
             best = loss
             save(candidate, tokenizer, args.out)
 
-    fit(model, losses, Budget(args.tokens, args.minutes), 0.02, export)
+    fit(model, losses, Budget(args.tokens, args.minutes), args.lr, export)
 
 
 # --- vision-language model --------------------------------------------------------------------
@@ -316,7 +316,7 @@ def train_tower(
 
 
 def train_vlm(args: argparse.Namespace) -> None:
-    """Train the whole vision-language model; every third batch is plain text."""
+    """Train the whole vision-language model; some batches are plain text."""
     processor = build_processor(args.tokenizer)
     model = build_vlm()
     # On a CPU, the fused attention's backward pass takes half of a step at these short lengths.
@@ -333,10 +333,10 @@ def train_vlm(args: argparse.Namespace) -> None:
 
     def losses() -> tuple[Tensor, int]:
         with torch.autocast("cpu", torch.bfloat16):
-            if next(step) % 3 == 2:
+            if next(step) % args.text_every == args.text_every - 1:
                 batch = next(texts)
                 return model(input_ids=batch, labels=batch).loss, batch.numel()
-            pixels, ids, labels = scene_batch(rng, processor.tokenizer, 32)
+            pixels, ids, labels = scene_batch(rng, processor.tokenizer, 16)
             return scene_loss(model, pixels, ids, labels), ids.numel()
 
     def export(candidate: PreTrainedModel, tokens: int) -> None:
@@ -348,7 +348,7 @@ def train_vlm(args: argparse.Namespace) -> None:
             best = loss
             save(candidate, processor.tokenizer, args.out, processor)
 
-    fit(model, losses, Budget(args.tokens, args.minutes), 0.01, export, export_minutes=5)
+    fit(model, losses, Budget(args.tokens, args.minutes), args.lr, export, export_minutes=5)
 
 
 # --- command line -----------------------------------------------------------------------------
@@ -374,8 +374,12 @@ def parse_args() -> argparse.Namespace:
         )
         if name == "vlm":
             command.add_argument("--tower-minutes", type=float, default=4.0)
+            command.add_argument(
+                "--text-every", type=int, default=3, help="every n-th batch is plain text"
+            )
         command.add_argument("--tokens", type=int, default=40_000_000)
         command.add_argument("--minutes", type=float, default=40.0)
+        command.add_argument("--lr", type=float, default=0.02, help="of the hidden matrices")
         command.add_argument("--seed", type=int, default=0)
         cache = Path(tempfile.gettempdir()) / "train-demo-tokens.npy"
         command.add_argument(

@@ -5,7 +5,7 @@ from pathlib import Path
 MODELS: dict[str, str] = {
     "dense": "Llama, 4.2M parameters, trained on public-domain books",
     "moe": "Qwen3-MoE, 8.1M parameters, 16 experts of which 4 serve a token",
-    "vlm": "LLaVA, 5.1M parameters, the dense model answering questions about coloured shapes",
+    "vlm": "LLaVA, 5.1M parameters, answers questions about images of coloured shapes",
 }
 
 _DATA: dict[str, str] = {
