@@ -215,6 +215,8 @@ class Model:
         held.num_hidden_layers = count
         if types is not None:
             held.layer_types = types
+        if hasattr(holder, "has_sliding_layers"):  # taken from the layer types when the model was made, of which there were none
+            holder.has_sliding_layers = "sliding_attention" in types
         return hollow.eval()
 
     def _all_slots(self) -> list[dict[str, Slot]]:
@@ -223,19 +225,38 @@ class Model:
         problems = Problems()
         slots = []
         for block, module in zip(self.blocks, modules, strict=True):
-            needed = {name for name, _ in module.named_parameters()}
+            parameters = dict(module.named_parameters())
+            needed = self._needed(parameters)
             found = {}
-            for name in block.tensors:
-                name = _dense_name(name)
+            for name in dict.fromkeys(map(_dense_name, block.tensors)):
                 slot = self._slot(name.removeprefix(block.prefix + "."), module)
-                if slot.parameter not in needed:
+                if slot not in needed:
                     problems.add(name, f"is not accounted for: a {type(module).__name__} has no such weight", "this variant is not supported")
+                    continue
+                linear = self.layout.linears.get(name.removesuffix(".weight"))
+                shape = (linear.rows, linear.columns) if linear else self.tensors[name].shape
+                if shape != (wanted := tuple(slot.view(parameters).shape)):
+                    problems.add(name, f"has the shape {list(shape)}, config.json makes it {list(wanted)}", "do config.json and the weights belong together?")
                 found[name] = slot
-            for parameter in sorted(needed - {slot.parameter for slot in found.values()}):
-                problems.add(f"{block.prefix}.{parameter}", "is missing from the checkpoint", "is the download complete?")
+            for slot in sorted(needed.keys() - found.values(), key=lambda slot: needed[slot]):
+                problems.add(f"{block.prefix}.{needed[slot]}", "is missing from the checkpoint", "is the download complete?")
             slots.append(found)
         problems.raise_if_any()
         return slots
+
+    def _needed(self, parameters: dict[str, nn.Parameter]) -> dict[Slot, str]:
+        """Everything a block must be given: slot to local name on disk."""
+        table = self.layout.arch.experts
+        needed = {}
+        for name, parameter in parameters.items():
+            if table and name in (f"{table.module}.gate_up_proj", f"{table.module}.down_proj"):
+                parts = {None: table.down} if name.endswith("down_proj") else {0: table.gate, 1: table.up}
+                for number in range(parameter.shape[0]):
+                    needed |= {Slot(name, number, half): f"{table.prefix}.{number}.{part}.weight" for half, part in parts.items()}
+            else:
+                old, new = next((rule for rule in self.layout.arch.rename if name.startswith(rule[1])), ("", ""))
+                needed[Slot(name)] = old + name.removeprefix(new)
+        return needed
 
     def _slot(self, local: str, module: nn.Module) -> Slot:
         table = self.layout.arch.experts

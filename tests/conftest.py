@@ -1,0 +1,81 @@
+"""One thread, no network, passive waiting; tiny random checkpoints that are made once per session."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from hypothesis import HealthCheck, settings
+
+from compress import demo
+from compress.data import Tokenizer
+
+torch.set_num_threads(1)
+settings.register_profile("suite", deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture], derandomize=True)
+settings.load_profile("suite")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: takes more than 20 seconds")
+
+
+@pytest.fixture(autouse=True)
+def _same_random_numbers_for_each_test() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Folder of a tiny random checkpoint by kind; made once, never to be changed: `copy` is for that."""
+    made: dict[str, Path] = {}
+
+    def make(kind: str, dtype: torch.dtype = torch.float32) -> Path:
+        key = f"{kind}-{str(dtype).removeprefix('torch.')}"
+        if key not in made:
+            made[key] = tiny.save(kind, dtype, tmp_path_factory.mktemp(key))
+        return made[key]
+
+    return make
+
+
+@pytest.fixture
+def copy(checkpoint: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
+    """A checkpoint of one's own, to damage."""
+
+    def make(kind: str = "llama", dtype: torch.dtype = torch.float32) -> Path:
+        return Path(shutil.copytree(checkpoint(kind, dtype), tmp_path / "model"))
+
+    return make
+
+
+@pytest.fixture
+def edit_config() -> Callable[..., None]:
+    """Change keys of a checkpoint's config.json; None removes one."""
+
+    def edit(folder: Path, **changes: object) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        for key, value in changes.items():
+            config.pop(key, None)
+            if value is not None:
+                config[key] = value
+        (folder / "config.json").write_text(json.dumps(config))
+
+    return edit
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    return Tokenizer(demo.path("dense"))

@@ -1,0 +1,113 @@
+"""Tiny random models: small enough to hold in the head, with every feature a real one of their kind has."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compress import demo
+from compress.data import Sample, Samples
+
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
+VOCABULARY = 4096
+IMAGE_TOKEN = 3
+
+
+class Silent:
+    """Progress that nobody watches."""
+
+    def step(self, name: str, total: int) -> None: ...
+    def done(self, units: int) -> None: ...
+    def blocks(self, done: int, total: int) -> None: ...
+    def note(self, text: str) -> None: ...
+
+
+def _text(**changes: Any) -> dict[str, Any]:
+    common = {
+        "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 256, "tie_word_embeddings": False,
+        "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
+    }  # fmt: skip
+    return common | changes
+
+
+def config(kind: str) -> Any:
+    """The configuration of a tiny model of each kind."""
+    import transformers as hf
+
+    match kind:
+        case "llama":
+            return hf.LlamaConfig(**_text())
+        case "llama-tied":
+            return hf.LlamaConfig(**_text(tie_word_embeddings=True))
+        case "llama-688":
+            return hf.LlamaConfig(**_text(intermediate_size=688))
+        case "llama-3-blocks":
+            return hf.LlamaConfig(**_text(num_hidden_layers=3))
+        case "llama-bias":
+            return hf.LlamaConfig(**_text(attention_bias=True, mlp_bias=True))
+        case "mistral":
+            return hf.MistralConfig(**_text(sliding_window=8))
+        case "qwen2":
+            return hf.Qwen2Config(**_text())
+        case "qwen2-sliding":
+            return hf.Qwen2Config(**_text(use_sliding_window=True, sliding_window=8, max_window_layers=1))
+        case "qwen3":
+            return hf.Qwen3Config(**_text())
+        case "qwen3_moe":
+            return hf.Qwen3MoeConfig(**_text(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=32, norm_topk_prob=True))
+        case "qwen3_moe-dense-first":
+            return hf.Qwen3MoeConfig(**_text(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=32, mlp_only_layers=[0]))
+        case "mixtral":
+            return hf.MixtralConfig(**_text(num_local_experts=4, num_experts_per_tok=2))
+        case "llava":
+            vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16, "patch_size": 8, "projection_dim": 32}
+            return hf.LlavaConfig(
+                vision_config=hf.CLIPVisionConfig(**vision), text_config=hf.LlamaConfig(**_text()),
+                image_token_index=IMAGE_TOKEN, image_seq_length=4, vision_feature_layer=-1, vision_feature_select_strategy="default",
+            )  # fmt: skip
+    raise ValueError(kind)
+
+
+def save(kind: str, dtype: torch.dtype, folder: Path) -> Path:
+    """Write a random model of a kind with a tokenizer beside it; biases and norms are random too, so that forgetting one shows."""
+    import transformers as hf
+
+    torch.manual_seed(1)
+    auto = hf.AutoModelForImageTextToText if kind == "llava" else hf.AutoModelForCausalLM
+    model = auto.from_config(config(kind))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:
+                parameter += 0.2 * torch.randn_like(parameter)
+            elif "embed" not in name:
+                parameter.normal_(std=parameter.shape[-1] ** -0.5)
+    model.to(dtype).save_pretrained(folder, max_shard_size="300KB")
+    for name in TOKENIZER:
+        shutil.copy(demo.path("dense") / name, folder / name)
+    return folder
+
+
+def plain(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """The model as transformers alone opens it."""
+    import transformers as hf
+
+    auto = hf.AutoModelForImageTextToText if "llava" in (folder / "config.json").read_text() else hf.AutoModelForCausalLM
+    return auto.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
+
+
+def samples(lengths: tuple[int, ...] = (24, 24, 17, 24, 9), image: bool = False) -> Samples:
+    """Random tokens, some of equal length; with `image`, four image tokens and the pixels for them."""
+    generator = torch.Generator().manual_seed(7)
+    items = []
+    for length in lengths:
+        ids = torch.randint(4, VOCABULARY, (length,), generator=generator)
+        extra = {}
+        if image:
+            ids[1:5] = IMAGE_TOKEN
+            extra = {"pixel_values": torch.randn(1, 3, 16, 16, generator=generator)}
+        items.append(Sample(ids, torch.ones(length, dtype=torch.bool), extra))
+    return Samples("random", tuple(items))
