@@ -109,14 +109,14 @@ def _busy_seconds() -> float:
 def run(command: Sequence[str | Path], timeout: float = 7200.0) -> Usage:
     """Run `command` to its end (or kill it and its children after `timeout` seconds) and measure it.
 
+    It runs in the project's root, so that `python -m compress` is this checkout; paths in it have to be absolute.
     The peak is the larger of the sampled sum over the tree and the kernel's exact high-water mark of its largest process:
     the first sees helpers, the second sees what fell between two samples (all but the very last).
     """
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         busy, started = _busy_seconds(), time.perf_counter()
-        process = subprocess.Popen(
-            [str(part) for part in command], stdout=out, stderr=err, env=environment(), start_new_session=True
-        )
+        words = [str(part) for part in command]
+        process = subprocess.Popen(words, stdout=out, stderr=err, env=environment(), cwd=BENCH.parent, start_new_session=True)
         ended, sampled = threading.Event(), [0]
 
         def watch() -> None:
@@ -163,7 +163,7 @@ def json_lines(text: str) -> list[dict[str, Any]]:
 
 def venv_python(venvs: Path | None, tool: str) -> Path | None:
     """The interpreter of a rival's virtual environment, or None where it is not installed."""
-    python = venvs / tool / "bin" / "python" if venvs else None
+    python = venvs.absolute() / tool / "bin" / "python" if venvs else None  # not resolved: the link is what makes it a venv
     return python if python and python.exists() else None
 
 

@@ -43,7 +43,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="checkpoint directory, or demo:NAME for a model inside this project")
     parser.add_argument("--calibration", type=Path, required=True, help="text file, plain or .xz")
     parser.add_argument("--eval", type=Path, nargs="+", required=True, help="text files, plain or .xz")
-    parser.add_argument("--venvs", type=Path, default=os.environ.get("COMPRESS_RIVALS"), help="(or $COMPRESS_RIVALS)")
+    parser.add_argument("--venvs", type=Path, default=os.environ.get("COMPRESS_RIVALS"), help="the rivals' environments (or $COMPRESS_RIVALS)")
     parser.add_argument("--json", type=Path, required=True, help="where the numbers go")
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3])
     parser.add_argument("--group-size", type=int, default=128)
@@ -54,19 +54,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=1, help="repeat with so many draws of the calibration windows")
     parser.add_argument("--variants", nargs="+", default=["default", "mse"], help="of the rivals; 'all' for every one")
     parser.add_argument("--rivals", nargs="*", default=list(VARIANTS), choices=list(VARIANTS))
-    parser.add_argument(
-        "--passes", nargs="*", default=["rtn", "gptq"], help="ours; with options as NAME={key: value} (YAML), if any"
-    )
+    parser.add_argument("--passes", nargs="*", default=["rtn", "gptq"], help="ours; with options as NAME={key: value} (YAML), if any")
     return parser.parse_args()
 
 
 def cells(arguments: argparse.Namespace) -> list[Cell]:
     """Every row there will be, whether its tool is installed or not."""
     methods = [
-        (tool, variant)
-        for tool in arguments.rivals
-        for variant in VARIANTS[tool]
-        if variant in arguments.variants or "all" in arguments.variants
+        (tool, variant) for tool in arguments.rivals for variant in VARIANTS[tool] if variant in arguments.variants or "all" in arguments.variants
     ] + [(OURS, name) for name in arguments.passes]
     grids = {"both": (True, False), "yes": (True,), "no": (False,)}[arguments.symmetric]
     return [
@@ -133,7 +128,7 @@ def show(rows: list[dict[str, Any]], baseline: dict[str, Any], seeds: int) -> No
     table.add_row("-", "baseline", "16", "-", "-", "", *numbers)
     for row in rows:
         cell, numbers, size = row["cell"], [], ""
-        for text, value in row["summary"].items():
+        for value in row["summary"].values():
             low, high = value["excess_loss_range"]
             spread = f" [{low:.4f}-{high:.4f}]".replace("[", r"\[") if seeds > 1 else ""
             numbers += [f"{value['perplexity']:.3f}", f"{value['ratio']:.4f}", f"{value['excess_loss']:.4f}{spread}"]
@@ -151,7 +146,7 @@ def main() -> None:
 
     arguments = parse_arguments()
     demo = arguments.model.removeprefix("demo:")
-    model = harness.BENCH.parent / "compress" / "demo" / demo if demo != arguments.model else Path(arguments.model)
+    model = harness.BENCH.parent / "compress" / "demo" / demo if demo != arguments.model else Path(arguments.model).absolute()
     pythons = {tool: harness.venv_python(arguments.venvs, tool) for tool in arguments.rivals}
     stamp = harness.stamp(pythons)
     tokenizer = AutoTokenizer.from_pretrained(model)

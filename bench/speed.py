@@ -35,7 +35,7 @@ OURS = "ours"
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_shape_arguments(parser, preset="0.9b")
-    parser.add_argument("--venvs", type=Path, default=os.environ.get("COMPRESS_RIVALS"), help="(or $COMPRESS_RIVALS)")
+    parser.add_argument("--venvs", type=Path, default=os.environ.get("COMPRESS_RIVALS"), help="the rivals' environments (or $COMPRESS_RIVALS)")
     parser.add_argument("--json", type=Path, required=True, help="where the numbers go")
     parser.add_argument("--rivals", nargs="*", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--pass", dest="options", default="{}", help="more options of our gptq pass, as YAML")
@@ -58,9 +58,7 @@ def commands(arguments: argparse.Namespace, pythons: dict[str, Path | None], wor
     sides: dict[str, Any] = {OURS: lambda model, out: harness.our_command(recipe, model, out)}
     for tool, python in pythons.items():
         if python:
-            sides[tool] = lambda model, out, tool=tool, python=python: harness.rival_command(
-                python, tool, model, tokens, out, **grid
-            )
+            sides[tool] = lambda model, out, tool=tool, python=python: harness.rival_command(python, tool, model, tokens, out, **grid)
     return sides
 
 

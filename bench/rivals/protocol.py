@@ -12,7 +12,6 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
-
 VARIANTS = {
     "llmcompressor": ("default", "mse", "imatrix"),
     "gptqmodel": ("default", "mse", "gptaq", "act-order"),
