@@ -68,19 +68,23 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
             header = json.loads(file.read(length))
     except OSError as error:
         raise InputError.one(place, f"cannot be read ({error.strerror})", "fetch it again") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise InputError.one(place, f"its header is not JSON ({error})", "fetch it again") from error
+    if not isinstance(header, dict):
+        raise InputError.one(place, f"its header is not a mapping, got {type(header).__name__}", "fetch it again")
     metadata = header.pop("__metadata__", {})
     tensors = {}
     start = 8 + length
     expected_end = start
     for name, entry in header.items():
         try:
-            dtype, shape, (begin, end) = entry["dtype"], tuple(map(int, entry["shape"])), entry["data_offsets"]
+            dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+            if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
+                raise ValueError
             count = 1
             for dim in shape:
                 count *= dim
-            consistent = dtype in DTYPE_BYTES and end - begin == count * DTYPE_BYTES[dtype] and begin >= 0
+            consistent = dtype in DTYPE_BYTES and end - begin == count * DTYPE_BYTES[dtype]
         except (KeyError, TypeError, ValueError):
             consistent = False
         if not consistent:

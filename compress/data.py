@@ -6,6 +6,7 @@ A batch holds only sequences of one length, so there is no padding anywhere: not
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import random
 from collections.abc import Iterable, Iterator
@@ -110,7 +111,10 @@ class Tokenizer:
         """Token ids of a conversation through the model's chat template."""
         if not self._tokenizer.chat_template:
             raise InputError.one(str(self.folder), "has no chat template, but the data are conversations", "give data with a `text` field")
-        encoded = self._tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)
+        try:
+            encoded = self._tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)
+        except Exception as error:  # a template is a program; what it raises is its own affair
+            raise InputError.one(str(self.folder), f"its chat template cannot take the messages {messages!r:.200} ({error})") from error
         return cast(list[int], encoded["input_ids"])
 
     def question(self, image: Path, question: str, answer: str) -> Sample:
@@ -128,8 +132,12 @@ class Tokenizer:
             raise InputError.one(str(self.folder), "is a text model; it cannot be calibrated with images", "use text data with this model")
         content = [{"type": "image"}, {"type": "text", "text": question}]
         prompt = self._processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        with Image.open(image) as picture:
-            encoded = self._processor(images=picture.convert("RGB"), text=prompt, return_tensors="pt")
+        try:
+            with Image.open(image) as picture:
+                pixels = picture.convert("RGB")
+        except OSError as error:
+            raise InputError.one(str(image), f"cannot be read as an image ({error})") from error
+        encoded = self._processor(images=pixels, text=prompt, return_tensors="pt")
         ids = encoded.pop("input_ids")[0]
         extra = {name: tensor for name, tensor in encoded.items() if name not in ("attention_mask", "mm_token_type_ids")}
         tail = torch.tensor(self.encode(" " + answer.strip()) + ([self.end] if self.end is not None else []))
@@ -196,7 +204,11 @@ def sentence_pairs(data: str, tokenizer: Tokenizer) -> Samples:
     for row in _json_lines(path, place):
         if not isinstance(row.get("good"), str) or not isinstance(row.get("bad"), str):
             raise InputError.one(place, f"a line without good and bad sentences: {row}")
+        if not row["good"].strip() or not row["bad"].strip():
+            raise InputError.one(place, f"a line with an empty good or bad sentence: {row}")
         items += [Sample.of(tokenizer.encode(row["good"])), Sample.of(tokenizer.encode(row["bad"]))]
+    if not items:
+        raise InputError.one(place, "holds no pairs", "each line is an object with good and bad")
     return Samples(data, tuple(items))
 
 
@@ -208,7 +220,7 @@ def _read(path: Path, place: str) -> str:
 
 
 def _json_lines(path: Path, place: str) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(_read(path, place).splitlines(), 1):
+    for number, line in enumerate(_read(path, place).split("\n"), 1):  # splitlines would also split inside a string
         if line.strip():
             try:
                 row = json.loads(line)
@@ -235,6 +247,8 @@ def _passages(text: str, samples: int, length: int, rng: random.Random, tokenize
     """Windows of exactly `length` tokens that start at random places."""
     span = length * CHARACTERS_PER_TOKEN
     items: list[Sample] = []
+    if len(text) <= span:  # one slice holds it all: there is one passage to be had, not `samples` copies of it
+        samples = min(samples, 1)
     for _ in range(4 * samples):
         if len(items) == samples:
             break
@@ -255,8 +269,7 @@ def _documents(rows: Iterable[dict[str, Any]], samples: int, length: int, rng: r
         if len(items) == samples:
             break
         if isinstance(row.get("input_ids"), list):
-            mask = row.get("attention_mask", [1] * len(row["input_ids"]))
-            items.append(Sample.of([token for token, real in zip(row["input_ids"], mask, strict=True) if real][:length]))
+            items.append(Sample.of(_tokens(row, place)[:length]))
         elif isinstance(row.get("messages"), list):
             items.append(Sample.of(tokenizer.chat(row["messages"])[:length]))
         elif isinstance(row.get("text"), str):
@@ -269,15 +282,25 @@ def _documents(rows: Iterable[dict[str, Any]], samples: int, length: int, rng: r
     return [item for item in items if len(item.ids)]
 
 
-def _shuffled(rows: Iterable[dict[str, Any]], rng: random.Random, limit: int) -> list[dict[str, Any]]:
-    """The first `limit` rows in random order: a stream may be endless, and a file sorted."""
-    pool = []
-    for row in rows:
-        pool.append(row)
-        if len(pool) == limit:
-            break
+def _tokens(row: dict[str, Any], place: str) -> list[int]:
+    """The tokens of a tokenised row that are not padding."""
+    tokens, mask = row["input_ids"], row.get("attention_mask")
+    if not all(type(token) is int for token in tokens):
+        raise InputError.one(place, f"a row whose input_ids are not all whole numbers: {tokens!r:.100}")
+    if mask is None:
+        return tokens
+    if not isinstance(mask, list) or len(mask) != len(tokens):
+        raise InputError.one(place, f"a row whose attention_mask does not fit its {len(tokens)} input_ids: {mask!r:.100}")
+    return [token for token, real in zip(tokens, mask, strict=True) if real]
+
+
+def _shuffled(rows: Iterable[dict[str, Any]], rng: random.Random, limit: int) -> Iterator[dict[str, Any]]:
+    """The first `limit` rows in random order, for a stream may be endless and a file sorted; then, if they do not suffice, the rest."""
+    stream = iter(rows)
+    pool = list(itertools.islice(stream, limit))
     rng.shuffle(pool)
-    return pool
+    yield from pool
+    yield from stream
 
 
 def _question(row: dict[str, Any], folder: Path, tokenizer: Tokenizer, place: str) -> Sample:

@@ -70,9 +70,15 @@ class Layout:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
         self.arch: Arch = find(checkpoint.config.get("model_type"))
-        self.text_config: dict[str, Any] = checkpoint.config.get(self.arch.text_config or "", {}) if self.arch.text_config else checkpoint.config
+        self.text_config: dict[str, Any] = checkpoint.config.get(self.arch.text_config, {}) if self.arch.text_config else checkpoint.config
+        if not isinstance(self.text_config, dict):
+            raise InputError.one(
+                f"config.json: {self.arch.text_config}", f"must hold a mapping, got {type(self.text_config).__name__}", "fetch it again"
+            )
         problems = Problems()
         self.blocks = self._blocks(problems)
+        if len(problems):
+            self._refuse_declared()  # weights under other names are then no riddle
         problems.raise_if_any()
 
     @property
@@ -92,19 +98,23 @@ class Layout:
 
     def refuse_quantized(self) -> None:
         """Raise `InputError` if the checkpoint is already quantised: codes cannot be calibrated again."""
+        self._refuse_declared()
+        stored = {name: info.dtype if (info := self.checkpoint.tensors.get(f"{name}.weight")) else "packed integers" for name in self.linears}
+        problems = [
+            Problem(f"{name}.weight", f"is stored as {dtype}, already quantised", "start from the original checkpoint")
+            for name, dtype in stored.items()
+            if dtype not in FLOATS
+        ]
+        if problems:
+            raise InputError(problems)
+
+    def _refuse_declared(self) -> None:
         config = self.checkpoint.config.get("quantization_config") or self.text_config.get("quantization_config")
         if config:
             method = config.get("quant_method", "?") if isinstance(config, dict) else "?"
             raise InputError.one(
                 "config.json: quantization_config", f"the model is already quantised ({method})", "start from the original checkpoint"
             )
-        problems = [
-            Problem(f"{name}.weight", f"is stored as {dtype}, already quantised", "start from the original checkpoint")
-            for name in self.linears
-            if (dtype := self.checkpoint.tensors[f"{name}.weight"].dtype) not in FLOATS
-        ]
-        if problems:
-            raise InputError(problems)
 
     def _blocks(self, problems: Problems) -> list[BlockLayout]:
         pattern = re.compile(re.escape(self.arch.blocks) + r"\.(\d+)\.(.+)")

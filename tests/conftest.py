@@ -28,10 +28,6 @@ settings.register_profile("suite", deadline=None, max_examples=40, suppress_heal
 settings.load_profile("suite")
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "slow: takes more than 20 seconds")
-
-
 @pytest.fixture(autouse=True)
 def _same_random_numbers_for_each_test() -> None:
     torch.manual_seed(0)
