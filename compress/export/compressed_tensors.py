@@ -54,7 +54,7 @@ def verdicts(layout: Layout, plan: dict[str, Scheme]) -> dict[str, str]:
     elif odd:
         vllm = f"GPU only: {'/'.join(map(str, sorted(odd)))}-bit needs the Humming kernels"
     return {
-        "transformers": "loads, decompresses on first use",
+        "transformers": "loads, decompresses on first use" if all(scheme.symmetric for scheme in schemes) else "loads, decompresses while loading",
         "vLLM": vllm,
         "SGLang": f"refuses {'/'.join(map(str, sorted(odd)))}-bit: only 4 and 8" if odd else "loads on GPUs since Ampere",
     }
@@ -83,7 +83,7 @@ def quantization_config(layout: Layout, plan: dict[str, Scheme]) -> dict[str, An
             "output_activations": None,
             "format": "pack-quantized",
         }
-    return {
+    config = {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "quantization_status": "compressed",
@@ -93,6 +93,11 @@ def quantization_config(layout: Layout, plan: dict[str, Scheme]) -> dict[str, An
         "global_compression_ratio": None,
         "version": VERSION,
     }
+    if any(not scheme.symmetric for scheme in by_scheme):
+        # compressed-tensors makes room for zero points in their unpacked shape, so transformers could not load packed ones (seen with
+        # 0.20.0 under 5.23.0); unpacking while loading is sound, and engines that know nothing of this key ignore it.
+        config["dequantize"] = True
+    return config
 
 
 def _target(layout: Layout, linear: str) -> str:
