@@ -22,7 +22,7 @@ from compress.passes.base import STAGES, Pass, Scheme
 class Section(BaseModel):
     """A part of a recipe: immutable, unknown keys refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Calibration(Section):

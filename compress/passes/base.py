@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from compress.errors import Problems
 from compress.layout import Group, Layout, Linear
@@ -53,7 +53,7 @@ class Scheme(BaseModel):
 class Quantize(BaseModel):
     """Options of every pass that rounds weights to an integer grid."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     stage: ClassVar[str] = "quantize"
 
     bits: int = Field(default=4, ge=2, le=8, description="bits per weight, 2 to 8")
@@ -67,6 +67,17 @@ class Quantize(BaseModel):
         default="error",
         description="what to do with a linear whose width the group does not divide: refuse, leave it as it is, or one scale per output",
     )
+
+    @field_validator("include", "exclude")
+    @classmethod
+    def _compile(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
+        for pattern in patterns:
+            if pattern.startswith("re:"):
+                try:
+                    re.compile(pattern.removeprefix("re:"))
+                except re.error as error:
+                    raise ValueError(f"{pattern!r} is no regular expression ({error})") from error
+        return patterns
 
     def takes(self, layout: Layout) -> dict[str, Linear]:
         """The linears this pass quantises, by name."""

@@ -1,0 +1,130 @@
+"""Who may import whom. Seven floors, no circle, no arrow that runs up; and nothing heavy before it is needed."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "compress"
+HEAVY = ("torch", "transformers", "compressed_tensors", "datasets", "lm_eval", "safetensors", "PIL", "accelerate")
+
+MAY_IMPORT: dict[str, tuple[str, ...]] = {
+    "errors": (),
+    "demo": (),
+    "hardware": ("errors",),
+    "numerics": ("errors", "numerics"),
+    "formats": ("errors", "numerics"),
+    "arch": ("errors", "arch.base"),
+    "checkpoint": ("errors",),
+    "source": ("errors", "demo"),
+    "layout": ("errors", "arch.base", "checkpoint"),
+    "data": ("errors", "source"),
+    "model": ("errors", "hardware", "numerics", "formats", "arch.base", "checkpoint", "layout"),
+    "calibrate": ("errors", "hardware", "numerics", "checkpoint", "layout", "data", "model"),
+    "passes": ("errors", "numerics", "layout", "data", "model", "calibrate", "passes.base"),
+    "recipe": ("errors", "source", "layout", "passes.base"),
+    "planning": ("errors", "hardware", "formats", "checkpoint", "layout", "passes.base", "recipe"),
+    "export": ("errors", "formats", "checkpoint", "layout", "model", "passes.base"),
+    "evaluate": ("errors", "hardware", "checkpoint", "layout", "data", "model", "recipe", "evaluate"),
+    "reopen": ("errors", "checkpoint", "layout", "data", "model", "evaluate"),
+    "plots": ("errors",),
+    "report": ("errors", "checkpoint", "plots"),
+    "card": ("errors", "passes.base", "recipe"),
+    "inspection": ("errors", "formats", "checkpoint", "layout", "source"),
+    "view": ("errors", "hardware"),
+}
+"""By module or package, longest match first. Those not named here - pipeline and cli - stand above all and may import everything below."""
+TOP = ("pipeline", "cli", "__main__")
+LIGHT = ("errors", "arch", "checkpoint", "source", "layout", "passes", "recipe", "planning", "export", "report", "card", "pipeline", "cli", "inspection", "view")
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the package by its dotted name inside it; the package itself is not among them."""
+    found = {}
+    for path in PACKAGE.rglob("*.py"):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        if name and (parts[-1] != "__init__" or path.read_text().strip()):
+            found[name] = path
+    return dict(sorted(found.items()))
+
+
+MODULES = modules()
+
+
+def covers(names: tuple[str, ...], module: str) -> bool:
+    return any(module == name or module.startswith(name + ".") for name in names)
+
+
+def is_type_checking(node: ast.stmt) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+
+
+def imports(module: str, *, top_only: bool = False, for_types: bool = True) -> set[str]:
+    """Full dotted names a module imports; `from a import b` gives ``a.b`` if that is a module, ``a`` otherwise."""
+    found: set[str] = set()
+
+    def visit(node: ast.AST) -> None:
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{module} imports relatively"
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            known = {name for name in inner if name.removeprefix("compress.") in MODULES or name.startswith("compress.") and (PACKAGE / name.removeprefix("compress.").replace(".", "/")).is_dir()}
+            found.update(known)
+            if known != inner:
+                found.add(str(node.module))
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.stmt) and is_type_checking(child) and not for_types:
+                continue
+            if top_only and isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+                continue
+            visit(child)
+
+    visit(ast.parse(MODULES[module].read_text()))
+    return found
+
+
+def ours(names: set[str]) -> set[str]:
+    return {name.removeprefix("compress.") for name in names if name.startswith("compress.")}
+
+
+def rule(module: str) -> tuple[str, ...] | None:
+    return next((MAY_IMPORT[name] for name in sorted(MAY_IMPORT, key=len, reverse=True) if covers((name,), module)), None)
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if not covers(TOP, name)])
+def test_a_module_imports_only_what_its_floor_allows(module: str) -> None:
+    allowed = rule(module)
+    assert allowed is not None, f"{module} has no floor: give it one in MAY_IMPORT"
+    assert not {name for name in ours(imports(module)) if not covers(allowed, name) and name != module}
+
+
+def test_there_is_no_circle() -> None:
+    graph = {module: ours(imports(module, for_types=False)) & MODULES.keys() - {module} for module in MODULES}
+    assert len(tuple(TopologicalSorter(graph).static_order())) == len(MODULES)
+
+
+def test_nothing_imports_the_command_line() -> None:
+    assert {module for module in MODULES if "cli" in ours(imports(module))} == {"__main__"}
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if covers(LIGHT, name)])
+def test_a_light_module_imports_nothing_heavy_at_its_top(module: str) -> None:
+    assert not {name for name in imports(module, top_only=True, for_types=False) if name.partition(".")[0] in HEAVY}
+
+
+@pytest.mark.parametrize("statement", ["import compress.recipe, compress.layout, compress.planning", "import compress.cli", "import compress.pipeline", "import compress.passes.gptq, compress.export.compressed_tensors"])
+def test_what_answers_at_once_loads_no_torch(statement: str) -> None:
+    code = f"import sys; {statement}; print(sorted({{name.partition('.')[0] for name in sys.modules}} & {set(HEAVY)!r}))"
+    result = subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_the_table_has_no_row_for_what_does_not_exist() -> None:
+    assert not [name for name in MAY_IMPORT if not any(covers((name,), module) for module in MODULES)]
