@@ -8,6 +8,7 @@ with the block it was in and produces the same bytes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +21,7 @@ from compress.data import Samples
 from compress.layout import EXPERTS_IN, EXPERTS_OUT, Group, Stage
 from compress.model import Block, Experts3D, Model, Reached
 
+TILE = 1024
 STATISTICS_BYTES = 1 << 30
 """Statistics held at once; more experts than fit are measured in several turns."""
 
@@ -58,7 +60,14 @@ class SecondMoment:
     def add(self, member: int, inputs: Tensor) -> None:
         """Count ``inputs`` [..., in] for `member`."""
         rows = inputs.reshape(-1, inputs.shape[-1])
-        _add_outer(self.total[member], rows)
+        total, size = self.total[member], rows.shape[1]
+        with fast_exact_products(rows.dtype):
+            rows = rows.float()
+            # Whole tiles of the upper triangle: about half the work of the full product.
+            for start in range(0, size, TILE):
+                end = min(start + TILE, size)
+                part = total[start:end, start:]
+                torch.addmm(part, rows[:, start:end].T, rows[:, start:], out=part)
         self.tokens[member] += rows.shape[0]
 
     def merge(self, other: SecondMoment) -> None:
@@ -68,29 +77,27 @@ class SecondMoment:
     def mean(self) -> Tensor:
         """The Hessian of the squared output error up to a factor of two: mean of ``x x^T``; in place, call once."""
         for member, count in enumerate(self.tokens):
-            upper = self.total[member]
-            upper.triu_()
-            upper += upper.triu(1).T
-            upper /= max(1, count)
+            upper = self.total[member].div_(max(1, count)).triu_()
+            # Tile by tile, so that no transposed copy of the whole is held.
+            for start in range(0, upper.shape[0], TILE):
+                end = min(start + TILE, upper.shape[0])
+                corner = upper[start:end, start:end]
+                corner += corner.triu(1).T
+                upper[end:, start:end] = upper[start:end, end:].T
         return self.total
 
 
-def _add_outer(total: Tensor, rows: Tensor, tile: int = 1024) -> None:
-    """Add ``rows^T rows`` to the upper triangle of `total` (whole tiles), at about half the cost of the full product.
+@contextmanager
+def fast_exact_products(dtype: torch.dtype) -> Iterator[None]:
+    """While inside, float32 products of values that are exact in bfloat16 use the hardware's bfloat16 products with float32 sums.
 
-    Inputs in bfloat16 multiply exactly in float32, so where the hardware has bfloat16 products with float32 sums they are used;
-    the result is that of a float32 product.
+    The products are exact, so the result is that of a float32 product. Values of any other `dtype` are multiplied as usual.
     """
-    exact_in_bf16 = rows.dtype == torch.bfloat16 and rows.device.type == "cpu"
-    rows = rows.float()
     setting: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = setting.fp32_precision
-    setting.fp32_precision = "bf16" if exact_in_bf16 else "ieee"
+    setting.fp32_precision = "bf16" if dtype == torch.bfloat16 else "ieee"
     try:
-        size = rows.shape[1]
-        for start in range(0, size, tile):
-            end = min(start + tile, size)
-            total[start:end, start:] += rows[:, start:end].T @ rows[:, start:]
+        yield
     finally:
         setting.fp32_precision = before
 

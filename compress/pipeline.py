@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -26,6 +27,8 @@ from compress.passes.base import Pass, Scheme
 from compress.recipe import Recipe, check, export_module
 from compress.source import locate_model
 
+WORK_NAME = re.compile("run-[0-9a-f]{16}")
+"""Folders of unfinished runs; anything else in a work folder is somebody else's."""
 FULL_REOPEN_BYTES = 2 << 30
 NOT_IN_MANIFEST = ("manifest.json", "report.json", "report.html")
 """The report holds seconds and memory, which no two runs share; everything else is the same bytes every time."""
@@ -70,16 +73,21 @@ def run(request: Request, progress: Progress) -> dict[str, Any]:
     Raises `InputError` for anything the user can mend; then `request.out` is as it was before. Finished blocks stay in the work
     folder, so that the same request continues where a killed one stopped.
     """
+    from compress.hardware import return_freed_memory
+
     began = time.monotonic()
+    return_freed_memory()
     layout = open_layout(request.model)
     plan = check(request.recipe, layout, request.place)
-    _check_target(request)
+    _check_target(request, layout)
     _check_disk(request, layout, {name: scheme for name, (_, scheme) in plan.items()})
     with _no_space_is_an_input_error(request):
         return _Run(request, layout, plan, progress, began).go()
 
 
-def _check_target(request: Request) -> None:
+def _check_target(request: Request, layout: Layout) -> None:
+    if request.out.resolve() == layout.checkpoint.folder.resolve():
+        raise InputError.one(str(request.out), "is the model itself", "choose another --out")
     if request.out.exists() and not request.overwrite:
         raise InputError.one(str(request.out), "exists already", "choose another --out or pass --overwrite")
     parent = request.out.absolute().parent
@@ -201,12 +209,12 @@ class _Run:
         compression = {key: self.recipe.resolved()[key] for key in ("passes", "export")}
         config = sha256(self.layout.checkpoint.folder / "config.json")
         key = json.dumps([__version__, sources, config, compression, data_digest, str(self.model.dtype), str(self.model.device)], sort_keys=True)
-        folder = self.request.work / hashlib.sha256(key.encode()).hexdigest()[:16]
+        folder = self.request.work / f"run-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
         if folder.exists():
             self.progress.note(f"continuing from {folder}")
         folder.mkdir(parents=True, exist_ok=True)
         for stale in self.request.work.iterdir():
-            if stale != folder:
+            if stale != folder and WORK_NAME.fullmatch(stale.name):
                 shutil.rmtree(stale)
         return folder
 
@@ -323,11 +331,14 @@ class _Run:
         out = self.request.out.absolute()
         previous = out.with_name(f".{out.name}.previous")
         if out.exists():
+            shutil.rmtree(previous, ignore_errors=True)  # what a run killed between the next two lines and the last left
             out.rename(previous)
         staging.rename(out)
         sync_folder(out.parent)
         shutil.rmtree(previous, ignore_errors=True)
-        shutil.rmtree(self.request.work)
+        shutil.rmtree(staging.parent)
+        if not any(self.request.work.iterdir()):
+            self.request.work.rmdir()
 
 
 def judge(recipe: Recipe, evaluation: dict[str, Any] | None, size: dict[str, Any], fallbacks: int) -> list[dict[str, Any]]:

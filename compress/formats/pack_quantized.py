@@ -14,8 +14,6 @@ A weight is ``(q - zero_point) * scale``. Checked bit by bit against the packer 
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -29,37 +27,35 @@ PACKED, SCALE, SHAPE, ZERO_POINT = "weight_packed", "weight_scale", "weight_shap
 def pack_stream(codes: Tensor, bits: int) -> Tensor:
     """Signed codes int8 [rows, n] to int32 [rows, ceil(n * bits / 32)], a little-endian bit stream per row."""
     rows, count = codes.shape
-    per_period, words = 32 // math.gcd(bits, 32), bits // math.gcd(bits, 32)
-    periods = -(-count // per_period)
-    unsigned = torch.zeros(rows, periods * per_period, dtype=torch.int64, device=codes.device)
-    unsigned[:, :count] = codes.to(torch.int64) + (1 << (bits - 1))
-    unsigned = unsigned.view(rows, periods, per_period)
-    packed = torch.zeros(rows, periods, words, dtype=torch.int64, device=codes.device)
-    for position in range(per_period):
-        word, shift = divmod(position * bits, 32)
-        packed[..., word] |= unsigned[..., position] << shift
-        if shift + bits > 32:
-            packed[..., word + 1] |= unsigned[..., position] >> (32 - shift)
-    packed &= 0xFFFFFFFF
-    packed -= (packed >> 31) << 32  # the same 32 bits as a signed number
-    return packed.view(rows, -1)[:, : -(-count * bits // 32)].to(torch.int32).contiguous()
+    words = -(-count * bits // 32)
+    # Eight codes fill `bits` whole bytes, whatever the width.
+    unsigned = codes.new_zeros(rows, -(-count // 8) * 8)
+    unsigned[:, :count] = codes + (1 << (bits - 1))
+    octets = unsigned.view(torch.uint8).view(rows, -1, 8)
+    stream = torch.zeros(octets.shape[:2], dtype=torch.int64, device=codes.device)
+    for position in range(8):
+        stream |= octets[..., position].to(torch.int64) << (position * bits)
+    packed = torch.zeros(rows, words * 4, dtype=torch.uint8, device=codes.device)
+    filled = stream.view(torch.uint8).view(rows, -1, 8)[..., :bits].reshape(rows, -1)
+    width = min(filled.shape[1], packed.shape[1])
+    packed[:, :width] = filled[:, :width]
+    return packed.view(torch.int32)
 
 
 def unpack_stream(packed: Tensor, bits: int, count: int) -> Tensor:
     """The inverse of `pack_stream`: signed codes int8 [rows, count]."""
-    rows, stored = packed.shape
-    per_period, words = 32 // math.gcd(bits, 32), bits // math.gcd(bits, 32)
-    periods = -(-count // per_period)
-    stream = torch.zeros(rows, periods * words, dtype=torch.int64, device=packed.device)
-    stream[:, :stored] = packed
-    stream = (stream & 0xFFFFFFFF).view(rows, periods, words)
-    codes = torch.empty(rows, periods, per_period, dtype=torch.int8, device=packed.device)
-    for position in range(per_period):
-        word, shift = divmod(position * bits, 32)
-        value = stream[..., word] >> shift
-        if shift + bits > 32:
-            value |= stream[..., word + 1] << (32 - shift)
-        codes[..., position] = (value & ((1 << bits) - 1)) - (1 << (bits - 1))
+    rows = packed.shape[0]
+    octets = -(-count // 8)
+    stored = packed.contiguous().view(torch.uint8)
+    filled = torch.zeros(rows, octets * bits, dtype=torch.uint8, device=packed.device)
+    width = min(filled.shape[1], stored.shape[1])
+    filled[:, :width] = stored[:, :width]
+    stream = torch.zeros(rows, octets, 8, dtype=torch.uint8, device=packed.device)
+    stream[..., :bits] = filled.view(rows, octets, bits)
+    words = stream.view(torch.int64)[..., 0]
+    codes = torch.empty(rows, octets, 8, dtype=torch.int8, device=packed.device)
+    for position in range(8):
+        codes[..., position] = ((words >> (position * bits)) & ((1 << bits) - 1)) - (1 << (bits - 1))
     return codes.view(rows, -1)[:, :count].contiguous()
 
 

@@ -73,44 +73,61 @@ def factorize(hessian: Tensor, damp: float, act_order: bool) -> Factor:
     return Factor(upper, root.square(), order, found)
 
 
-def round_with_feedback(weight: Tensor, factor: Factor, scales: Scales, grid: Grid, panel: int = 64) -> tuple[Tensor, Tensor]:
+def round_with_feedback(weight: Tensor, factor: Factor, scales: Scales, grid: Grid, leaf: int = 32) -> tuple[Tensor, Tensor]:
     """Round each column after feeding back the errors of those before it.
 
     ``weight`` [batch, out, in] and ``scales`` [batch, out, groups] in the dtype of ``factor``. Returns codes int8 [batch, out, in] and the cost
-    ``tr((W - Q) H (W - Q)^T)`` per row, [batch, out]. ``panel`` columns share one matrix product; it changes speed, not the result.
+    ``tr((W - Q) H (W - Q)^T)`` per row, [batch, out]. Columns are halved until `leaf` are left, so that most of the feedback is a
+    few large matrix products; `leaf` changes speed, not the result.
     """
     batch, rows, columns = weight.shape
     dtype, device = factor.upper.dtype, weight.device
-    index = factor.order[:, None, :].expand(batch, rows, columns)
-    # Input-major [in, batch, out]: each step below works on contiguous memory.
-    target = weight.to(dtype).gather(2, index).permute(2, 0, 1).contiguous()
-    error = torch.empty_like(target)
+    # Inputs first [in, batch, out]: each step below works on contiguous memory.
+    error = torch.empty(columns, batch, rows, dtype=dtype, device=device)
+    for member in range(batch):
+        error[:, member] = weight[member].T.contiguous().index_select(0, factor.order[member])
+    wanted = error.clone()
     codes = torch.empty(columns, batch, rows, dtype=torch.int8, device=device)
-    cost = torch.zeros(batch, rows, dtype=dtype, device=device)
-    group_of = factor.order // (columns // scales.scale.shape[2])
-    each = torch.arange(batch, device=device)
-    scale = scales.scale.to(dtype).transpose(1, 2).contiguous()
-    zero = scales.zero.to(dtype).transpose(1, 2).contiguous()
-    inverse = scale.reciprocal()
-    for start in range(0, columns, panel):
-        end = min(start + panel, columns)
-        wanted = target[start:end].clone()
-        if start:
-            wanted += torch.bmm(factor.upper[:, :start, start:end].transpose(1, 2), error[:start].transpose(0, 1)).transpose(0, 1)
+    group_of = (factor.order // (columns // scales.scale.shape[2])).T
+    each = torch.arange(batch, device=device).expand(columns, batch)
+    by_group = Scales(scales.scale.to(dtype).transpose(1, 2).contiguous(), scales.zero.to(dtype).transpose(1, 2).contiguous())
+
+    def solve(start: int, end: int) -> None:
+        if end - start > leaf:
+            middle = (start + end) // 2
+            solve(start, middle)
+            _feed_back(wanted[middle:end], factor.upper[:, start:middle, middle:end], error[start:middle])
+            solve(middle, end)
+            return
+        at = each[start:end], group_of[start:end]
+        scale, zero = by_group.scale[at], by_group.zero[at]
+        inverse, negative = scale.reciprocal(), -scale
+        low, high = grid.low - zero, grid.high - zero
         for k in range(start, end):
-            column = wanted[k - start]
-            if k > start:
-                column = torch.baddbmm(column[:, None], factor.upper[:, start:k, k, None].transpose(1, 2), error[start:k].transpose(0, 1))[:, 0]
-            groups = group_of[:, k]
-            code = torch.mul(column, inverse[each, groups])
-            if not grid.symmetric:
-                code += zero[each, groups]
-            code.round_().clamp_(grid.low, grid.high)
+            place, column = k - start, wanted[k]
+            if place:
+                _feed_back(wanted[k : k + 1], factor.upper[:, start:k, k : k + 1], error[start:k])
+            code = torch.mul(column, inverse[place]).round_()
+            torch.clamp(code, low[place], high[place], out=code)
+            error[k].addcmul_(code, negative[place])  # held the weight until here
+            column.addcmul_(code, negative[place])
+            torch.add(code, zero[place], out=code)
             codes[k] = code
-            if not grid.symmetric:
-                code -= zero[each, groups]
-            code *= scale[each, groups]
-            torch.sub(target[k], code, out=error[k])
-            cost.addcmul_(column.sub_(code).square_(), factor.diagonal[:, k, None])
-    original = torch.empty(batch, rows, columns, dtype=torch.int8, device=device)
-    return original.scatter_(2, index, codes.permute(1, 2, 0)), cost
+
+    solve(0, columns)
+    cost = torch.einsum("kbr,bk->br", wanted.square_(), factor.diagonal)
+    result = torch.empty(batch, rows, columns, dtype=torch.int8, device=device)
+    for member in range(batch):
+        back = torch.argsort(factor.order[member])
+        result[member] = codes[:, member].index_select(0, back).T
+    return result, cost
+
+
+def _feed_back(wanted: Tensor, upper: Tensor, error: Tensor) -> None:
+    """Add to ``wanted`` [k, batch, out] what ``error`` [j, batch, out] of earlier columns sends through ``upper`` [batch, j, k]; in place."""
+    if wanted.shape[1] > 1:
+        wanted += torch.bmm(upper.transpose(1, 2), error.transpose(0, 1)).transpose(0, 1)
+    elif wanted.shape[0] > 1:
+        wanted[:, 0].addmm_(upper[0].T, error[:, 0])
+    else:
+        wanted[0, 0].addmv_(error[:, 0].T, upper[0, :, 0])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 TILE = 1 << 18
 """Elements worked on at once in a search: a few buffers of this size stay in a core's second-level cache."""
-COARSE = 12
+COARSE = 8
 SMALLEST_SHRINK = 0.35
 """The range of a group is shrunk from 1 down to this; at 2 bits the best range is near 0.5, so the end is never the winner."""
 SMALLEST_SCALE = 1e-8
@@ -76,7 +76,7 @@ class Scales:
 
 def minmax_scales(weight: Tensor, grid: Grid, group_size: int, stored: torch.dtype) -> Scales:
     """The scales of plain rounding: each group's range is the grid's. ``weight`` float32 [..., in]."""
-    low, high = _range(torch.unflatten(weight, -1, (-1, group_size)), grid)
+    low, high = _range(torch.unflatten(weight, -1, (-1, group_size)), grid, -1)
     return _scales(low, high, grid, stored)
 
 
@@ -89,29 +89,37 @@ def search_scales(weight: Tensor, grid: Grid, group_size: int, stored: torch.dty
     """
     rows, columns = weight.shape
     groups = columns // group_size
-    root = None if importance is None else importance.clamp_min(0).sqrt().view(groups, group_size)
-    scale = torch.empty(rows, groups, device=weight.device)
+    if importance is None:
+        importance = torch.ones(columns, device=weight.device)
+    weights = importance.clamp_min(0).view(groups, 1, group_size)
+    # Inputs first, so that every operation below runs along rows, which share nothing but are many.
+    by_input = weight.T.view(groups, group_size, rows)
+    scale = torch.empty(groups, rows, device=weight.device)
     zero = torch.empty_like(scale)
-    step = max(1, TILE // columns)
-    for start in range(0, rows, step):
-        tile = weight[start : start + step].view(-1, groups, group_size)
-        found = _search_tile(tile, grid, stored, root)
-        scale[start : start + step], zero[start : start + step] = found.scale, found.zero
-    return Scales(scale, zero)
+    wide = min(rows, TILE // group_size + 1)
+    deep = max(1, TILE // (group_size * wide))
+    for first in range(0, groups, deep):
+        for start in range(0, rows, wide):
+            part = slice(first, first + deep), slice(start, start + wide)
+            tile = by_input[part[0], :, part[1]].contiguous()
+            found = _search_tile(tile, grid, stored, weights[part[0]])
+            scale[part], zero[part] = found.scale, found.zero
+    return Scales(scale.T.contiguous(), zero.T.contiguous())
 
 
-def _search_tile(tile: Tensor, grid: Grid, stored: torch.dtype, root: Tensor | None) -> Scales:
-    low, high = _range(tile, grid)
+def _search_tile(tile: Tensor, grid: Grid, stored: torch.dtype, weights: Tensor) -> Scales:
+    """Scales [groups, rows] of ``tile`` [groups, group_size, rows] under ``weights`` [groups, 1, group_size]."""
+    low, high = _range(tile, grid, 1)
     buffer = torch.empty_like(tile)
     best = _scales(low, high, grid, stored)
-    best_error = _error(tile, best, grid, root, buffer)
+    best_error = _error(tile, best, grid, weights, buffer)
     shrink = torch.ones_like(low)
     sign = torch.ones_like(low)
 
     def attempt(factor: Tensor | float, signs: Tensor | float) -> None:
         nonlocal best, best_error, shrink, sign
         candidate = _scales(low * factor, high * factor, grid, stored, signs)
-        error = _error(tile, candidate, grid, root, buffer)
+        error = _error(tile, candidate, grid, weights, buffer)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best = Scales(torch.where(better, candidate.scale, best.scale), torch.where(better, candidate.zero, best.zero))
@@ -120,7 +128,7 @@ def _search_tile(tile: Tensor, grid: Grid, stored: torch.dtype, root: Tensor | N
 
     spacing = (1 - SMALLEST_SHRINK) / COARSE
     for signs in (1.0, -1.0) if grid.symmetric else (1.0,):
-        for index in range(COARSE):
+        for index in range(int(signs > 0), COARSE):  # the first candidate of the positive sign is the one to beat
             attempt(1 - index * spacing, signs)
     for fraction in (1 / 2, 1 / 4):
         centre, direction = shrink, sign
@@ -129,36 +137,32 @@ def _search_tile(tile: Tensor, grid: Grid, stored: torch.dtype, root: Tensor | N
     return best
 
 
-def _range(groups: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """Ends of each group's range, which always contains zero so that a pruned weight stays exactly zero."""
+def _range(groups: Tensor, grid: Grid, along: int) -> tuple[Tensor, Tensor]:
+    """Ends of each group's range (its members lie along one dimension), which always contains zero so that a pruned weight stays exactly zero."""
     if grid.symmetric:
         # Half a step beyond the outermost positive code: the grid's extra negative code serves the other end.
-        high = groups.abs().amax(-1)
+        high = groups.abs().amax(along)
         return -high, high
-    return groups.amin(-1).clamp_max(0), groups.amax(-1).clamp_min(0)
+    return groups.amin(along).clamp_max(0), groups.amax(along).clamp_min(0)
 
 
 def _scales(low: Tensor, high: Tensor, grid: Grid, stored: torch.dtype, sign: Tensor | float = 1.0) -> Scales:
-    scale = ((high - low) / (2**grid.bits - 1)).clamp_min(SMALLEST_SCALE).to(stored).float()
+    kind = torch.finfo(stored)
+    smallest = max(SMALLEST_SCALE, kind.smallest_normal * kind.eps)  # float16 would store less as zero
+    scale = ((high - low) / (2**grid.bits - 1)).clamp_min(smallest).to(stored).float()
     if grid.symmetric:
         return Scales(scale * sign, torch.zeros_like(scale))
     return Scales(scale, (grid.low - low / scale).round_().clamp_(grid.low, grid.high))
 
 
-def _error(tile: Tensor, scales: Scales, grid: Grid, root: Tensor | None, buffer: Tensor) -> Tensor:
-    """Weighted norm of the rounding error of each group, [rows, groups]; `buffer` is overwritten."""
-    scale, zero = scales.scale[..., None], scales.zero[..., None]
+def _error(tile: Tensor, scales: Scales, grid: Grid, weights: Tensor, buffer: Tensor) -> Tensor:
+    """Weighted squared rounding error of each group, [groups, rows]; `buffer` is overwritten."""
+    scale = scales.scale[:, None]
     torch.mul(tile, scale.reciprocal(), out=buffer)
-    if not grid.symmetric:
-        buffer += zero
-    buffer.round_().clamp_(grid.low, grid.high)
-    if not grid.symmetric:
-        buffer -= zero
-    buffer.mul_(scale).sub_(tile)
-    if root is not None:
-        buffer *= root
-    error: Tensor = torch.linalg.vector_norm(buffer, dim=-1)
-    return error
+    # The zero point is a whole number: moving the grid's ends by it spares adding it to and taking it from every weight.
+    buffer.round_().clamp_(grid.low - scales.zero[:, None], grid.high - scales.zero[:, None])
+    torch.addcmul(tile, buffer, scale, value=-1, out=buffer)
+    return torch.bmm(weights, buffer.square_())[:, 0]
 
 
 def round_to_nearest(weight: Tensor, scales: Scales, grid: Grid) -> Tensor:

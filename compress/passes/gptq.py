@@ -78,7 +78,7 @@ class Pass(Quantize):
             found = [self._scales(each, grid, group_size, stored, importance[place]) for place, each in enumerate(weight)]
             scales = Scales(torch.stack([each.scale for each in found]), torch.stack([each.zero for each in found]))
             codes, cost = round_with_feedback(weight, factor.members(batch), scales, grid)
-            energy = torch.einsum("bri,bij,brj->br", weight, inputs.hessian[batch], weight)
+            energy = _energy(weight, inputs.hessian, batch)
             for place, (index, reason) in enumerate(zip(batch, reasons, strict=True)):
                 if reason:
                     codes[place] = round_to_nearest(weight[place], found[place], grid)
@@ -113,3 +113,14 @@ class Pass(Quantize):
 
     def _refuse(self, group: Group, reason: str) -> None:
         raise InputError.one(group.name, reason, "give more calibration data, or set fallback: round to have it rounded without data and recorded")
+
+
+def _energy(weight: Tensor, hessian: Tensor, batch: list[int]) -> Tensor:
+    """Mean square of each output before rounding, [batch, out]: what an error is relative to."""
+    import torch
+
+    from compress.calibrate import fast_exact_products
+
+    # A denominator for the report: three digits are plenty.
+    with fast_exact_products(torch.bfloat16):
+        return torch.stack([((each @ hessian[index]) * each).sum(1) for each, index in zip(weight, batch, strict=True)])
