@@ -1,7 +1,7 @@
 """Write docs/recipe.md from the models that validate recipes, so that the two cannot disagree.
 
-    python scripts/recipe_reference.py          # write it
-    python scripts/recipe_reference.py --check  # exit 1 if it is stale
+python scripts/recipe_reference.py          # write it
+python scripts/recipe_reference.py --check  # exit 1 if it is stale
 """
 
 import argparse

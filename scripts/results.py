@@ -96,7 +96,9 @@ def render(documents: list[tuple[str, dict[str, Any]]]) -> str:
     if not documents:
         return "*No results yet: see [bench/](bench/README.md).*"
     rows = [row for name, document in documents for row in ROWS[name](document)]
-    columns = [tool for tool in (OURS, *(tool for tool in TITLES if tool not in (OURS, BASELINE)), BASELINE) if any(tool in cells for _, cells in rows)]
+    columns = [
+        tool for tool in (OURS, *(tool for tool in TITLES if tool not in (OURS, BASELINE)), BASELINE) if any(tool in cells for _, cells in rows)
+    ]
     lines = ["| | " + " | ".join(TITLES[tool] for tool in columns) + " |", "|---|" + "---:|" * len(columns)]
     lines += ["| " + " | ".join([label, *(cells.get(tool, "") for tool in columns)]) + " |" for label, cells in rows]
     return "\n".join([*lines, "", " ".join(notes(documents))])
