@@ -231,7 +231,7 @@ class _Run:
         for layout in self.layout.blocks:
             self.records += self.model.adopt(workspace.block_file(layout.index))
         self.passes.append({"name": name, "seconds": time.monotonic() - began, "peak_bytes": peak_bytes()})
-        missing = sorted({linear for linear, (by, _) in self.plan.items() if by == name} - {record["name"] for record in self.records})
+        missing = sorted(step.plan(self.layout).keys() - {record["name"] for record in self.records})
         if missing:
             raise AssertionError(f"{name} left {len(missing)} linears alone that it should have taken: {missing[:3]}")
 
