@@ -24,7 +24,9 @@ from compress import demo
 from compress.data import Tokenizer
 
 torch.set_num_threads(1)
-settings.register_profile("suite", deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture], derandomize=True)
+settings.register_profile(
+    "suite", deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture], derandomize=True
+)
 settings.load_profile("suite")
 
 

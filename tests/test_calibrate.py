@@ -14,7 +14,7 @@ from torch import Tensor
 from compress import calibrate, data
 from compress.calibrate import Inputs, SecondMoment, Workspace, sweep
 from compress.checkpoint import Checkpoint
-from compress.layout import EXPERTS_OUT, Group, Layout
+from compress.layout import Group, Layout
 from compress.model import Model
 from compress.numerics.grid import Quantized
 
@@ -74,7 +74,9 @@ def test_tokens_of_all_experts_add_up_to_tokens_times_top_k(kind: str, checkpoin
 
 @pytest.mark.parametrize("per_batch", [1, 30, 60])
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen3_moe"])
-def test_second_moments_do_not_depend_on_the_batch(kind: str, per_batch: int, checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_second_moments_do_not_depend_on_the_batch(
+    kind: str, per_batch: int, checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     samples = tiny.samples()
     whole = swept(checkpoint(kind), samples, tmp_path / "whole")
     monkeypatch.setattr(data, "TOKENS_PER_BATCH", per_batch)
@@ -89,7 +91,9 @@ def _folders(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("room", [1, 3 * 4 * 64 * 64])
-def test_experts_measured_in_several_turns_equal_those_of_one(room: int, checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_experts_measured_in_several_turns_equal_those_of_one(
+    room: int, checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, samples = checkpoint("qwen3_moe"), tiny.samples()
     whole = swept(folder, samples, tmp_path / "whole")
     monkeypatch.setattr(calibrate, "STATISTICS_BYTES", room)

@@ -182,7 +182,10 @@ def test_verification_hashes_every_shard_and_counts_every_byte(checkpoint: Calla
 def as_gptq(folder: Path) -> None:
     edit_json(folder / "config.json", lambda plain: plain.update(quantization_config={"quant_method": "gptq", "bits": 4}))
     for path in shards(folder):
-        edit_weights(path, lambda tensors: [tensors.update({name.replace(".weight", ".qweight"): tensors.pop(name)}) for name in list(tensors) if "_proj" in name])
+        edit_weights(
+            path,
+            lambda tensors: [tensors.update({name.replace(".weight", ".qweight"): tensors.pop(name)}) for name in list(tensors) if "_proj" in name],
+        )
     edit_json(folder / INDEX, lambda plain: plain.update(weight_map={name: path.name for path in shards(folder) for name in load_file(path)}))
 
 
@@ -195,7 +198,14 @@ def as_declared(folder: Path) -> None:
     edit_json(folder / "config.json", lambda plain: plain.update(quantization_config={"quant_method": "fbgemm_fp8"}))
 
 
-@pytest.mark.parametrize(("quantise", "message"), [(as_gptq, r"already quantised \(gptq\)"), (as_float8, "stored as F8_E4M3, already quantised"), (as_declared, r"already quantised \(fbgemm_fp8\)")])
+@pytest.mark.parametrize(
+    ("quantise", "message"),
+    [
+        (as_gptq, r"already quantised \(gptq\)"),
+        (as_float8, "stored as F8_E4M3, already quantised"),
+        (as_declared, r"already quantised \(fbgemm_fp8\)"),
+    ],
+)
 def test_an_already_quantised_source_is_refused_as_such(quantise: Damage, message: str, copy: Callable[..., Path]) -> None:
     folder = copy()
     quantise(folder)
@@ -206,7 +216,10 @@ def test_an_already_quantised_source_is_refused_as_such(quantise: Damage, messag
 def rename_block(old: int, new: int) -> Damage:
     def damage(folder: Path) -> None:
         for path in shards(folder):
-            edit_weights(path, lambda tensors: [tensors.update({name.replace(f"layers.{old}.", f"layers.{new}."): tensors.pop(name)}) for name in list(tensors)])
+            edit_weights(
+                path,
+                lambda tensors: [tensors.update({name.replace(f"layers.{old}.", f"layers.{new}."): tensors.pop(name)}) for name in list(tensors)],
+            )
         edit_json(folder / INDEX, lambda plain: plain.update(weight_map={name: path.name for path in shards(folder) for name in load_file(path)}))
 
     return damage
@@ -218,7 +231,9 @@ def set_config(**changes: object) -> Damage:
 
 def widen_one(folder: Path) -> None:
     for path in shards(folder):
-        edit_weights(path, lambda tensors: tensors.update({name: torch.zeros(32, 80) for name in tensors if name.endswith("layers.0.self_attn.k_proj.weight")}))
+        edit_weights(
+            path, lambda tensors: tensors.update({name: torch.zeros(32, 80) for name in tensors if name.endswith("layers.0.self_attn.k_proj.weight")})
+        )
 
 
 LAYOUT_FAULTS: dict[str, tuple[Damage, str]] = {
@@ -285,7 +300,8 @@ TENSORS = {
 
 
 def same(left: torch.Tensor, right: torch.Tensor) -> bool:
-    return left.dtype == right.dtype and left.shape == right.shape and left.contiguous().view(-1).view(torch.uint8).equal(right.contiguous().view(-1).view(torch.uint8))
+    left_bytes, right_bytes = (tensor.contiguous().view(-1).view(torch.uint8) for tensor in (left, right))
+    return left.dtype == right.dtype and left.shape == right.shape and left_bytes.equal(right_bytes)
 
 
 @pytest.mark.parametrize("name", TENSORS)

@@ -67,7 +67,9 @@ def test_the_scale_of_the_hessian_does_not_matter(constant: float) -> None:
 def test_the_panel_does_not_change_the_codes(panel: int) -> None:
     weight, hessian, scales = problem(3, columns=80)
     factor = factorize(hessian, DAMP, True)
-    assert torch.equal(round_with_feedback(weight, factor, scales, Grid(3, True), panel)[0], round_with_feedback(weight, factor, scales, Grid(3, True), 64)[0])
+    assert torch.equal(
+        round_with_feedback(weight, factor, scales, Grid(3, True), panel)[0], round_with_feedback(weight, factor, scales, Grid(3, True), 64)[0]
+    )
 
 
 @pytest.mark.parametrize("member", range(3))
@@ -132,7 +134,12 @@ def test_damping_grows_until_the_factorisation_succeeds(least: float, damp: floa
     assert float(factorize(indefinite(least), 0.01, True).damp) == pytest.approx(damp)
 
 
-HOPELESS = {"very indefinite": indefinite(-3.0), "NaN": torch.full((1, 8, 8), torch.nan), "infinite": torch.full((1, 8, 8), torch.inf), "zero": torch.zeros(1, 8, 8)}
+HOPELESS = {
+    "very indefinite": indefinite(-3.0),
+    "NaN": torch.full((1, 8, 8), torch.nan),
+    "infinite": torch.full((1, 8, 8), torch.inf),
+    "zero": torch.zeros(1, 8, 8),
+}
 
 
 @pytest.mark.parametrize("kind", HOPELESS)
@@ -158,5 +165,8 @@ def test_inputs_that_are_always_zero_are_rounded_plainly() -> None:
 
 def test_float32_reaches_the_cost_of_float64() -> None:
     weight, hessian, scales = problem(11, rows=32, columns=64, tokens=256)
-    costs = [float(round_with_feedback(weight.to(kind), factorize(hessian.to(kind), DAMP, True), scales, Grid(4, True))[1].sum()) for kind in (torch.float32, torch.float64)]
+    costs = [
+        float(round_with_feedback(weight.to(kind), factorize(hessian.to(kind), DAMP, True), scales, Grid(4, True))[1].sum())
+        for kind in (torch.float32, torch.float64)
+    ]
     assert costs[0] == pytest.approx(costs[1], rel=0.02)

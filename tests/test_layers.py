@@ -40,7 +40,23 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 }
 """By module or package, longest match first. Those not named here - pipeline and cli - stand above all and may import everything below."""
 TOP = ("pipeline", "cli", "__main__")
-LIGHT = ("errors", "arch", "checkpoint", "source", "layout", "passes", "recipe", "planning", "export", "report", "card", "pipeline", "cli", "inspection", "view")
+LIGHT = (
+    "errors",
+    "arch",
+    "checkpoint",
+    "source",
+    "layout",
+    "passes",
+    "recipe",
+    "planning",
+    "export",
+    "report",
+    "card",
+    "pipeline",
+    "cli",
+    "inspection",
+    "view",
+)
 
 
 def modules() -> dict[str, Path]:
@@ -61,6 +77,10 @@ def covers(names: tuple[str, ...], module: str) -> bool:
     return any(module == name or module.startswith(name + ".") for name in names)
 
 
+def is_package(name: str) -> bool:
+    return PACKAGE.parent.joinpath(*name.split(".")).is_dir()
+
+
 def is_type_checking(node: ast.stmt) -> bool:
     return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
 
@@ -75,7 +95,7 @@ def imports(module: str, *, top_only: bool = False, for_types: bool = True) -> s
         elif isinstance(node, ast.ImportFrom):
             assert not node.level, f"{module} imports relatively"
             inner = {f"{node.module}.{alias.name}" for alias in node.names}
-            known = {name for name in inner if name.removeprefix("compress.") in MODULES or name.startswith("compress.") and (PACKAGE / name.removeprefix("compress.").replace(".", "/")).is_dir()}
+            known = {name for name in inner if name.startswith("compress.") and (name.removeprefix("compress.") in MODULES or is_package(name))}
             found.update(known)
             if known != inner:
                 found.add(str(node.module))
@@ -119,7 +139,15 @@ def test_a_light_module_imports_nothing_heavy_at_its_top(module: str) -> None:
     assert not {name for name in imports(module, top_only=True, for_types=False) if name.partition(".")[0] in HEAVY}
 
 
-@pytest.mark.parametrize("statement", ["import compress.recipe, compress.layout, compress.planning", "import compress.cli", "import compress.pipeline", "import compress.passes.gptq, compress.export.compressed_tensors"])
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import compress.recipe, compress.layout, compress.planning",
+        "import compress.cli",
+        "import compress.pipeline",
+        "import compress.passes.gptq, compress.export.compressed_tensors",
+    ],
+)
 def test_what_answers_at_once_loads_no_torch(statement: str) -> None:
     code = f"import sys; {statement}; print(sorted({{name.partition('.')[0] for name in sys.modules}} & {set(HEAVY)!r}))"
     result = subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True, check=True)

@@ -91,7 +91,11 @@ def test_a_whole_missing_expert_is_refused_by_name(copy: Callable[..., Path]) ->
 
 @pytest.mark.parametrize(
     ("kind", "name"),
-    [("llama", "model.layers.1.self_attn.extra.weight"), ("llama", "model.layers.0.self_attn.q_proj.bias"), ("qwen3_moe", "model.layers.0.mlp.experts.8.down_proj.weight")],
+    [
+        ("llama", "model.layers.1.self_attn.extra.weight"),
+        ("llama", "model.layers.0.self_attn.q_proj.bias"),
+        ("qwen3_moe", "model.layers.0.mlp.experts.8.down_proj.weight"),
+    ],
 )
 def test_an_unknown_tensor_is_refused_by_name(kind: str, name: str, copy: Callable[..., Path]) -> None:
     folder = copy(kind)
@@ -120,7 +124,9 @@ def test_memory_of_a_block_is_freed_on_leaving(checkpoint: Callable[..., Path]) 
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3_moe", "mixtral"])
-def test_a_quantized_block_computes_with_the_dequantised_weights_and_so_does_its_file(kind: str, checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_quantized_block_computes_with_the_dequantised_weights_and_so_does_its_file(
+    kind: str, checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
     model, grid = open_model(checkpoint(kind)), Grid(4, True)
     linear = model.blocks[0].stages[-1].groups[-1].linears[0].name
     with model.block(0) as block:

@@ -66,7 +66,9 @@ def test_compressed_tensors_unpacks_the_stream(rows: int, columns: int, bits: in
 def test_a_weight_comes_back_from_its_tensors(rows: int, groups: int, group: int, bits: int, symmetric: bool) -> None:
     weight = weight_of(rows, groups * group, group, Grid(bits, symmetric), torch.bfloat16)
     back = pack_quantized.unpack("x", pack_quantized.pack("x", weight))
-    same_zero = back.zero_point is None if weight.zero_point is None else back.zero_point is not None and torch.equal(back.zero_point, weight.zero_point)
+    same_zero = (
+        back.zero_point is None if weight.zero_point is None else back.zero_point is not None and torch.equal(back.zero_point, weight.zero_point)
+    )
     assert torch.equal(back.codes, weight.codes) and torch.equal(back.scale, weight.scale) and same_zero and back.bits == bits
 
 
@@ -82,7 +84,14 @@ def test_compressed_tensors_computes_the_same_weights_bit_for_bit(bits: int, sym
     assert torch.equal(PackedQuantizationCompressor.decompress(state, scheme)["weight"], weight.dequantize())
 
 
-@given(st.integers(1, 70), st.integers(1, 5), st.sampled_from([16, 24, 40]), bits_strategy, st.booleans(), st.sampled_from([torch.bfloat16, torch.float32]))
+@given(
+    st.integers(1, 70),
+    st.integers(1, 5),
+    st.sampled_from([16, 24, 40]),
+    bits_strategy,
+    st.booleans(),
+    st.sampled_from([torch.bfloat16, torch.float32]),
+)
 def test_predicted_bytes_are_the_real_ones(rows: int, groups: int, group: int, bits: int, symmetric: bool, dtype: torch.dtype) -> None:
     tensors = pack_quantized.pack("x", weight_of(rows, groups * group, group, Grid(bits, symmetric), dtype))
     assert packed_bytes(rows, groups * group, bits, group, symmetric, dtype.itemsize) == sum(tensor.nbytes for tensor in tensors.values())
@@ -104,5 +113,5 @@ def _other_shape(tensors: dict[str, Tensor]) -> None:
 def test_tensors_that_contradict_each_other_are_refused_by_name(damage: object) -> None:
     tensors = pack_quantized.pack("x", weight_of(4, 64, 16, Grid(4, True), torch.float32))
     damage(tensors)  # type: ignore[operator]
-    with pytest.raises(InputError, match="^x: packed"):
+    with pytest.raises(InputError, match=r"^x: packed"):
         pack_quantized.unpack("x", tensors)

@@ -63,22 +63,40 @@ MISTAKES: dict[str, tuple[object, str]] = {
     "options that are a number": ({"passes": [{"rtn": 4}]}, "r.yaml: passes[0].rtn: options must be a mapping, got 4"),
     "an unknown top key": ({"passes": [{"rtn": {}}], "gate": {}}, "r.yaml: gate: unknown key; did you mean 'gates'?"),
     "an unknown option": ({"passes": [{"rtn": {"groupsize": 64}}]}, "r.yaml: passes[0].rtn: groupsize: unknown key; did you mean 'group_size'?"),
-    "an unknown key far from any": ({"passes": [{"rtn": {}}], "calibration": {"zzz": 1}}, "r.yaml: calibration.zzz: unknown key; known are data, samples, length, seed"),
-    "an unknown key of evaluate": ({"passes": [{"rtn": {}}], "evaluate": {"contxt": 1}}, "r.yaml: evaluate.contxt: unknown key; did you mean 'context'?"),
+    "an unknown key far from any": (
+        {"passes": [{"rtn": {}}], "calibration": {"zzz": 1}},
+        "r.yaml: calibration.zzz: unknown key; known are data, samples, length, seed",
+    ),
+    "an unknown key of evaluate": (
+        {"passes": [{"rtn": {}}], "evaluate": {"contxt": 1}},
+        "r.yaml: evaluate.contxt: unknown key; did you mean 'context'?",
+    ),
     "an unknown key of a gate": ({"passes": [{"rtn": {}}], "gates": {"kl": {"maximum": 1}}}, "r.yaml: gates.kl.maximum: unknown key"),
     "too few bits": ({"passes": [{"rtn": {"bits": 1}}]}, "r.yaml: passes[0].rtn: bits: input should be greater than or equal to 2, got 1"),
     "bits that are text": ({"passes": [{"rtn": {"bits": "four"}}]}, "r.yaml: passes[0].rtn: bits: "),
     "half a bit": ({"passes": [{"rtn": {"bits": 4.5}}]}, "r.yaml: passes[0].rtn: bits: "),
     "a group that is a word": ({"passes": [{"rtn": {"group_size": "chanel"}}]}, "r.yaml: passes[0].rtn: group_size"),
-    "an unknown choice": ({"passes": [{"gptq": {"fallback": "ignore"}}]}, "r.yaml: passes[0].gptq: fallback: input should be 'error' or 'round', got 'ignore'"),
+    "an unknown choice": (
+        {"passes": [{"gptq": {"fallback": "ignore"}}]},
+        "r.yaml: passes[0].gptq: fallback: input should be 'error' or 'round', got 'ignore'",
+    ),
     "damping of nothing": ({"passes": [{"gptq": {"damp": 0}}]}, "r.yaml: passes[0].gptq: damp: input should be greater than 0, got 0"),
     "endless tokens": ({"passes": [{"gptq": {"min_tokens": float("inf")}}]}, "r.yaml: passes[0].gptq: min_tokens: input should be a finite number"),
     "a pattern that is no expression": ({"passes": [{"rtn": {"include": ["re:["]}}]}, "r.yaml: passes[0].rtn: include"),
     "a gate without a bound": ({"passes": [{"rtn": {}}], "gates": {"kl": {}}}, "r.yaml: gates.kl: needs max or min"),
-    "a gate that is not a number": ({"passes": [{"rtn": {}}], "gates": {"kl": {"max": float("nan")}}}, "r.yaml: gates.kl.max: input should be a finite number"),
-    "a gate without an evaluation": ({"passes": [{"rtn": {}}], "gates": {"kl": {"max": 1}}, "evaluate": None}, "r.yaml: gates.kl: needs an evaluation, but evaluate is null"),
+    "a gate that is not a number": (
+        {"passes": [{"rtn": {}}], "gates": {"kl": {"max": float("nan")}}},
+        "r.yaml: gates.kl.max: input should be a finite number",
+    ),
+    "a gate without an evaluation": (
+        {"passes": [{"rtn": {}}], "gates": {"kl": {"max": 1}}, "evaluate": None},
+        "r.yaml: gates.kl: needs an evaluation, but evaluate is null",
+    ),
     "two exports": ({"passes": [{"rtn": {}}], "export": ["compressed-tensors", "compressed-tensors"]}, "r.yaml: export: "),
-    "no samples": ({"passes": [{"rtn": {}}], "calibration": {"samples": 0}}, "r.yaml: calibration.samples: input should be greater than or equal to 1, got 0"),
+    "no samples": (
+        {"passes": [{"rtn": {}}], "calibration": {"samples": 0}},
+        "r.yaml: calibration.samples: input should be greater than or equal to 1, got 0",
+    ),
 }
 
 
@@ -97,7 +115,8 @@ def test_passes_out_of_the_order_of_stages_are_refused(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(rtn.Pass, "stage", "sparsify")
     assert told({"passes": [{"gptq": {}}, {"rtn": {}}]}) == [
-        "r.yaml: passes[1]: rtn belongs to stage sparsify, but comes after a pass of stage quantize; the order is restructure < sparsify < transform < quantize"
+        "r.yaml: passes[1]: rtn belongs to stage sparsify, but comes after a pass of stage quantize; "
+        "the order is restructure < sparsify < transform < quantize"
     ]
 
 
@@ -118,50 +137,75 @@ def test_every_shipped_recipe_is_valid_and_says_how_to_run_it(path: Path) -> Non
 
 FITTING: dict[str, tuple[str, dict[str, Any], str]] = {
     "a pattern that matches nothing": (
-        "llama", with_passes({"rtn": {"group_size": 32, "include": ["*.qproj"]}}),
+        "llama",
+        with_passes({"rtn": {"group_size": 32, "include": ["*.qproj"]}}),
         "r.yaml: passes[0].rtn: include: '*.qproj' matches none of the 14 linears; one of them is model.layers.0.self_attn.q_proj",
     ),
     "an exclusion that matches nothing": (
-        "llama", with_passes({"rtn": {"group_size": 32, "exclude": ["re:lm_head"]}}), "r.yaml: passes[0].rtn: exclude: 're:lm_head' matches none of the 14 linears",
+        "llama",
+        with_passes({"rtn": {"group_size": 32, "exclude": ["re:lm_head"]}}),
+        "r.yaml: passes[0].rtn: exclude: 're:lm_head' matches none of the 14 linears",
     ),
     "everything excluded": ("llama", with_passes({"rtn": {"group_size": 32, "exclude": ["*"]}}), "r.yaml: passes[0].rtn: takes no linear at all"),
     "a group that divides no width": (
-        "llama-688", with_passes({"rtn": {"group_size": 64}}),
-        "r.yaml: passes[0].rtn: group_size: 64 does not divide the width 688 of model.layers.0.mlp.down_proj and 1 more; widths that work: 16, 344, 688, or channel",
+        "llama-688",
+        with_passes({"rtn": {"group_size": 64}}),
+        "r.yaml: passes[0].rtn: group_size: 64 does not divide the width 688 of model.layers.0.mlp.down_proj and 1 more; "
+        "widths that work: 16, 344, 688, or channel",
     ),
     "a group that is too small": ("llama", with_passes({"rtn": {"group_size": 8}}), "r.yaml: passes[0].rtn: group_size: must be at least 16, got 8"),
     "a group of nothing": ("llama", with_passes({"rtn": {"group_size": 0}}), "r.yaml: passes[0].rtn: group_size: must be at least 16, got 0"),
     "half of a fused group": (
-        "llama", with_passes({"rtn": {"group_size": 32, "include": ["*.q_proj"]}}),
+        "llama",
+        with_passes({"rtn": {"group_size": 32, "include": ["*.q_proj"]}}),
         "r.yaml: export: model.layers.0.qkv is one matrix to serving engines, but its linears get different schemes",
     ),
     "two schemes for a fused group": (
-        "llama", with_passes({"rtn": {"group_size": 32, "include": ["*.gate_proj"]}}, {"rtn": {"bits": 8, "group_size": 32, "include": ["*.up_proj"]}}),
+        "llama",
+        with_passes({"rtn": {"group_size": 32, "include": ["*.gate_proj"]}}, {"rtn": {"bits": 8, "group_size": 32, "include": ["*.up_proj"]}}),
         "r.yaml: export: model.layers.0.gate_up is one matrix",
     ),
     "asymmetric experts": (
-        "qwen3_moe", with_passes({"rtn": {"group_size": 32, "symmetric": False}}), "r.yaml: export: the experts of model.layers.0 are asymmetric",
+        "qwen3_moe",
+        with_passes({"rtn": {"group_size": 32, "symmetric": False}}),
+        "r.yaml: export: the experts of model.layers.0 are asymmetric",
     ),
     "experts treated differently": (
-        "mixtral", with_passes({"rtn": {"group_size": 32, "exclude": ["*.experts.3.*"]}}),
+        "mixtral",
+        with_passes({"rtn": {"group_size": 32, "exclude": ["*.experts.3.*"]}}),
         "r.yaml: export: the experts of model.layers.0 get different schemes",
     ),
     "a linear taken twice": (
-        "llama", with_passes({"rtn": {"group_size": 32}}, {"gptq": {"group_size": 32}}),
+        "llama",
+        with_passes({"rtn": {"group_size": 32}}, {"gptq": {"group_size": 32}}),
         "r.yaml: passes[1].gptq: model.layers.0.self_attn.q_proj is already quantised by rtn; use include and exclude",
     ),
     "calibration longer than the model": (
-        "llama", BASE | {"calibration": {"length": 512}}, "r.yaml: calibration.length: 512 tokens exceed the model's 256; set it to 256 or less",
+        "llama",
+        BASE | {"calibration": {"length": 512}},
+        "r.yaml: calibration.length: 512 tokens exceed the model's 256; set it to 256 or less",
     ),
     "windows longer than the model": (
-        "llama", BASE | {"evaluate": {"context": 512}}, "r.yaml: evaluate.context: 512 tokens exceed the model's 256",
+        "llama",
+        BASE | {"evaluate": {"context": 512}},
+        "r.yaml: evaluate.context: 512 tokens exceed the model's 256",
     ),
-    "data that do not exist": ("llama", BASE | {"calibration": {"length": 64, "data": "no.txt"}}, "r.yaml: calibration.data: no.txt is no file or folder"),
+    "data that do not exist": (
+        "llama",
+        BASE | {"calibration": {"length": 64, "data": "no.txt"}},
+        "r.yaml: calibration.data: no.txt is no file or folder",
+    ),
     "demonstration data that do not exist": (
-        "llama", BASE | {"evaluate": {"context": 64, "data": "demo:no"}}, "r.yaml: evaluate.data: demo:no: no demonstration data 'no'",
+        "llama",
+        BASE | {"evaluate": {"context": 64, "data": "demo:no"}},
+        "r.yaml: evaluate.data: demo:no: no demonstration data 'no'",
     ),
-    "pairs that do not exist": ("llama", BASE | {"evaluate": {"context": 64, "pairs": "no.jsonl"}}, "r.yaml: evaluate.pairs: no.jsonl is no file or folder"),
-}  # fmt: skip
+    "pairs that do not exist": (
+        "llama",
+        BASE | {"evaluate": {"context": 64, "pairs": "no.jsonl"}},
+        "r.yaml: evaluate.pairs: no.jsonl is no file or folder",
+    ),
+}
 
 
 @pytest.mark.parametrize("mistake", FITTING)

@@ -26,7 +26,11 @@ from compress.formats import pack_quantized
 from compress.layout import Layout
 from compress.model import Model
 
-QUICK: dict[str, Any] = {"calibration": {"samples": 4, "length": 48}, "evaluate": None, "passes": [{"gptq": {"bits": 4, "group_size": 32, "min_tokens": 0}}]}
+QUICK: dict[str, Any] = {
+    "calibration": {"samples": 4, "length": 48},
+    "evaluate": None,
+    "passes": [{"gptq": {"bits": 4, "group_size": 32, "min_tokens": 0}}],
+}
 DEMO: dict[str, Any] = {"calibration": {"samples": 16, "length": 128}, "evaluate": {"context": 64, "windows": 4}}
 UNREPEATABLE = ("report.json", "report.html")
 NEVER = {"gptq": {"bits": 4, "group_size": 32, "min_tokens": 0, "fallback": "round"}}
@@ -59,7 +63,11 @@ def with_pass(name: str, **options: Any) -> dict[str, Any]:
 
 def contents(folder: Path) -> dict[str, str]:
     """Hash of every file that two runs must share."""
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.rglob("*") if path.is_file() and path.name not in UNREPEATABLE}
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name not in UNREPEATABLE
+    }
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -89,22 +97,32 @@ def test_every_architecture_makes_an_artifact_that_plain_transformers_opens(kind
     assert result["accepted"] and result["verification"]["logits_max_difference"] < 1e-3
 
 
-@pytest.mark.parametrize("options", [{"bits": bits} for bits in range(2, 9)] + [{"bits": bits, "symmetric": False} for bits in (2, 3, 4, 5, 8)], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"bits": bits} for bits in range(2, 9)] + [{"bits": bits, "symmetric": False} for bits in (2, 3, 4, 5, 8)], ids=str
+)
 @pytest.mark.parametrize("name", ["rtn", "gptq"])
-def test_every_width_of_grid_is_read_back_by_compressed_tensors_bit_for_bit(name: str, options: dict[str, Any], checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+def test_every_width_of_grid_is_read_back_by_compressed_tensors_bit_for_bit(
+    name: str, options: dict[str, Any], checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
     result = compress(with_pass(name, **options) | {"verify": "streamed"}, checkpoint("llama", torch.bfloat16), tmp_path / "out")
     assert result["verification"]["weights_unpacked_by_compressed_tensors"] == 14
 
 
-@pytest.mark.parametrize("options", [{"symmetric": False}, {"group_size": "channel"}, {"group_size": "channel", "symmetric": False, "bits": 8}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"symmetric": False}, {"group_size": "channel"}, {"group_size": "channel", "symmetric": False, "bits": 8}], ids=str
+)
 @pytest.mark.parametrize("name", ["rtn", "gptq"])
-def test_every_form_of_grid_makes_an_artifact_that_plain_transformers_opens(name: str, options: dict[str, Any], checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+def test_every_form_of_grid_makes_an_artifact_that_plain_transformers_opens(
+    name: str, options: dict[str, Any], checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
     assert compress(with_pass(name, **options) | {"verify": "full"}, checkpoint("llama"), tmp_path / "out")["verification"]["mode"] == "full"
 
 
 @pytest.mark.parametrize("indivisible", ["keep", "channel"])
 @pytest.mark.parametrize("name", ["rtn", "gptq"])
-def test_an_indivisible_width_makes_an_artifact_that_plain_transformers_opens(name: str, indivisible: str, checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+def test_an_indivisible_width_makes_an_artifact_that_plain_transformers_opens(
+    name: str, indivisible: str, checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
     compress(with_pass(name, group_size=64, indivisible=indivisible) | {"verify": "full"}, checkpoint("llama-688"), tmp_path / "out")
     down = "model.layers.0.mlp.down_proj"
     stored = {name.removeprefix(down + "."): tuple(tensor.shape) for name, tensor in weights(tmp_path / "out").items() if name.startswith(down)}
@@ -112,14 +130,18 @@ def test_an_indivisible_width_makes_an_artifact_that_plain_transformers_opens(na
 
 
 def test_two_passes_share_the_linears_between_them(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    steps = [{"rtn": {"bits": 8, "group_size": 32, "exclude": ["*.mlp.*"]}}, {"gptq": {"bits": 3, "group_size": 32, "include": ["*.mlp.*"], "min_tokens": 0}}]
+    steps = [
+        {"rtn": {"bits": 8, "group_size": 32, "exclude": ["*.mlp.*"]}},
+        {"gptq": {"bits": 3, "group_size": 32, "include": ["*.mlp.*"], "min_tokens": 0}},
+    ]
     result = compress(QUICK | {"passes": steps, "verify": "full"}, checkpoint("llama"), tmp_path / "out")
     assert {(record["pass"], record["bits"]) for record in result["linears"]} == {("rtn", 8), ("gptq", 3)}
 
 
 def test_searched_scales_lose_less_than_the_range(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     errors = [
-        sum(record["error"] for record in compress(with_pass("rtn", bits=3, scales=scales), checkpoint("llama"), tmp_path / scales)["linears"]) for scales in ("mse", "minmax")
+        sum(record["error"] for record in compress(with_pass("rtn", bits=3, scales=scales), checkpoint("llama"), tmp_path / scales)["linears"])
+        for scales in ("mse", "minmax")
     ]
     assert errors[0] < errors[1]
 
@@ -204,7 +226,12 @@ def test_other_files_are_carried_byte_for_byte(copy: Callable[..., Path], tmp_pa
     for name, content in {"LICENSE": b"\x00\xff free", "chat_template.jinja": b"{{ x }}", "README.md": b"# the source"}.items():
         (folder / name).write_bytes(content)
     compress(with_pass("rtn"), folder, tmp_path / "out")
-    carried = {"LICENSE": "LICENSE", "chat_template.jinja": "chat_template.jinja", "README.md": "README.source.md", "tokenizer.json": "tokenizer.json"}
+    carried = {
+        "LICENSE": "LICENSE",
+        "chat_template.jinja": "chat_template.jinja",
+        "README.md": "README.source.md",
+        "tokenizer.json": "tokenizer.json",
+    }
     assert all((folder / source).read_bytes() == (tmp_path / "out" / target).read_bytes() for source, target in carried.items())
 
 
@@ -235,7 +262,10 @@ def test_a_gate_decides_but_the_artifact_is_kept(bound: dict[str, float], accept
 
 
 def test_a_starved_expert_stops_the_run_by_name_and_tokens(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    plain = QUICK | {"calibration": {"samples": 1, "length": 8}, "passes": [{"gptq": {"group_size": 32, "min_tokens": 0.25, "include": ["*experts*"]}}]}
+    plain = QUICK | {
+        "calibration": {"samples": 1, "length": 8},
+        "passes": [{"gptq": {"group_size": 32, "min_tokens": 0.25, "include": ["*experts*"]}}],
+    }
     with pytest.raises(InputError, match=r"model\.layers\.0\.experts\.gate_up\.\d: saw \d+ of 8 calibration tokens, needs 16"):
         compress(plain, checkpoint("qwen3_moe"), tmp_path / "out")
 
@@ -244,7 +274,11 @@ def test_a_starved_expert_is_rounded_and_recorded_where_the_recipe_allows_it(che
     options = {"group_size": 32, "min_tokens": 0.25, "include": ["*experts*"], "fallback": "round"}
     plain = QUICK | {"calibration": {"samples": 1, "length": 8}, "passes": [{"gptq": options}], "gates": {"fallbacks": {"max": 0}}, "verify": "full"}
     result = compress(plain, checkpoint("qwen3_moe"), tmp_path / "out")
-    assert not result["accepted"] and all(record["fallback"].startswith("saw ") for record in result["fallbacks"]) and len(result["fallbacks"]) == len(result["linears"])
+    assert (
+        not result["accepted"]
+        and all(record["fallback"].startswith("saw ") for record in result["fallbacks"])
+        and len(result["fallbacks"]) == len(result["linears"])
+    )
 
 
 def test_a_fallback_rounds_as_rtn_would(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
@@ -289,7 +323,9 @@ REPORTS = {"gptq": 4, "rtn": 3, "two passes": 8}
 
 
 @pytest.mark.parametrize(("which", "reports"), [(which, reports) for which, count in REPORTS.items() for reports in range(count)])
-def test_a_run_killed_after_any_block_continues_to_the_same_bytes(which: str, reports: int, checkpoint: Callable[..., Path], tmp_path: Path, unbroken: Callable[[str], dict[str, str]]) -> None:
+def test_a_run_killed_after_any_block_continues_to_the_same_bytes(
+    which: str, reports: int, checkpoint: Callable[..., Path], tmp_path: Path, unbroken: Callable[[str], dict[str, str]]
+) -> None:
     with pytest.raises(Killed):
         compress(RESUMED[which], checkpoint("llama-3-blocks"), tmp_path / "out", KillAfter(reports))
     assert not (tmp_path / "out").exists()
@@ -321,7 +357,9 @@ def test_a_run_killed_between_any_two_files_continues_to_the_same_bytes(
     assert contents(tmp_path / "out") == unbroken("gptq")
 
 
-def test_what_another_recipe_left_is_not_continued_from(checkpoint: Callable[..., Path], tmp_path: Path, unbroken: Callable[[str], dict[str, str]]) -> None:
+def test_what_another_recipe_left_is_not_continued_from(
+    checkpoint: Callable[..., Path], tmp_path: Path, unbroken: Callable[[str], dict[str, str]]
+) -> None:
     with pytest.raises(Killed):
         compress(with_pass("gptq", bits=3), checkpoint("llama-3-blocks"), tmp_path / "out", KillAfter(2))
     compress(RESUMED["gptq"], checkpoint("llama-3-blocks"), tmp_path / "out")
@@ -363,7 +401,9 @@ def test_a_full_disk_is_an_input_error_and_the_run_continues_afterwards(
     assert contents(tmp_path / "out") == unbroken("gptq")
 
 
-def test_a_disk_that_is_too_small_is_refused_before_anything_is_read(checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_is_too_small_is_refused_before_anything_is_read(
+    checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 0, 10**6))  # type: ignore[attr-defined]
     with pytest.raises(InputError, match=r"the disk has 0\.00 GB free, the run needs"):
         compress(with_pass("rtn"), checkpoint("llama"), tmp_path / "out")
@@ -413,7 +453,9 @@ def test_a_target_that_cannot_be_made_is_refused(checkpoint: Callable[..., Path]
 
 
 @pytest.mark.parametrize("part", ["weight_packed", "weight_scale"])
-def test_an_artifact_that_differs_from_what_was_meant_is_never_handed_over(part: str, checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_artifact_that_differs_from_what_was_meant_is_never_handed_over(
+    part: str, checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = compressed_tensors.write
 
     def damaged(model: Any, plan: Any, folder: Path) -> None:

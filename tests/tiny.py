@@ -64,7 +64,15 @@ def config(kind: str) -> Any:
         case "mixtral":
             return hf.MixtralConfig(**_text(num_local_experts=4, num_experts_per_tok=2))
         case "llava":
-            vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16, "patch_size": 8, "projection_dim": 32}
+            vision = {
+                "hidden_size": 32,
+                "intermediate_size": 64,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "image_size": 16,
+                "patch_size": 8,
+                "projection_dim": 32,
+            }
             return hf.LlavaConfig(
                 vision_config=hf.CLIPVisionConfig(**vision), text_config=hf.LlamaConfig(**_text()),
                 image_token_index=IMAGE_TOKEN, image_seq_length=4, vision_feature_layer=-1, vision_feature_select_strategy="default",

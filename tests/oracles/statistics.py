@@ -27,7 +27,9 @@ def inputs_of_linears(model: Any, batches: list[dict[str, Tensor]]) -> dict[str,
     handles = []
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
-            handles.append(module.register_forward_pre_hook(lambda _, arguments, name=name: seen.setdefault(name, []).append(arguments[0].detach().clone())))
+            handles.append(
+                module.register_forward_pre_hook(lambda _, arguments, name=name: seen.setdefault(name, []).append(arguments[0].detach().clone()))
+            )
     for batch in batches:
         model(**batch, use_cache=False)
     for handle in handles:
