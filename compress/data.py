@@ -288,7 +288,7 @@ def _tokens(row: dict[str, Any], place: str) -> list[int]:
     if not all(type(token) is int for token in tokens):
         raise InputError.one(place, f"a row whose input_ids are not all whole numbers: {tokens!r:.100}")
     if mask is None:
-        return tokens
+        return list(tokens)
     if not isinstance(mask, list) or len(mask) != len(tokens):
         raise InputError.one(place, f"a row whose attention_mask does not fit its {len(tokens)} input_ids: {mask!r:.100}")
     return [token for token, real in zip(tokens, mask, strict=True) if real]

@@ -309,9 +309,10 @@ class _Run:
         files = {
             str(path.relative_to(staging)): sha256(path) for path in sorted(staging.rglob("*")) if path.is_file() and path.name not in NOT_IN_MANIFEST
         }
+        verdicts = export_module(self.recipe.export[0]).verdicts(self.layout, self.schemes)
         manifest = {
             "accepted": accepted,
-            "loadable_by": ["transformers with compressed-tensors", "vLLM", "SGLang"] if self.schemes else ["transformers"],
+            "loadable_by": sorted(engine for engine, verdict in verdicts.items() if not verdict.startswith("refuses")),
             "compress": __version__,
             "recipe_hash": self.recipe.hash,
             "seed": self.recipe.calibration.seed,

@@ -83,7 +83,7 @@ def quantization_config(layout: Layout, plan: dict[str, Scheme]) -> dict[str, An
             "output_activations": None,
             "format": "pack-quantized",
         }
-    config = {
+    config: dict[str, Any] = {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "quantization_status": "compressed",

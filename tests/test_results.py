@@ -1,0 +1,72 @@
+"""The table of results, from documents as the benchmarks write them."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+STAMP = {
+    "date": "2026-01-02T03:04:05+00:00",
+    "commit": "0123456789abcdef",
+    "hardware": {"cpu": "A Processor", "cores": 2, "memory_bytes": 1},
+    "versions": {"ours": {"torch": "2"}, "llmcompressor": {"llmcompressor": "0.14", "torch": "2"}, "gptqmodel": None},
+}
+
+
+@pytest.fixture(scope="module")
+def results() -> Any:
+    spec = importlib.util.spec_from_file_location("results", ROOT / "scripts" / "results.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def row(tool: str, method: str, *losses: float, status: str = "done") -> dict[str, Any]:
+    cell = {"tool": tool, "method": method, "bits": 3, "group_size": 128, "symmetric": False}
+    summary = {f"text-{index}": {"excess_loss": loss} for index, loss in enumerate(losses)}
+    return {"cell": cell, "status": status, "summary": summary, "runs": [{}, {}] if losses else []}
+
+
+def documents() -> list[tuple[str, dict[str, Any]]]:
+    rows = [
+        row("llmcompressor", "default", 0.4, 0.3),
+        row("llmcompressor", "mse", 0.2, 0.4),
+        row("gptqmodel", "default", status="exit 1: no such option"),
+        row("ours", "rtn", 0.9, 0.8),
+        row("ours", "gptq={damp: 0.02}", 0.1, 0.2),
+    ]
+    protocol = {"model": "toy", "context": 512, "calibration": {"samples": 128, "length": 512}}
+    baseline = {"text-0": {"perplexity": 10.0}, "text-1": {"perplexity": 20.0}}
+    sides = {
+        "ours": {"status": "done", "cpu_seconds": {"median": 3.0}, "seconds": {"median": 2.0}},
+        "llmcompressor": {"status": "done", "cpu_seconds": {"median": 30.0}, "seconds": {"median": 20.0}},
+        "gptqmodel": {"status": "not installed"},
+    }
+    return [
+        ("quality", {"stamp": STAMP, "protocol": protocol, "baseline": baseline, "results": rows}),
+        ("speed", {"stamp": STAMP, "protocol": {"shape": {"hidden": 2048, "ffn": 5632}}, "sides": sides}),
+        ("memory", {"stamp": STAMP, "checkpoint_bytes": 6 * 10**9, "ratio": 0.2, "run": {"peak_rss_bytes": 12 * 10**8}}),
+        ("kill", {"kills": 30, "identical": 30}),
+    ]
+
+
+def test_every_benchmark_has_its_row_and_every_rival_its_column(results: Any) -> None:
+    table = results.render(documents()).splitlines()
+    assert table[0] == "| | compress | LLM Compressor | GPTQModel | plain rounding |"
+    assert table[2] == "| W3 g128 asymmetric, excess loss | 0.1000 / 0.2000 | 0.2000 / 0.4000 | failed | 0.9000 / 0.8000 |"
+    assert table[3] == "| GPTQ of one Llama block (2048 wide, MLP 5632), CPU seconds | 3.0 | 30.0 | not installed |  |"
+    assert table[5] == "| GPTQ of a checkpoint of 6.00 GB, peak memory | 1.20 GB (20%) |  |  |  |"
+    assert table[6] == "| killed at random moments, 30 times, and started again | 30 byte-identical |  |  |  |"
+    assert "mean of 2 draws" in table[8] and "LLM Compressor 0.14." in table[8] and "A Processor, 2 cores, 2026-01-02, commit 012345678." in table[8]
+
+
+def test_a_readme_is_changed_between_the_markers_only(results: Any) -> None:
+    before = f"a\n{results.BEGIN}\nold\n{results.END}\nz\n"
+    assert results.replaced(before, "new") == f"a\n{results.BEGIN}\nnew\n{results.END}\nz\n"
+    with pytest.raises(SystemExit):
+        results.replaced("no markers", "new")
