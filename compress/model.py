@@ -216,7 +216,7 @@ class Model:
         if types is not None:
             held.layer_types = types
         if hasattr(holder, "has_sliding_layers"):  # taken from the layer types when the model was made, of which there were none
-            holder.has_sliding_layers = "sliding_attention" in types
+            holder.has_sliding_layers = "sliding_attention" in (types or ())
         return hollow.eval()
 
     def _all_slots(self) -> list[dict[str, Slot]]:
@@ -236,7 +236,9 @@ class Model:
                 linear = self.layout.linears.get(name.removesuffix(".weight"))
                 shape = (linear.rows, linear.columns) if linear else self.tensors[name].shape
                 if shape != (wanted := tuple(slot.view(parameters).shape)):
-                    problems.add(name, f"has the shape {list(shape)}, config.json makes it {list(wanted)}", "do config.json and the weights belong together?")
+                    problems.add(
+                        name, f"has the shape {list(shape)}, config.json makes it {list(wanted)}", "do config.json and the weights belong together?"
+                    )
                 found[name] = slot
             for slot in sorted(needed.keys() - found.values(), key=lambda slot: needed[slot]):
                 problems.add(f"{block.prefix}.{needed[slot]}", "is missing from the checkpoint", "is the download complete?")
@@ -247,7 +249,7 @@ class Model:
     def _needed(self, parameters: dict[str, nn.Parameter]) -> dict[Slot, str]:
         """Everything a block must be given: slot to local name on disk."""
         table = self.layout.arch.experts
-        needed = {}
+        needed: dict[Slot, str] = {}
         for name, parameter in parameters.items():
             if table and name in (f"{table.module}.gate_up_proj", f"{table.module}.down_proj"):
                 parts = {None: table.down} if name.endswith("down_proj") else {0: table.gate, 1: table.up}

@@ -116,9 +116,7 @@ def build_processor(tokenizer_dir: Path) -> LlavaProcessor:
         # Answers are generated for several questions at once, so the padding goes in front.
         tokenizer = load_tokenizer(Path(folder), padding_side="left")
     side = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
-    images = CLIPImageProcessorPil(
-        size=side, crop_size=side, image_mean=[0.5] * 3, image_std=[0.5] * 3
-    )
+    images = CLIPImageProcessorPil(size=side, crop_size=side, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     return LlavaProcessor(
         image_processor=images,
         tokenizer=tokenizer,
@@ -129,9 +127,7 @@ def build_processor(tokenizer_dir: Path) -> LlavaProcessor:
     )
 
 
-def scene_batch(
-    rng: np.random.Generator, tokenizer: PreTrainedTokenizerFast, batch: int, turns: int = 4
-) -> tuple[Tensor, Tensor, Tensor]:
+def scene_batch(rng: np.random.Generator, tokenizer: PreTrainedTokenizerFast, batch: int, turns: int = 4) -> tuple[Tensor, Tensor, Tensor]:
     """Pixels, token ids and labels of fresh scenes, several questions about each."""
     pixels, rows = [], []
     for _ in range(batch):
@@ -152,9 +148,7 @@ def scene_batch(
     return torch.from_numpy(np.stack(pixels)), padded_ids, padded_labels
 
 
-def scene_loss(
-    model: LlavaForConditionalGeneration, pixels: Tensor, ids: Tensor, labels: Tensor
-) -> Tensor:
+def scene_loss(model: LlavaForConditionalGeneration, pixels: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
     """Loss of the answers; the vocabulary projection is spared everywhere else."""
     hidden = model.model(input_ids=ids, pixel_values=pixels).last_hidden_state[:, :-1]
     scored = labels[:, 1:] != -100
@@ -202,8 +196,5 @@ class TowerTeacher(torch.nn.Module):
         """Mean loss of the three readings over all patches."""
         hidden = self.tower(pixels, output_hidden_states=True).hidden_states[-1][:, 1:]
         parts = self.lm_head(hidden).float().split(self.sizes, dim=-1)
-        losses = [
-            torch.nn.functional.cross_entropy(part.flatten(0, 1), labels[..., i].flatten())
-            for i, part in enumerate(parts)
-        ]
+        losses = [torch.nn.functional.cross_entropy(part.flatten(0, 1), labels[..., i].flatten()) for i, part in enumerate(parts)]
         return torch.stack(losses).mean()

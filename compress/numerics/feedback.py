@@ -8,6 +8,7 @@ and loses no digits to the inverse. A batch dimension serves experts, whose matr
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,8 @@ from compress.numerics.grid import Grid, Scales
 
 DAMP_RETRIES = (1.0, 10.0, 100.0)
 """Factors on the damping, tried in turn while the factorisation fails."""
+ROWS_AT_ONCE = 6144
+"""Rows are independent; so many of them at a time bound the memory at three float32 copies of their weights."""
 
 
 @dataclass(frozen=True)
@@ -54,23 +57,33 @@ def factorize(hessian: Tensor, damp: float, act_order: bool) -> Factor:
     order = torch.arange(size, device=hessian.device).expand(batch, size)
     if act_order:
         order = torch.argsort(diagonal, dim=1, descending=True, stable=True)
-    upper = torch.zeros_like(hessian)
-    found = torch.full((batch,), torch.nan, dtype=hessian.dtype, device=hessian.device)
     mean = diagonal.mean(1)
-    reverse = order.flip(1)
-    for factor in DAMP_RETRIES:
-        todo = torch.nonzero(found.isnan() & (mean > 0)).flatten().tolist()
-        for index in todo:
-            # Reversed rows and columns turn the usual lower factor into the upper one; each is cut to size to spare a batch of copies.
-            permuted = hessian[index][reverse[index]][:, reverse[index]]
-            permuted.diagonal().add_(damp * factor * mean[index])
-            lower, failed = torch.linalg.cholesky_ex(permuted)
-            if not failed and bool(lower.diagonal().isfinite().all()):
-                upper[index] = lower.flip(0, 1)
-                found[index] = damp * factor
+    uppers, damps = [], []
+    for member in range(batch):
+        upper, used = _upper(hessian[member], order[member].flip(0), float(mean[member]), damp)
+        uppers.append(upper)
+        damps.append(used)
+    # A batch of one, the largest there is, is not copied.
+    upper = uppers[0][None] if batch == 1 else torch.stack(uppers)
     root = upper.diagonal(dim1=1, dim2=2).clone()
     upper /= root.masked_fill(root == 0, 1)[:, None, :]
-    return Factor(upper, root.square(), order, found)
+    return Factor(upper, root.square(), order, torch.tensor(damps, dtype=hessian.dtype, device=hessian.device))
+
+
+def _upper(hessian: Tensor, reverse: Tensor, mean: float, damp: float) -> tuple[Tensor, float]:
+    """The upper factor ``R`` of ``R R^T = hessian + damp * mean * I``, inputs ordered against `reverse`, and the damping it took.
+
+    If none sufficed, zeros and NaN.
+    """
+    for factor in DAMP_RETRIES if mean > 0 else ():
+        permuted = hessian.index_select(0, reverse).index_select(1, reverse)
+        permuted.diagonal().add_(damp * factor * mean)
+        # Of a matrix with rows and columns reversed, the usual lower factor is the upper one, reversed.
+        lower, failed = torch.linalg.cholesky_ex(permuted)
+        del permuted
+        if not failed and bool(lower.diagonal().isfinite().all()):
+            return lower.flip(0, 1), damp * factor
+    return torch.zeros_like(hessian), math.nan
 
 
 def round_with_feedback(weight: Tensor, factor: Factor, scales: Scales, grid: Grid, leaf: int = 32) -> tuple[Tensor, Tensor]:
@@ -80,47 +93,85 @@ def round_with_feedback(weight: Tensor, factor: Factor, scales: Scales, grid: Gr
     ``tr((W - Q) H (W - Q)^T)`` per row, [batch, out]. Columns are halved until `leaf` are left, so that most of the feedback is a
     few large matrix products; `leaf` changes speed, not the result.
     """
+    parts = [
+        _round_rows(weight[:, start : start + ROWS_AT_ONCE], factor, _rows(scales, start), grid, leaf)
+        for start in range(0, weight.shape[1], ROWS_AT_ONCE)
+    ]
+    return torch.cat([codes for codes, _ in parts], 1), torch.cat([cost for _, cost in parts], 1)
+
+
+def _rows(scales: Scales, start: int) -> Scales:
+    part = slice(start, start + ROWS_AT_ONCE)
+    return Scales(scales.scale[:, part], scales.zero[:, part])
+
+
+def _round_rows(weight: Tensor, factor: Factor, scales: Scales, grid: Grid, leaf: int) -> tuple[Tensor, Tensor]:
     batch, rows, columns = weight.shape
     dtype, device = factor.upper.dtype, weight.device
     # Inputs first [in, batch, out]: each step below works on contiguous memory.
     error = torch.empty(columns, batch, rows, dtype=dtype, device=device)
     for member in range(batch):
         error[:, member] = weight[member].T.contiguous().index_select(0, factor.order[member])
-    wanted = error.clone()
-    codes = torch.empty(columns, batch, rows, dtype=torch.int8, device=device)
-    group_of = (factor.order // (columns // scales.scale.shape[2])).T
-    each = torch.arange(batch, device=device).expand(columns, batch)
-    by_group = Scales(scales.scale.to(dtype).transpose(1, 2).contiguous(), scales.zero.to(dtype).transpose(1, 2).contiguous())
-
-    def solve(start: int, end: int) -> None:
-        if end - start > leaf:
-            middle = (start + end) // 2
-            solve(start, middle)
-            _feed_back(wanted[middle:end], factor.upper[:, start:middle, middle:end], error[start:middle])
-            solve(middle, end)
-            return
-        at = each[start:end], group_of[start:end]
-        scale, zero = by_group.scale[at], by_group.zero[at]
-        inverse, negative = scale.reciprocal(), -scale
-        low, high = grid.low - zero, grid.high - zero
-        for k in range(start, end):
-            place, column = k - start, wanted[k]
-            if place:
-                _feed_back(wanted[k : k + 1], factor.upper[:, start:k, k : k + 1], error[start:k])
-            code = torch.mul(column, inverse[place]).round_()
-            torch.clamp(code, low[place], high[place], out=code)
-            error[k].addcmul_(code, negative[place])  # held the weight until here
-            column.addcmul_(code, negative[place])
-            torch.add(code, zero[place], out=code)
-            codes[k] = code
-
-    solve(0, columns)
-    cost = torch.einsum("kbr,bk->br", wanted.square_(), factor.diagonal)
+    work = _Work(
+        factor,
+        Scales(scales.scale.to(dtype).transpose(1, 2).contiguous(), scales.zero.to(dtype).transpose(1, 2).contiguous()),
+        (factor.order // (columns // scales.scale.shape[2])).T,
+        grid,
+        error,
+        error.clone(),
+        torch.empty(columns, batch, rows, dtype=torch.int8, device=device),
+    )
+    _solve(work, 0, columns, leaf)
+    cost = torch.einsum("kbr,bk->br", work.wanted.square_(), factor.diagonal)
     result = torch.empty(batch, rows, columns, dtype=torch.int8, device=device)
     for member in range(batch):
         back = torch.argsort(factor.order[member])
-        result[member] = codes[:, member].index_select(0, back).T
+        result[member] = work.codes[:, member].index_select(0, back).T
     return result, cost
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What the recursion shares. ``scales`` are [batch, groups, out]; ``group_of`` [in, batch]; the rest [in, batch, out].
+
+    ``error`` holds the weight of a column until it is rounded, then what was lost; ``wanted`` the weight with all feedback so far,
+    then the rounding error itself.
+    """
+
+    factor: Factor
+    scales: Scales
+    group_of: Tensor
+    grid: Grid
+    error: Tensor
+    wanted: Tensor
+    codes: Tensor
+
+
+def _solve(work: _Work, start: int, end: int, leaf: int) -> None:
+    """Round columns `start` to `end`, whose feedback from all columns before `start` is already in ``wanted``."""
+    if end - start <= leaf:
+        _round_leaf(work, start, end)
+        return
+    middle = (start + end) // 2
+    _solve(work, start, middle, leaf)
+    _feed_back(work.wanted[middle:end], work.factor.upper[:, start:middle, middle:end], work.error[start:middle])
+    _solve(work, middle, end, leaf)
+
+
+def _round_leaf(work: _Work, start: int, end: int) -> None:
+    at = torch.arange(work.group_of.shape[1], device=work.codes.device).expand(end - start, -1), work.group_of[start:end]
+    scale, zero = work.scales.scale[at], work.scales.zero[at]
+    inverse, negative = scale.reciprocal(), -scale
+    low, high = work.grid.low - zero, work.grid.high - zero
+    for k in range(start, end):
+        place, column = k - start, work.wanted[k]
+        if place:
+            _feed_back(work.wanted[k : k + 1], work.factor.upper[:, start:k, k : k + 1], work.error[start:k])
+        code = torch.mul(column, inverse[place]).round_()
+        torch.clamp(code, low[place], high[place], out=code)
+        work.error[k].addcmul_(code, negative[place])
+        column.addcmul_(code, negative[place])
+        work.codes[k] = code.add_(zero[place])
 
 
 def _feed_back(wanted: Tensor, upper: Tensor, error: Tensor) -> None:

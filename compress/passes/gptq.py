@@ -123,4 +123,4 @@ def _energy(weight: Tensor, hessian: Tensor, batch: list[int]) -> Tensor:
 
     # A denominator for the report: three digits are plenty.
     with fast_exact_products(torch.bfloat16):
-        return torch.stack([((each @ hessian[index]) * each).sum(1) for each, index in zip(weight, batch, strict=True)])
+        return torch.stack([(each @ hessian[index]).mul_(each).sum(1) for each, index in zip(weight, batch, strict=True)])
