@@ -41,17 +41,15 @@ def main() -> int:
         _finish(options, out)
         same = _digests(out) == wanted
         rounds.append({"seconds": round(moment, 2), "killed": state["killed"], "blocks_kept": state["blocks"], "identical": same})
-        print(
-            f"{number + 1:>3}: {'killed' if state['killed'] else 'ended'} at {moment:6.2f} s, {state['blocks']} blocks kept, {'identical' if same else 'DIFFERENT'}",
-            flush=True,
-        )
+        what = "killed" if state["killed"] else "ended"
+        print(f"{number + 1:>3}: {what} at {moment:6.2f} s, {state['blocks']} blocks kept, {'identical' if same else 'DIFFERENT'}", flush=True)
         shutil.rmtree(out)
     identical = sum(each["identical"] for each in rounds)
     killed = sum(each["killed"] for each in rounds)
     print(f"{identical} of {options.kills} artifacts identical, {killed} runs killed")
     if options.json:
         result = {"kills": options.kills, "identical": identical, "killed": killed, "whole_seconds": whole_seconds, "rounds": rounds}
-        options.json.write_text(json.dumps(result | stamp(), indent=2) + "\n")
+        options.json.write_text(json.dumps(result | stamp({}), indent=2) + "\n")
     shutil.rmtree(folder)
     return 0 if identical == options.kills else 1
 

@@ -30,6 +30,8 @@ from compress.source import locate_model
 WORK_NAME = re.compile("run-[0-9a-f]{16}")
 """Folders of unfinished runs; anything else in a work folder is somebody else's."""
 FULL_REOPEN_BYTES = 2 << 30
+OURS = ("README.md", "recipe.yaml", "manifest.json", "report.json", "report.html")
+"""Files every artifact has; those of the source that are called the same get `.source` before their ending."""
 NOT_IN_MANIFEST = ("manifest.json", "report.json", "report.html")
 """The report holds seconds and memory, which no two runs share; everything else is the same bytes every time."""
 
@@ -90,6 +92,8 @@ def _check_target(request: Request, layout: Layout) -> None:
         raise InputError.one(str(request.out), "is the model itself", "choose another --out")
     if request.out.exists() and not request.overwrite:
         raise InputError.one(str(request.out), "exists already", "choose another --out or pass --overwrite")
+    if request.out.exists() and not (request.out / "manifest.json").is_file() and not (request.out.is_dir() and not any(request.out.iterdir())):
+        raise InputError.one(str(request.out), "exists and is no artifact of ours, so it is not overwritten", "choose another --out")
     parent = request.out.absolute().parent
     try:
         parent.mkdir(parents=True, exist_ok=True)
@@ -239,7 +243,7 @@ class _Run:
         self.progress.step("export", 1)
         export_module(self.recipe.export[0]).write(self.model, self.schemes, staging)
         for relative in self.layout.checkpoint.extra_files:
-            target = Path("README.source.md") if str(relative) == "README.md" else relative
+            target = relative.with_suffix(f".source{relative.suffix}") if str(relative) in OURS else relative
             copy_file(self.layout.checkpoint.folder / relative, staging / target)
         write_text(staging / "recipe.yaml", yaml.safe_dump(self.recipe.resolved(), sort_keys=False))
 

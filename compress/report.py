@@ -51,8 +51,18 @@ class Place:
     expert: int | None
 
 
+def finite(value: Any) -> Any:
+    """`value` with every NaN and infinity replaced by None, which JSON can hold: a model that is broken beyond measuring has a report too."""
+    if isinstance(value, dict):
+        return {key: finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write(result: dict[str, Any], folder: Path) -> None:
     """Write `report.json` and `report.html` into `folder`."""
+    result = finite(result)
     write_text(folder / "report.json", json.dumps(result, indent=2, allow_nan=False) + "\n")
     write_text(folder / "report.html", page(result))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -57,6 +58,7 @@ def watch(quiet: bool) -> Iterator[Watch]:
     import warnings
 
     # Libraries print bars and advice of their own, which would tear ours apart.
+    os.environ.setdefault("TQDM_DISABLE", "1")
     warnings.filterwarnings("ignore", module="transformers|compressed_tensors|torch")
     columns = (
         SpinnerColumn(finished_text="·"),

@@ -198,8 +198,8 @@ def fit(
 # --- checkpoints ------------------------------------------------------------------------------
 
 
-def copy_matching(model: PreTrainedModel, directory: Path) -> None:
-    """Copy every tensor of the checkpoint whose name and shape the model shares."""
+def copy_matching(model: PreTrainedModel, directory: Path, fresh_router: bool = False) -> None:
+    """Copy every tensor of the checkpoint whose name and shape the model shares, but for routers if they are to start anew."""
     kind = json.loads((directory / "config.json").read_text())["model_type"]
     loader = AutoModelForImageTextToText if kind == "llava" else AutoModelForCausalLM
     source = loader.from_pretrained(directory, dtype=torch.float32).state_dict()
@@ -209,7 +209,7 @@ def copy_matching(model: PreTrainedModel, directory: Path) -> None:
     shared = {
         name: bare[key]
         for name, key in own.items()
-        if key in bare and bare[key].shape == model.state_dict()[name].shape
+        if key in bare and bare[key].shape == model.state_dict()[name].shape and not (fresh_router and "mlp.gate." in name)
     }
     model.load_state_dict(shared, strict=False)
     print(f"{len(shared)} of {len(own)} tensors start from {directory.name}")
@@ -265,7 +265,7 @@ def train_text(args: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(args.tokenizer)
     model = build_text_model(args.command)
     for directory in args.init:
-        copy_matching(model, directory)
+        copy_matching(model, directory, args.fresh_router)
     stream = training_tokens(args.data, tokenizer, args.cache)
     batches = text_batches(stream, batch=8, seed=args.seed)
     valid = encode_books(tokenizer, read_books(args.data / "books-valid.txt.xz"))
@@ -292,9 +292,7 @@ def train_text(args: argparse.Namespace) -> None:
 # --- vision-language model --------------------------------------------------------------------
 
 
-def train_tower(
-    model: LlavaForConditionalGeneration, rng: np.random.Generator, minutes: float
-) -> None:
+def train_tower(model: LlavaForConditionalGeneration, rng: np.random.Generator, minutes: float) -> None:
     """Teach the vision tower what stands where before the language model learns to read it.
 
     From the answers alone, tower and language model would have to find a common code at once,
@@ -356,9 +354,7 @@ def train_vlm(args: argparse.Namespace) -> None:
 
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     data = commands.add_parser("data", help="write calibration and held-out data")
     data.add_argument("--data", type=Path, required=True)
@@ -369,22 +365,17 @@ def parse_args() -> argparse.Namespace:
         command.add_argument("--data", type=Path, required=True)
         command.add_argument("--out", type=Path, required=True)
         command.add_argument("--tokenizer", type=Path, default=DEMO / "dense")
-        command.add_argument(
-            "--init", type=Path, nargs="*", default=[], help="checkpoints to start from, in turn"
-        )
+        command.add_argument("--init", type=Path, nargs="*", default=[], help="checkpoints to start from, in turn")
+        command.add_argument("--fresh-router", action="store_true", help="do not take over routers, which may have collapsed")
         if name == "vlm":
             command.add_argument("--tower-minutes", type=float, default=4.0)
-            command.add_argument(
-                "--text-every", type=int, default=3, help="every n-th batch is plain text"
-            )
+            command.add_argument("--text-every", type=int, default=3, help="every n-th batch is plain text")
         command.add_argument("--tokens", type=int, default=40_000_000)
         command.add_argument("--minutes", type=float, default=40.0)
         command.add_argument("--lr", type=float, default=0.02, help="of the hidden matrices")
         command.add_argument("--seed", type=int, default=0)
         cache = Path(tempfile.gettempdir()) / "train-demo-tokens.npy"
-        command.add_argument(
-            "--cache", type=Path, default=cache, help="the tokenised books, kept between runs"
-        )
+        command.add_argument("--cache", type=Path, default=cache, help="the tokenised books, kept between runs")
     figures = commands.add_parser("measure", help="print the figures of trained models")
     figures.add_argument("models", type=Path, nargs="+")
     figures.add_argument("--data", type=Path, help="adds the WikiText-2 perplexity")

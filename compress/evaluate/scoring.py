@@ -6,7 +6,6 @@ bootstrap over sequences: both models are resampled together, because their loss
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -88,7 +87,7 @@ def compare(base: Model, model: Model, samples: Samples, advance: Callable[[], N
 
 def perplexity(loss: Tensor) -> float:
     """exp of the mean loss per token."""
-    return math.exp(float(loss.double().mean()))
+    return float(loss.double().mean().exp())
 
 
 def answered(scores: Scores, right: Tensor) -> Tensor:
@@ -115,7 +114,7 @@ def intervals(scores: Scores, base_correct: Tensor, correct: Tensor, seed: int =
         tokens = float(count[chosen].sum())
         if not tokens:
             continue
-        samples["perplexity_ratio"].append(math.exp(float(difference[chosen].sum()) / tokens))
+        samples["perplexity_ratio"].append(float((difference[chosen].sum() / tokens).exp()))
         samples["kl"].append(float(kl[chosen].sum()) / tokens)
         samples["top1_agreement"].append(float(agree[chosen].sum()) / tokens)
         samples["accuracy_drop"].append(float(drop[torch.randint(len(drop), (len(drop),), generator=generator)].mean()))

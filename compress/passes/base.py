@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from compress.data import Samples
     from compress.model import Model
 
+NARROWEST = 32
+"""Inputs of the narrowest linear that is quantised: below, the packed width does not tell the bits."""
 STAGES = ("restructure", "sparsify", "transform", "quantize")
 """The order in which passes may stand in a recipe."""
 
@@ -117,6 +119,10 @@ class Quantize(BaseModel):
         chosen = self.takes(layout)
         if not chosen:
             problems.add(place, "takes no linear at all", "loosen include and exclude")
+        if narrow := next((linear for linear in chosen.values() if linear.columns < NARROWEST), None):
+            problems.add(
+                place, f"{narrow.name} has {narrow.columns} inputs, fewer than {NARROWEST}", "exclude it: its scales would outweigh its codes"
+            )
         if self.indivisible == "error":
             self._check_widths(place, chosen.values(), problems)
 
