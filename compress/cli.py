@@ -44,7 +44,7 @@ def run(
 ) -> None:
     """Compress MODEL as RECIPE says, measure what was lost and judge it."""
     with _errors(as_json):
-        chosen, path = _recipe(recipe)
+        chosen, path, _, _ = _planned(recipe, model)
         target = out or Path(f"{model.rstrip('/').replace(':', '-').rpartition('/')[2]}-{path.stem}")
         from compress import pipeline, view
 
@@ -145,33 +145,41 @@ def main() -> None:
     app(prog_name="compress")
 
 
-def _recipe(path: Path) -> tuple[Recipe, Path]:
-    from compress import recipe
-
+def _find(path: Path) -> Path:
+    """A recipe file, or one that ships, by its name."""
     if not path.exists() and path.parent == Path():
-        path = next((shipped for shipped in _shipped() if path.name in (shipped.name, shipped.stem)), path)
-    return recipe.load(path), path
+        return next((shipped for shipped in _shipped() if path.name in (shipped.name, shipped.stem)), path)
+    return path
 
 
 def _planned(path: Path, model: str) -> tuple[Recipe, Path, Layout, dict[str, tuple[str, Scheme]]]:
-    """Recipe and model, opened and checked against each other, with the mistakes of both reported together."""
+    """Recipe and model, opened and checked against each other; every mistake in either is reported at once."""
+    from compress import recipe
     from compress.errors import Problems
     from compress.pipeline import open_layout
-    from compress.recipe import check as check_recipe
 
     problems = Problems()
+    path = _find(path)
     chosen = layout = None
+    plain = recipe.read(path)
+    schemes: dict[str, tuple[str, Scheme]] = {}
     try:
-        chosen, path = _recipe(path)
+        chosen = recipe.validate(plain, path.name)
     except InputError as error:
         problems.absorb(error)
     try:
         layout = open_layout(model)
     except InputError as error:
         problems.absorb(error)
+    sound = chosen or recipe.salvage(plain)
+    if layout and sound:
+        try:
+            schemes = recipe.check(sound, layout, path.name)
+        except InputError as error:
+            problems.absorb(error)
     problems.raise_if_any()
     assert chosen and layout
-    return chosen, path, layout, check_recipe(chosen, layout, path.name)
+    return chosen, path, layout, schemes
 
 
 def _shipped() -> list[Path]:

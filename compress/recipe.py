@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import hashlib
 import importlib
@@ -132,15 +133,19 @@ def _pass_class(name: str) -> Any:
     return importlib.import_module(f"compress.passes.{name}").Pass
 
 
-def load(path: Path) -> Recipe:
-    """Read and validate a recipe. Raises `InputError` with every mistake in it, each with its place."""
+def read(path: Path) -> object:
+    """The plain data of a recipe file. Raises `InputError` if it is not YAML."""
     try:
-        plain = yaml.safe_load(path.read_text())
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError.one(str(path), f"cannot be read ({error.strerror})", "`compress recipes` lists those that ship with the project") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError.one(str(path), f"is not YAML ({' '.join(str(error).split())})") from error
-    return validate(plain, path.name)
+
+
+def load(path: Path) -> Recipe:
+    """Read and validate a recipe. Raises `InputError` with every mistake in it, each with its place."""
+    return validate(read(path), path.name)
 
 
 def validate(plain: object, place: str) -> Recipe:
@@ -158,6 +163,50 @@ def validate(plain: object, place: str) -> Recipe:
     problems.raise_if_any()
     assert recipe
     return recipe
+
+
+def salvage(plain: object) -> Recipe | None:
+    """What is left of a faulty recipe without its faults, so that the rest can be checked against the model in the same go."""
+    if not isinstance(plain, dict):
+        return None
+    kept = {key: value for key, value in plain.items() if key in Recipe.model_fields and key not in ("gates", "export")}
+    steps = kept.get("passes")
+    kept["passes"] = [step for step in map(_salvage_step, steps if isinstance(steps, list) else []) if step]
+    cleaned = _cleaned(Recipe, kept)
+    return Recipe.model_validate(cleaned) if cleaned is not None else None
+
+
+def _salvage_step(step: object) -> dict[str, Any] | None:
+    if not isinstance(step, dict) or len(step) != 1:
+        return None
+    name, options = next(iter(step.items()))
+    if name not in pass_names() or not isinstance(options, dict | None):
+        return None
+    cleaned = _cleaned(_pass_class(name), options or {})
+    return {name: cleaned} if cleaned is not None else None
+
+
+def _cleaned(model: type[BaseModel], plain: dict[str, Any]) -> dict[str, Any] | None:
+    """`plain` without the keys `model` refuses, or None if nothing valid remains."""
+    try:
+        model.model_validate(plain)
+        return plain
+    except ValidationError as error:
+        plain = copy.deepcopy(plain)
+        for item in error.errors():
+            node: Any = plain
+            for part in item["loc"]:
+                if not isinstance(node, dict) or part not in node:
+                    break
+                if isinstance(node[part], dict) and part != item["loc"][-1]:
+                    node = node[part]
+                else:
+                    del node[part]
+    try:
+        model.model_validate(plain)
+        return plain
+    except ValidationError:
+        return None
 
 
 def _check_passes(steps: object, place: str, problems: Problems) -> None:
@@ -277,10 +326,14 @@ def _check_data(recipe: Recipe, layout: Layout, place: str, problems: Problems) 
         if isinstance(longest, int) and tokens > longest:
             problems.add(f"{place}: {key}", f"{tokens} tokens exceed the model's {longest}", f"set it to {longest} or less")
     for key, name in names.items():
+        path = Path(name).expanduser()
         if name.startswith(DEMO):
             try:
-                demo_data(name)
+                path = demo_data(name)
             except InputError as error:
                 problems.add(f"{place}: {key}", str(error))
-        elif not Path(name).expanduser().exists() and (key != "calibration.data" or not HUB_ID.fullmatch(name.partition("#")[0])):
+                continue
+        elif not path.exists() and (key != "calibration.data" or not HUB_ID.fullmatch(name.partition("#")[0])):
             problems.add(f"{place}: {key}", f"{name} is no file or folder", "paths are relative to where the command runs")
+        if (path / "data.jsonl").exists() and not layout.arch.image:
+            problems.add(f"{place}: {key}", f"{name} holds images, but a {layout.arch.model_type} reads text only", "give text")

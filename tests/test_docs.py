@@ -145,20 +145,24 @@ def test_the_figures_of_the_readme_are_those_measured() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def meant_for(path: Path) -> str:
+    return "demo:vlm" if path.stem.startswith("vlm") else "demo:dense"
+
+
 def test_recipes_are_counted() -> None:
-    assert [path.stem for path in RECIPES] == ["rtn4", "w3", "w4", "w8"]
+    assert [path.stem for path in RECIPES] == ["rtn4", "vlm-w4", "w3", "w4", "w8"]
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipes_load_and_fit_the_demonstration_model(path: Path) -> None:
-    layout = pipeline.open_layout("demo:dense")
+    layout = pipeline.open_layout(meant_for(path))
     assert recipe.check(recipe.load(path), layout, path.name).keys() == layout.linears.keys()
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipes_begin_with_their_command_and_a_summary(path: Path) -> None:
     command, summary, *_ = path.read_text().splitlines()
-    assert command == f"# compress run recipes/{path.name} demo:dense --out {path.stem}"
+    assert command == f"# compress run recipes/{path.name} {meant_for(path)} --out {path.stem}"
     assert re.fullmatch(r"# .{20,}\.", summary)
     listed = CliRunner().invoke(app, ["recipes"]).output
     assert summary.removeprefix("# ") in listed

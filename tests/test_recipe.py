@@ -270,3 +270,27 @@ def test_every_option_of_gptq_is_among_those_changed_here() -> None:
 def test_the_first_recipe_fits_the_demonstration_models(name: str) -> None:
     plain = BASE | {"passes": [{"gptq": {"group_size": 32}}]}
     recipe.check(recipe.validate(plain, "r.yaml"), Layout(Checkpoint(demo.path(name))), "r.yaml")
+
+
+def test_a_faulty_recipe_is_checked_against_the_model_in_the_same_go(tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from compress.cli import app
+
+    path = tmp_path / "five.yaml"
+    path.write_text(
+        "calibration: {data: nowhere.txt, sampels: 10}\n"
+        "passes:\n  - gptq: {bits: 9, group_size: 100, exclude: ['nothing*']}\n"
+        "gates: {perplexty: {max: 1.02}}\n"
+    )
+    result = CliRunner().invoke(app, ["check", str(path), "demo:dense"])
+    assert result.exit_code == 2
+    places = ("calibration.sampels", "gptq: bits", "gptq: exclude", "gptq: group_size", "calibration.data", "gates.perplexty")
+    assert [place for place in places if place not in result.output] == []
+
+
+def test_images_are_refused_for_a_model_that_reads_text_only() -> None:
+    layout = Layout(Checkpoint(demo.path("dense")))
+    plain = {"calibration": {"data": "demo:shapes-train"}, "passes": [{"gptq": {}}], "evaluate": None}
+    with pytest.raises(InputError, match="reads text only"):
+        recipe.check(recipe.validate(plain, "r"), layout, "r")
