@@ -418,18 +418,34 @@ def test_an_artifact_is_not_replaced_unless_told_to(checkpoint: Callable[..., Pa
 
 def test_an_artifact_that_is_replaced_stays_until_the_new_one_is_whole(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "old").write_text("old")
+    (tmp_path / "out" / "manifest.json").write_text("old")
     with pytest.raises(Killed):
         compress(with_pass("rtn"), checkpoint("llama"), tmp_path / "out", KillAfter(1), overwrite=True)
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["old"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["manifest.json"]
 
 
 def test_a_replaced_artifact_is_gone(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     for path in (tmp_path / "out", tmp_path / ".out.previous"):  # the second is what a kill in the last moment leaves
         path.mkdir()
         (path / "old").write_text("old")
+        (path / "manifest.json").write_text("{}")
     compress(with_pass("rtn"), checkpoint("llama"), tmp_path / "out", overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["out"] and not (tmp_path / "out" / "old").exists()
+
+
+def test_a_folder_that_is_no_artifact_is_never_replaced(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "photograph").write_text("dear")
+    with pytest.raises(InputError, match="no artifact of ours"):
+        compress(with_pass("rtn"), checkpoint("llama"), tmp_path / "out", overwrite=True)
+
+
+def test_carried_files_that_are_called_like_ours_are_renamed(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(checkpoint("llama"), source)
+    (source / "recipe.yaml").write_text("theirs")
+    compress(with_pass("rtn"), source, tmp_path / "out")
+    assert (tmp_path / "out" / "recipe.source.yaml").read_text() == "theirs"
 
 
 def test_a_work_folder_that_holds_other_things_keeps_them(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
