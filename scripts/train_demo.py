@@ -122,6 +122,8 @@ def make_optimisers(model: torch.nn.Module, lr: float) -> list[torch.optim.Optim
     matrices: list[torch.nn.Parameter] = []
     rest: list[torch.nn.Parameter] = []
     for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
         hidden = p.ndim in (2, 3) and not any(s in name for s in ("embed", "lm_head", "mlp.gate."))
         (matrices if hidden else rest).append(p)
     return [
@@ -198,21 +200,42 @@ def fit(
 # --- checkpoints ------------------------------------------------------------------------------
 
 
-def copy_matching(model: PreTrainedModel, directory: Path, fresh_router: bool = False) -> None:
-    """Copy every tensor of the checkpoint whose name and shape the model shares, but for routers if they are to start anew."""
+def copy_matching(model: PreTrainedModel, directory: Path) -> None:
+    """Copy every tensor of the checkpoint whose name and shape the model shares."""
     kind = json.loads((directory / "config.json").read_text())["model_type"]
     loader = AutoModelForImageTextToText if kind == "llava" else AutoModelForCausalLM
     source = loader.from_pretrained(directory, dtype=torch.float32).state_dict()
     # A language model inside a vision-language model carries one more prefix.
     bare = {name.replace("language_model.", ""): tensor for name, tensor in source.items()}
     own = {name: name.replace("language_model.", "") for name in model.state_dict()}
-    shared = {
-        name: bare[key]
-        for name, key in own.items()
-        if key in bare and bare[key].shape == model.state_dict()[name].shape and not (fresh_router and "mlp.gate." in name)
-    }
+    shared = {name: bare[key] for name, key in own.items() if key in bare and bare[key].shape == model.state_dict()[name].shape}
     model.load_state_dict(shared, strict=False)
     print(f"{len(shared)} of {len(own)} tensors start from {directory.name}")
+
+
+@torch.no_grad()
+def balance_routers(model: PreTrainedModel, batch: Tensor, rounds: int = 400) -> None:
+    """Shift each router until every expert is chosen about equally often on ``batch``, and freeze it.
+
+    The auxiliary loss is content with a router whose mean probabilities are even, though some experts never reach the top: it
+    multiplies the two. A shift along the mean input acts like a bias, which this architecture has not.
+    """
+    for layer in model.model.layers:
+        seen: list[Tensor] = []
+        router = layer.mlp.gate
+        hook = router.register_forward_pre_hook(lambda _, given, into=seen: into.append(given[0].reshape(-1, given[0].shape[-1])))
+        model(input_ids=batch)
+        hook.remove()
+        inputs = torch.cat(seen).float()
+        mean = inputs.mean(0)
+        along = mean / mean.square().sum()
+        experts, chosen = router.weight.shape[0], router.top_k
+        for index in range(rounds):
+            picks = (inputs @ router.weight.T).topk(chosen).indices.flatten()
+            share = torch.bincount(picks, minlength=experts) / len(picks) * experts
+            router.weight -= 0.3 * (1 - index / rounds) * (share - 1)[:, None] * along
+        router.weight.requires_grad_(False)
+        print(f"router balanced to {share.min():.2f} to {share.max():.2f} of an even share", flush=True)
 
 
 def save(
@@ -265,9 +288,11 @@ def train_text(args: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(args.tokenizer)
     model = build_text_model(args.command)
     for directory in args.init:
-        copy_matching(model, directory, args.fresh_router)
+        copy_matching(model, directory)
     stream = training_tokens(args.data, tokenizer, args.cache)
     batches = text_batches(stream, batch=8, seed=args.seed)
+    if args.balance_routers:
+        balance_routers(model, torch.cat([next(batches) for _ in range(4)]))
     valid = encode_books(tokenizer, read_books(args.data / "books-valid.txt.xz"))
     best = math.inf
 
@@ -366,7 +391,7 @@ def parse_args() -> argparse.Namespace:
         command.add_argument("--out", type=Path, required=True)
         command.add_argument("--tokenizer", type=Path, default=DEMO / "dense")
         command.add_argument("--init", type=Path, nargs="*", default=[], help="checkpoints to start from, in turn")
-        command.add_argument("--fresh-router", action="store_true", help="do not take over routers, which may have collapsed")
+        command.add_argument("--balance-routers", action="store_true", help="even out and freeze the routers first")
         if name == "vlm":
             command.add_argument("--tower-minutes", type=float, default=4.0)
             command.add_argument("--text-every", type=int, default=3, help="every n-th batch is plain text")

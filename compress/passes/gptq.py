@@ -1,7 +1,7 @@
 """GPTQ (arXiv 2210.17323): round columns one after the other, feeding each one's error back into those still to come.
 
-Beyond the paper: the loudest inputs first with groups kept in place ("static groups"), scales searched before rounding on the error
-each input will really cost under feedback (the diagonal of the factored Hessian), and damping that grows only where it must.
+Beyond the paper: the loudest inputs first with groups kept in place ("static groups"), scales searched before rounding on errors weighted
+by the root of what each input's will cost under feedback (the diagonal of the factored Hessian), and damping that grows only where it must.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Pass(Quantize):
     )
     scales: Literal["minmax", "mse", "hessian"] = Field(
         default="hessian",
-        description="`minmax`: the group's range; `mse`: least squared error; `hessian`: squared errors weighted by what they cost under feedback",
+        description="`minmax`: the group's range; `mse`: least squared error; `hessian`: squared errors weighted by the root of what they cost under feedback",
     )
     fallback: Literal["error", "round"] = Field(
         default="error",
@@ -102,7 +102,8 @@ class Pass(Quantize):
         if self.scales == "minmax":
             return minmax_scales(weight, grid, group_size, stored)
         weighted = self.scales == "hessian" and bool(importance.isfinite().all()) and float(importance.max()) > 0
-        return search_scales(weight, grid, group_size, stored, importance if weighted else None)
+        # Between equal weights, which ignore the data, and the full cost, which fits them too closely: docs/log.md.
+        return search_scales(weight, grid, group_size, stored, importance.sqrt() if weighted else None)
 
     def _unfit(self, inputs: Inputs, index: int, indefinite: bool) -> str | None:
         """Why a group's statistics cannot be trusted, or None."""
