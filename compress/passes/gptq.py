@@ -38,7 +38,7 @@ class Pass(Quantize):
     )
     scales: Literal["minmax", "mse", "hessian"] = Field(
         default="hessian",
-        description="`minmax`: the group's range; `mse`: least squared error; `hessian`: squared errors weighted by the root of what they cost under feedback",
+        description="`minmax`: the group's range; `mse`: least squared error; `hessian`: weighted by the root of what each costs under feedback",
     )
     fallback: Literal["error", "round"] = Field(
         default="error",
