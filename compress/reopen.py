@@ -34,7 +34,10 @@ def compare_logits(model: Model, folder: Path, tokenizer: Tokenizer) -> dict[str
     theirs = opened.to(model.device)(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0].float()
     del opened
     ours = model.logits(last_hidden(model, Samples("probe", (Sample.of(ids),)))[0][0])
-    difference = float((ours - theirs).abs().max() / ours.abs().max())
-    if not difference <= TOLERANCE:
-        raise InputError.one(str(folder), f"transformers computes other logits than meant (off by {difference:.2e} of the largest)", "report this")
+    by_position = (ours - theirs).abs().amax(-1) / ours.abs().max()
+    difference = float(by_position.max())
+    # Where two experts are nearly tied, rounding decides which is chosen, and that position differs; a wrong weight differs everywhere.
+    decisive = float(by_position.median()) if model.layout.arch.experts else difference
+    if not decisive <= TOLERANCE:
+        raise InputError.one(str(folder), f"transformers computes other logits than meant (off by {decisive:.2e} of the largest)", "report this")
     return {"logits_max_difference": difference}
