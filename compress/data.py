@@ -111,9 +111,11 @@ class Tokenizer:
         """Token ids of a conversation through the model's chat template."""
         if not self._tokenizer.chat_template:
             raise InputError.one(str(self.folder), "has no chat template, but the data are conversations", "give data with a `text` field")
+        from jinja2 import TemplateError
+
         try:
             encoded = self._tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)
-        except Exception as error:  # a template is a program; what it raises is its own affair
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:  # what a template raises over its messages
             raise InputError.one(str(self.folder), f"its chat template cannot take the messages {messages!r:.200} ({error})") from error
         return cast(list[int], encoded["input_ids"])
 

@@ -107,7 +107,8 @@ def test_a_mistake_is_told_with_its_place(mistake: str) -> None:
 
 
 def test_gates_on_what_is_recorded_anyway_need_no_evaluation() -> None:
-    recipe.validate({"passes": [{"rtn": {}}], "gates": {"bits_per_weight": {"max": 5}}, "evaluate": None}, "r.yaml")
+    valid = recipe.validate({"passes": [{"rtn": {}}], "gates": {"bits_per_weight": {"max": 5}}, "evaluate": None}, "r.yaml")
+    assert valid.gates["bits_per_weight"].max == 5
 
 
 def test_passes_out_of_the_order_of_stages_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,7 +231,8 @@ def test_an_indivisible_width_is_dealt_with_as_the_recipe_says(indivisible: str,
 
 def test_calibration_is_not_judged_where_no_pass_needs_it(checkpoint: Callable[..., Path]) -> None:
     plain = with_passes({"rtn": {"group_size": 32}}) | {"calibration": {"data": "no.txt", "length": 9999}}
-    recipe.check(recipe.validate(plain, "r.yaml"), Layout(Checkpoint(checkpoint("llama"))), "r.yaml")
+    layout = Layout(Checkpoint(checkpoint("llama")))
+    assert recipe.check(recipe.validate(plain, "r.yaml"), layout, "r.yaml").keys() == layout.linears.keys()
 
 
 def test_defaults_written_out_change_no_hash() -> None:
@@ -269,7 +271,8 @@ def test_every_option_of_gptq_is_among_those_changed_here() -> None:
 @pytest.mark.parametrize("name", demo.MODELS)
 def test_the_first_recipe_fits_the_demonstration_models(name: str) -> None:
     plain = BASE | {"passes": [{"gptq": {"group_size": 32}}]}
-    recipe.check(recipe.validate(plain, "r.yaml"), Layout(Checkpoint(demo.path(name))), "r.yaml")
+    layout = Layout(Checkpoint(demo.path(name)))
+    assert recipe.check(recipe.validate(plain, "r.yaml"), layout, "r.yaml").keys() == layout.linears.keys()
 
 
 def test_a_faulty_recipe_is_checked_against_the_model_in_the_same_go(tmp_path: Path) -> None:
