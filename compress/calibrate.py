@@ -18,8 +18,10 @@ from torch import Tensor
 
 from compress.checkpoint import entry, read_header, read_tensor, write_safetensors
 from compress.data import Samples
+from compress.hardware import return_freed_memory
 from compress.layout import EXPERTS_IN, EXPERTS_OUT, Group, Stage
-from compress.model import Block, Experts3D, Model, Reached
+from compress.model import Block, Experts3D, Model
+from compress.replay import Replay
 
 TILE = 1024
 STATISTICS_BYTES = 1 << 30
@@ -132,23 +134,24 @@ def walk(model: Model, workspace: Workspace) -> Iterator[Block]:
 def sweep(model: Model, samples: Samples, workspace: Workspace, wanted: Callable[[Group], bool]) -> Iterator[Inputs]:
     """Measure every input group for which `wanted` holds, block after block, in the order in which data flows."""
     start, hidden, kwargs = _begin(model, samples, workspace)
+    replay = Replay(hidden, kwargs)
     workspace.progress.blocks(start, len(model.blocks))
     for layout in model.blocks[start:]:
         path = workspace.block_file(layout.index)
-        with model.block(layout.index) as block:
-            mine = [each[layout.index] for each in kwargs]
+        with model.block(layout.index) as block, replay.within():
             for stage in layout.stages:
                 for groups in _turns(tuple(group for group in stage.groups if wanted(group))):
                     moment = SecondMoment(len(groups), groups[0].columns, model.device)
-                    _measure(block, stage, groups, hidden, mine, moment)
+                    finish = _measure(block, stage, groups, replay, moment)
                     tokens = tuple(moment.tokens)
                     yield Inputs(block, groups, moment.mean(), tokens, samples.tokens)
                     del moment
+                    finish()
+                    return_freed_memory()
             block.save(path)
             if layout.index + 1 < len(model.blocks):
-                for index, each in enumerate(hidden):
-                    hidden[index] = block.forward(each, mine[index])
-                _keep(workspace, layout.index + 1, hidden)
+                replay.advance(block)
+                _keep(workspace, layout.index + 1, replay.hidden)
         workspace.progress.blocks(layout.index + 1, len(model.blocks))
 
 
@@ -183,37 +186,19 @@ def _turns(groups: tuple[Group, ...]) -> Iterator[tuple[Group, ...]]:
         start += room
 
 
-def _measure(block: Block, stage: Stage, groups: tuple[Group, ...], hidden: list[Tensor], kwargs: list[dict[str, Any]], moment: SecondMoment) -> None:
-    """Run all data through the block up to where `groups` read their input."""
-    if stage.name in (EXPERTS_IN, EXPERTS_OUT):
-        member = {group.expert: index for index, group in enumerate(groups)}
+def _measure(block: Block, stage: Stage, groups: tuple[Group, ...], replay: Replay, moment: SecondMoment) -> Callable[[], None]:
+    """Run all data through the block up to where `groups` read their input. Returns what to call once they are final."""
+    if stage.name not in (EXPERTS_IN, EXPERTS_OUT):
+        return replay.measure(block, groups[0], lambda inputs: moment.add(0, inputs))
+    member = {group.expert: index for index, group in enumerate(groups)}
 
-        def record(expert: int, inputs: Tensor) -> None:
-            if expert in member:
-                moment.add(member[expert], inputs)
+    def record(expert: int, inputs: Tensor) -> None:
+        if expert in member:
+            moment.add(member[expert], inputs)
 
-        block.experts.listener = Experts3D(record, after_gate=stage.name == EXPERTS_OUT)
-        try:
-            _run(block, hidden, kwargs)
-        finally:
-            block.experts.listener = None
-        return
-
-    def hook(module: torch.nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        moment.add(0, arguments[0])
-        raise Reached
-
-    handle = block.submodule(groups[0].linears[0].name).register_forward_pre_hook(hook)
+    block.experts.listener = Experts3D(record, after_gate=stage.name == EXPERTS_OUT)
     try:
-        _run(block, hidden, kwargs)
+        replay.run(block)
     finally:
-        handle.remove()
-
-
-def _run(block: Block, hidden: list[Tensor], kwargs: list[dict[str, Any]]) -> None:
-    for index, each in enumerate(hidden):
-        try:
-            block.forward(each, kwargs[index])
-        except Reached:
-            continue
-        raise AssertionError(f"{block.layout.prefix} never reached the linear to be measured")
+        block.experts.listener = None
+    return lambda: None

@@ -98,6 +98,10 @@ class Block:
         """The module that computes the linear of this name on disk."""
         return self.module.get_submodule(self._slots[f"{linear}.weight"].parameter.removesuffix(".weight"))
 
+    def parent(self, linear: str) -> nn.Module:
+        """The module that holds the one that computes the linear of this name on disk."""
+        return self.module.get_submodule(self._slots[f"{linear}.weight"].parameter.removesuffix(".weight").rpartition(".")[0])
+
     @property
     def experts(self) -> Any:
         """The module that holds all experts."""
@@ -316,6 +320,7 @@ class Model:
             yield Block(layout, module, slots, self)
         finally:
             module.to("meta")
+            hardware.return_freed_memory()
 
     def adopt(self, path: Path) -> list[dict[str, Any]]:
         """Take the tensors of a finished block from its file, and return its records."""

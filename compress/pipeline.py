@@ -75,10 +75,10 @@ def run(request: Request, progress: Progress) -> dict[str, Any]:
     Raises `InputError` for anything the user can mend; then `request.out` is as it was before. Finished blocks stay in the work
     folder, so that the same request continues where a killed one stopped.
     """
-    from compress.hardware import return_freed_memory
+    from compress.hardware import tune_allocator
 
     began = time.monotonic()
-    return_freed_memory()
+    tune_allocator()
     layout = open_layout(request.model)
     plan = check(request.recipe, layout, request.place)
     _check_target(request, layout)

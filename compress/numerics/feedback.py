@@ -14,12 +14,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from compress.hardware import in_parallel
 from compress.numerics.grid import Grid, Scales
 
 DAMP_RETRIES = (1.0, 10.0, 100.0)
 """Factors on the damping, tried in turn while the factorisation fails."""
-ROWS_AT_ONCE = 6144
-"""Rows are independent; so many of them at a time bound the memory at three float32 copies of their weights."""
+ROWS_AT_ONCE = 4096
+"""Rows are independent; so many of them go to a thread, which holds three float32 copies of their weights."""
 
 
 @dataclass(frozen=True)
@@ -93,16 +94,16 @@ def round_with_feedback(weight: Tensor, factor: Factor, scales: Scales, grid: Gr
     ``tr((W - Q) H (W - Q)^T)`` per row, [batch, out]. Columns are halved until `leaf` are left, so that most of the feedback is a
     few large matrix products; `leaf` changes speed, not the result.
     """
-    parts = [
-        _round_rows(weight[:, start : start + ROWS_AT_ONCE], factor, _rows(scales, start), grid, leaf)
-        for start in range(0, weight.shape[1], ROWS_AT_ONCE)
-    ]
+
+    rows = weight.shape[1]
+    size = -(-rows // -(-rows // ROWS_AT_ONCE))
+
+    def round_rows(start: int) -> tuple[Tensor, Tensor]:
+        part = slice(start, start + size)
+        return _round_rows(weight[:, part], factor, Scales(scales.scale[:, part], scales.zero[:, part]), grid, leaf)
+
+    parts = in_parallel(round_rows, range(0, rows, size))
     return torch.cat([codes for codes, _ in parts], 1), torch.cat([cost for _, cost in parts], 1)
-
-
-def _rows(scales: Scales, start: int) -> Scales:
-    part = slice(start, start + ROWS_AT_ONCE)
-    return Scales(scales.scale[:, part], scales.zero[:, part])
 
 
 def _round_rows(weight: Tensor, factor: Factor, scales: Scales, grid: Grid, leaf: int) -> tuple[Tensor, Tensor]:

@@ -7,12 +7,15 @@ its error with the scale **as it will be stored**, never with the float32 one it
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch import Tensor
 
-TILE = 1 << 18
-"""Elements worked on at once in a search: a few buffers of this size stay in a core's second-level cache."""
+from compress.hardware import in_parallel
+
+TILE = 1 << 20
+"""Elements a thread works on at once in a search: enough that an operation takes longer than to hand it out."""
 COARSE = 8
 SMALLEST_SHRINK = 0.35
 """The range of a group is shrunk from 1 down to this; at 2 bits the best range is near 0.5, so the end is never the winner."""
@@ -98,12 +101,14 @@ def search_scales(weight: Tensor, grid: Grid, group_size: int, stored: torch.dty
     zero = torch.empty_like(scale)
     wide = min(rows, TILE // group_size + 1)
     deep = max(1, TILE // (group_size * wide))
-    for first in range(0, groups, deep):
-        for start in range(0, rows, wide):
-            part = slice(first, first + deep), slice(start, start + wide)
-            tile = by_input[part[0], :, part[1]].contiguous()
-            found = _search_tile(tile, grid, stored, weights[part[0]])
-            scale[part], zero[part] = found.scale, found.zero
+
+    def search(corner: tuple[int, int]) -> None:
+        part = slice(corner[0], corner[0] + deep), slice(corner[1], corner[1] + wide)
+        tile = by_input[part[0], :, part[1]].contiguous()
+        found = _search_tile(tile, grid, stored, weights[part[0]])
+        scale[part], zero[part] = found.scale, found.zero
+
+    in_parallel(search, product(range(0, groups, deep), range(0, rows, wide)))
     return Scales(scale.T.contiguous(), zero.T.contiguous())
 
 

@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from compress.numerics.grid import Grid, Scales
 
 
+JUDGED_ROWS = 256
+"""Outputs of a linear whose error is put into relation, evenly spaced: all of them would cost as much as the rounding itself."""
+
+
 class Pass(Quantize):
     """Round with error feedback, measured on calibration data."""
 
@@ -78,7 +82,6 @@ class Pass(Quantize):
             found = [self._scales(each, grid, group_size, stored, importance[place]) for place, each in enumerate(weight)]
             scales = Scales(torch.stack([each.scale for each in found]), torch.stack([each.zero for each in found]))
             codes, cost = round_with_feedback(weight, factor.members(batch), scales, grid)
-            energy = _energy(weight, inputs.hessian, batch)
             for place, (index, reason) in enumerate(zip(batch, reasons, strict=True)):
                 if reason:
                     codes[place] = round_to_nearest(weight[place], found[place], grid)
@@ -87,11 +90,12 @@ class Pass(Quantize):
                     rows = slice(start, start + linear.rows)
                     start += linear.rows
                     part = Scales(found[place].scale[rows], found[place].zero[rows])
+                    sample = slice(rows.start, rows.stop, max(1, linear.rows // JUDGED_ROWS))
                     record = {
                         "pass": "gptq",
                         "tokens": inputs.tokens[index],
                         "damp": None if reason else float(factor.damp[index]),
-                        "error": None if reason else float(cost[place, rows].sum() / energy[place, rows].sum().clamp_min(1e-30)),
+                        "error": None if reason else _relative(cost[place, sample], weight[place, sample], inputs.hessian[index]),
                         "fallback": reason,
                     }
                     block.set_quantized(linear.name, quantized(codes[place, rows], part, grid, stored), record)
@@ -116,12 +120,6 @@ class Pass(Quantize):
         raise InputError.one(group.name, reason, "give more calibration data, or set fallback: round to have it rounded without data and recorded")
 
 
-def _energy(weight: Tensor, hessian: Tensor, batch: list[int]) -> Tensor:
-    """Mean square of each output before rounding, [batch, out]: what an error is relative to."""
-    import torch
-
-    from compress.calibrate import fast_exact_products
-
-    # A denominator for the report: three digits are plenty.
-    with fast_exact_products(torch.bfloat16):
-        return torch.stack([(each @ hessian[index]).mul_(each).sum(1) for each, index in zip(weight, batch, strict=True)])
+def _relative(cost: Tensor, weight: Tensor, hessian: Tensor) -> float:
+    """Mean square error of some outputs, ``cost`` [out], over what they were before rounding: ``weight`` [out, in] under ``hessian``."""
+    return float(cost.sum() / (weight @ hessian).mul_(weight).sum().clamp_min(1e-30))

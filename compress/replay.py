@@ -1,0 +1,125 @@
+"""What is final inside a block while it is compressed, kept so that it is computed once.
+
+The data runs through a block once per input group. When the projection that ends a submodule (attention, a dense MLP) is quantised,
+nothing in that submodule changes any more, and what it gives is that projection of the very inputs the projection was measured with.
+Those inputs are kept, and from then on the submodule answers from them: the same bytes, for less than half of the work of a sweep.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+
+from compress.layout import Group
+from compress.model import Block, Reached
+
+Wrap = Callable[[Tensor], Any]
+KEPT_BYTES = 1 << 28
+"""Inputs kept per submodule; where the data needs more, the submodule is computed anew each time."""
+
+
+class Replay:
+    """Runs the batches of a sweep through block after block.
+
+    ``hidden`` [batches] of [rows, tokens, hidden] is what the present block is given, ``kwargs`` its keyword arguments by batch and block.
+    """
+
+    def __init__(self, hidden: list[Tensor], kwargs: list[list[dict[str, Any]]]) -> None:
+        self.hidden = hidden
+        self._kwargs = kwargs
+        self._batch = 0
+        self._answers: dict[str, Wrap | None] = {}
+        """By the name of a linear within its block: how its submodule gives on what the linear gives, None if it does more."""
+        self._replaced: list[Any] = []
+
+    @contextmanager
+    def within(self) -> Iterator[None]:
+        """While inside, submodules of one block may answer from what was kept."""
+        try:
+            yield
+        finally:
+            for module in self._replaced:
+                del module.forward
+            self._replaced.clear()
+
+    def run(self, block: Block) -> None:
+        """Run every batch through `block` up to where something in it raises `Reached`."""
+        for self._batch, each in enumerate(self.hidden):
+            try:
+                block.forward(each, self._kwargs[self._batch][block.layout.index])
+            except Reached:
+                continue
+            raise AssertionError(f"{block.layout.prefix} never reached the linear to be measured")
+
+    def advance(self, block: Block) -> None:
+        """Replace what `block` is given by what it gives."""
+        for self._batch, each in enumerate(self.hidden):
+            self.hidden[self._batch] = block.forward(each, self._kwargs[self._batch][block.layout.index])
+
+    def measure(self, block: Block, group: Group, record: Callable[[Tensor], None]) -> Callable[[], None]:
+        """Give `record` what `group` reads of every batch. Returns what to call once the group is final."""
+        linear = group.linears[0].name
+        local = linear.removeprefix(block.layout.prefix)
+        projection, parent = block.submodule(linear), block.parent(linear)
+        if len(group.linears) > 1:
+            self._answers[local] = None  # something must still combine them
+        kept: list[Tensor] = []
+        given: list[Tensor] = []
+
+        def before(_: Any, arguments: tuple[Tensor]) -> None:
+            record(arguments[0])
+            useful = self._answers.get(local, _alone) is not None
+            if useful and len(kept) == self._batch and sum(each.nbytes for each in (*kept, *arguments)) <= KEPT_BYTES:
+                kept.append(arguments[0])
+            if local in self._answers:
+                raise Reached
+
+        def after(_: Any, arguments: Any, output: Tensor) -> None:
+            given.append(output)
+
+        def end(_: Any, arguments: Any, output: Any) -> None:
+            # The first batch of the first block runs on to here, to see whether the submodule gives what its projection gives.
+            self._answers[local] = next((wrap for wrap in (_alone, _first_of_two) if _same(output, wrap(given[0]))), None)
+            raise Reached
+
+        handles = [projection.register_forward_pre_hook(before), projection.register_forward_hook(after), parent.register_forward_hook(end)]
+        try:
+            self.run(block)
+        finally:
+            for handle in handles:
+                handle.remove()
+        wrap = self._answers[local]
+        if wrap is None or len(kept) < len(self.hidden):
+            return lambda: None
+        return lambda: self._answer(parent, projection, kept, wrap)
+
+    def _answer(self, module: Any, projection: Any, kept: list[Tensor], wrap: Wrap) -> None:
+        """From here on `module` gives what `projection` gives for the inputs `kept`."""
+        done: set[int] = set()
+
+        def forward(*_: Any, **__: Any) -> Any:
+            if self._batch not in done:
+                kept[self._batch] = projection(kept[self._batch])
+                done.add(self._batch)
+            return wrap(kept[self._batch])
+
+        module.forward = forward
+        self._replaced.append(module)
+
+
+def _alone(output: Tensor) -> Any:
+    return output
+
+
+def _first_of_two(output: Tensor) -> Any:
+    """What attention gives: no weights beside its output."""
+    return output, None
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, tuple) and isinstance(other, tuple):
+        return len(one) == len(other) and all(mine is theirs for mine, theirs in zip(one, other, strict=True))
+    return one is other
