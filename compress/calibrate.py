@@ -108,7 +108,7 @@ def fast_exact_products(dtype: torch.dtype) -> Iterator[None]:
 class Inputs:
     """Input groups of equal shape in one block, measured as the model is now.
 
-    ``hessian`` [groups, in, in] float32 is the mean of ``x x^T``; ``tokens`` how many each group saw.
+    ``hessian`` [groups, in, in] float32 is the mean of ``x x^T``, the receiver's to overwrite; ``tokens`` how many each group saw.
     """
 
     block: Block
@@ -134,6 +134,7 @@ def walk(model: Model, workspace: Workspace) -> Iterator[Block]:
 def sweep(model: Model, samples: Samples, workspace: Workspace, wanted: Callable[[Group], bool]) -> Iterator[Inputs]:
     """Measure every input group for which `wanted` holds, block after block, in the order in which data flows."""
     start, hidden, kwargs = _begin(model, samples, workspace)
+    model.release()
     replay = Replay(hidden, kwargs)
     workspace.progress.blocks(start, len(model.blocks))
     for layout in model.blocks[start:]:
@@ -144,6 +145,7 @@ def sweep(model: Model, samples: Samples, workspace: Workspace, wanted: Callable
                     moment = SecondMoment(len(groups), groups[0].columns, model.device)
                     finish = _measure(block, stage, groups, replay, moment)
                     tokens = tuple(moment.tokens)
+                    return_freed_memory()
                     yield Inputs(block, groups, moment.mean(), tokens, samples.tokens)
                     del moment
                     finish()

@@ -20,7 +20,7 @@ from torch import Tensor
 from compress.errors import InputError
 from compress.source import DEMO, HUB_ID, demo_data
 
-TOKENS_PER_BATCH = 4096
+TOKENS_PER_BATCH = 2048
 CHARACTERS_PER_TOKEN = 8
 """A slice of text this many times longer than the tokens wanted from it is long enough in all but pathological cases."""
 

@@ -73,8 +73,8 @@ class Slot:
     expert: int | None = None
     half: int | None = None
 
-    def view(self, parameters: dict[str, nn.Parameter]) -> Tensor:
-        data = parameters[self.parameter].data
+    def view(self, module: nn.Module) -> Tensor:
+        data = module.get_parameter(self.parameter).data
         if self.expert is not None:
             data = data[self.expert]
         if self.half is not None:
@@ -90,7 +90,6 @@ class Block:
         self.module = module
         self._slots = slots
         self._model = model
-        self._parameters = dict(module.named_parameters())
         self._quantized: dict[str, Quantized] = {}
         self.records: list[dict[str, Any]] = []
 
@@ -119,7 +118,7 @@ class Block:
 
     def set_quantized(self, linear: str, weight: Quantized, record: dict[str, Any]) -> None:
         """From here on the block computes with the dequantised values; `record` goes into the report."""
-        self._slots[f"{linear}.weight"].view(self._parameters).copy_(weight.dequantize())
+        self._slots[f"{linear}.weight"].view(self.module).copy_(weight.dequantize())
         self._quantized[linear] = weight
         self.records.append({"name": linear, "block": self.layout.index, "bits": weight.bits, "group_size": weight.group_size,
                              "symmetric": weight.symmetric, **record})  # fmt: skip
@@ -152,6 +151,7 @@ class Model:
         stored = {str(info.dtype) for name, info in self.tensors.items() if name.endswith("norm.weight")} or {"BF16"}
         self.dtype = hardware.compute_dtype(torch.bfloat16 if stored == {"BF16"} else torch.float16 if stored == {"F16"} else torch.float32)
         self._skeleton: Any = None
+        self._config, self._modules = self._empty_blocks()
         self._slots = self._all_slots()
 
     @property
@@ -162,16 +162,17 @@ class Model:
 
     @property
     def skeleton(self) -> Any:
-        """The model of transformers with everything outside the blocks loaded and the blocks empty."""
+        """The model of transformers: everything outside the blocks loaded, the blocks as they are."""
         if self._skeleton is None:
             self._skeleton = self._hollow()
         return self._skeleton
 
     def release(self) -> None:
-        """Free everything held in memory."""
+        """Free everything outside the blocks until it is needed again."""
         self._skeleton = None
+        hardware.return_freed_memory()
 
-    def _config(self) -> Any:
+    def _read_config(self) -> Any:
         from transformers import AutoConfig
 
         config = AutoConfig.from_pretrained(self.checkpoint.folder, local_files_only=True, trust_remote_code=False)
@@ -194,14 +195,13 @@ class Model:
 
     def _empty_blocks(self) -> tuple[Any, nn.ModuleList]:
         auto = self._auto_class()
-        config = self._config()
+        config = self._read_config()
         with torch.device("meta"):
             whole = auto.from_config(config, dtype=self.dtype, attn_implementation="sdpa", trust_remote_code=False)
-        return config, whole.get_submodule(self.layout.arch.module_blocks)
+        return config, whole.get_submodule(self.layout.arch.module_blocks).eval().requires_grad_(False)
 
     def _hollow(self) -> Any:
-        config, blocks = self._empty_blocks()
-        bare = copy.deepcopy(config)
+        bare = copy.deepcopy(self._config)
         text = bare.get_text_config()
         count, text.num_hidden_layers = text.num_hidden_layers, 0
         types = getattr(text, "layer_types", None)
@@ -214,7 +214,7 @@ class Model:
         hollow.to(self.device).eval().requires_grad_(False)
         parent, _, name = self.layout.arch.module_blocks.rpartition(".")
         holder = hollow.get_submodule(parent)
-        setattr(holder, name, blocks)
+        setattr(holder, name, self._modules)
         held = holder.config
         held.num_hidden_layers = count
         if types is not None:
@@ -225,10 +225,9 @@ class Model:
 
     def _all_slots(self) -> list[dict[str, Slot]]:
         """For each block, tensor name to slot. Raises `InputError` for tensors missing from disk or unknown to transformers."""
-        _, modules = self._empty_blocks()
         problems = Problems()
         slots = []
-        for block, module in zip(self.blocks, modules, strict=True):
+        for block, module in zip(self.blocks, self._modules, strict=True):
             parameters = dict(module.named_parameters())
             needed = self._needed(parameters)
             found = {}
@@ -239,7 +238,7 @@ class Model:
                     continue
                 linear = self.layout.linears.get(name.removesuffix(".weight"))
                 shape = (linear.rows, linear.columns) if linear else self.tensors[name].shape
-                if shape != (wanted := tuple(slot.view(parameters).shape)):
+                if shape != (wanted := tuple(slot.view(module).shape)):
                     problems.add(
                         name, f"has the shape {list(shape)}, config.json makes it {list(wanted)}", "do config.json and the weights belong together?"
                     )
@@ -307,15 +306,14 @@ class Model:
     def block(self, index: int) -> Iterator[Block]:
         """Block `index` in memory, freed on leaving."""
         layout, slots = self.blocks[index], self._slots[index]
-        module = self.skeleton.get_submodule(self.layout.arch.module_blocks)[index]
+        module = self._modules[index]
         for name, parameter in list(module.named_parameters()):
             owner, _, leaf = name.rpartition(".")
             empty = torch.empty(parameter.shape, dtype=self.dtype, device=self.device)
             module.get_submodule(owner)._parameters[leaf] = nn.Parameter(empty, requires_grad=False)
-        parameters = dict(module.named_parameters())
         for name, slot in slots.items():
             linear = name.removesuffix(".weight")
-            slot.view(parameters).copy_(self.dense(linear) if linear in self.layout.linears else read_tensor(self.tensors[name]))
+            slot.view(module).copy_(self.dense(linear) if linear in self.layout.linears else read_tensor(self.tensors[name]))
         try:
             yield Block(layout, module, slots, self)
         finally:
@@ -340,7 +338,7 @@ class Model:
         The whole forward of transformers runs with each block replaced by one that takes notes and passes its input on, so masks,
         rotary tables and image embeddings are exactly those of the real model.
         """
-        modules = self.skeleton.get_submodule(self.layout.arch.module_blocks)
+        skeleton = self.skeleton
         hidden: list[Tensor] = []
         noted: list[dict[str, Any]] = []
 
@@ -350,11 +348,11 @@ class Model:
             return given
 
         try:
-            for module in modules:
+            for module in self._modules:
                 module.forward = note
-            self.skeleton.base_model(**{name: value.to(self.device) for name, value in inputs.items()}, use_cache=False)
+            skeleton.base_model(**{name: value.to(self.device) for name, value in inputs.items()}, use_cache=False)
         finally:
-            for module in modules:
+            for module in self._modules:
                 del module.forward
         return hidden[0], noted
 

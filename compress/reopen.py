@@ -10,6 +10,7 @@ import torch
 from compress.data import Sample, Samples, Tokenizer
 from compress.errors import InputError
 from compress.evaluate.scoring import last_hidden
+from compress.hardware import return_freed_memory
 from compress.model import Model
 
 PROBE = "The quick brown fox jumps over the lazy dog, and the model that was compressed must still say the same as before."
@@ -33,6 +34,7 @@ def compare_logits(model: Model, folder: Path, tokenizer: Tokenizer) -> dict[str
     ids = tokenizer.encode(PROBE)
     theirs = opened.to(model.device)(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0].float()
     del opened
+    return_freed_memory()
     ours = model.logits(last_hidden(model, Samples("probe", (Sample.of(ids),)))[0][0])
     by_position = (ours - theirs).abs().amax(-1) / ours.abs().max()
     difference = float(by_position.max())

@@ -17,7 +17,7 @@ from compress.layout import Group
 from compress.model import Block, Reached
 
 Wrap = Callable[[Tensor], Any]
-KEPT_BYTES = 1 << 28
+KEPT_BYTES = 192 << 20
 """Inputs kept per submodule; where the data needs more, the submodule is computed anew each time."""
 
 
@@ -47,17 +47,19 @@ class Replay:
 
     def run(self, block: Block) -> None:
         """Run every batch through `block` up to where something in it raises `Reached`."""
-        for self._batch, each in enumerate(self.hidden):
+        for batch, each in enumerate(self.hidden):
+            self._batch = batch
             try:
-                block.forward(each, self._kwargs[self._batch][block.layout.index])
+                block.forward(each, self._kwargs[batch][block.layout.index])
             except Reached:
                 continue
             raise AssertionError(f"{block.layout.prefix} never reached the linear to be measured")
 
     def advance(self, block: Block) -> None:
         """Replace what `block` is given by what it gives."""
-        for self._batch, each in enumerate(self.hidden):
-            self.hidden[self._batch] = block.forward(each, self._kwargs[self._batch][block.layout.index])
+        for batch, each in enumerate(self.hidden):
+            self._batch = batch
+            self.hidden[batch] = block.forward(each, self._kwargs[batch][block.layout.index])
 
     def measure(self, block: Block, group: Group, record: Callable[[Tensor], None]) -> Callable[[], None]:
         """Give `record` what `group` reads of every batch. Returns what to call once the group is final."""
@@ -66,13 +68,13 @@ class Replay:
         projection, parent = block.submodule(linear), block.parent(linear)
         if len(group.linears) > 1:
             self._answers[local] = None  # something must still combine them
+        fits = sum(each.numel() // each.shape[-1] * group.columns * each.element_size() for each in self.hidden) <= KEPT_BYTES
         kept: list[Tensor] = []
         given: list[Tensor] = []
 
         def before(_: Any, arguments: tuple[Tensor]) -> None:
             record(arguments[0])
-            useful = self._answers.get(local, _alone) is not None
-            if useful and len(kept) == self._batch and sum(each.nbytes for each in (*kept, *arguments)) <= KEPT_BYTES:
+            if fits and self._answers.get(local, _alone):
                 kept.append(arguments[0])
             if local in self._answers:
                 raise Reached
@@ -92,21 +94,19 @@ class Replay:
             for handle in handles:
                 handle.remove()
         wrap = self._answers[local]
-        if wrap is None or len(kept) < len(self.hidden):
+        if wrap is None or not fits:
             return lambda: None
+        for module in parent.children():
+            if module is not projection:
+                module.to("meta")  # it has done its work
         return lambda: self._answer(parent, projection, kept, wrap)
 
     def _answer(self, module: Any, projection: Any, kept: list[Tensor], wrap: Wrap) -> None:
-        """From here on `module` gives what `projection` gives for the inputs `kept`."""
-        done: set[int] = set()
-
-        def forward(*_: Any, **__: Any) -> Any:
-            if self._batch not in done:
-                kept[self._batch] = projection(kept[self._batch])
-                done.add(self._batch)
-            return wrap(kept[self._batch])
-
-        module.forward = forward
+        """From here on `module` gives what `projection` gives for the inputs `kept`, and its weights are freed."""
+        for index, inputs in enumerate(kept):
+            kept[index] = projection(inputs)
+        projection.to("meta")
+        module.forward = lambda *_, **__: wrap(kept[self._batch])
         self._replaced.append(module)
 
 

@@ -134,7 +134,7 @@ def test_a_quantized_block_computes_with_the_dequantised_weights_and_so_does_its
         scales = minmax_scales(weight, grid, 32, torch.float32)
         meant = quantized(round_to_nearest(weight, scales, grid), scales, grid, torch.float32)
         block.set_quantized(linear, meant, {})
-        now = block._slots[f"{linear}.weight"].view(dict(block.module.named_parameters())).clone()
+        now = block._slots[f"{linear}.weight"].view(block.module).clone()
         block.save(tmp_path / "block.safetensors")
     model.adopt(tmp_path / "block.safetensors")
     assert torch.equal(now, meant.dequantize()) and torch.equal(model.dense(linear), meant.dequantize())

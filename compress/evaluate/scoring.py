@@ -49,6 +49,7 @@ def last_hidden(model: Model, samples: Samples, advance: Callable[[], None] = la
         first, noted = model.embed(batch.inputs)
         hidden.append(first)
         kwargs.append(noted)
+    model.release()
     for layout in model.blocks:
         with model.block(layout.index) as block:
             for index, each in enumerate(hidden):

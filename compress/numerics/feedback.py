@@ -19,6 +19,7 @@ from compress.numerics.grid import Grid, Scales
 
 DAMP_RETRIES = (1.0, 10.0, 100.0)
 """Factors on the damping, tried in turn while the factorisation fails."""
+TILE = 1024
 ROWS_AT_ONCE = 4096
 """Rows are independent; so many of them go to a thread, which holds three float32 copies of their weights."""
 
@@ -42,16 +43,21 @@ class Factor:
             return self
         return Factor(self.upper[chosen], self.diagonal[chosen], self.order[chosen], self.damp[chosen])
 
+    def energy(self, member: int, weight: Tensor) -> Tensor:
+        """Mean square of each output of ``weight`` [out, in], [out]: what the cost of rounding it is relative to."""
+        return (weight.index_select(1, self.order[member]) @ self.upper[member]).square_() @ self.diagonal[member]
+
     def importance(self) -> Tensor:
         """[batch, in] in the original order: what a squared rounding error of each input costs once feedback is at work."""
         return torch.empty_like(self.diagonal).scatter_(1, self.order, self.diagonal)
 
 
-def factorize(hessian: Tensor, damp: float, act_order: bool) -> Factor:
+def factorize(hessian: Tensor, damp: float, act_order: bool, *, overwrite: bool = False) -> Factor:
     """Factor ``hessian`` [batch, in, in] float32 or float64 (mean of x x^T over tokens; its scale does not matter).
 
     ``damp`` is a fraction of the mean diagonal. With ``act_order`` inputs are rounded in falling order of their diagonal, so the
-    loudest get the least feedback error; groups stay those of the original order ("static groups").
+    loudest get the least feedback error; groups stay those of the original order ("static groups"). With ``overwrite`` the factor
+    takes the memory of ``hessian``.
     """
     batch, size, _ = hessian.shape
     diagonal = hessian.diagonal(dim1=1, dim2=2)
@@ -59,32 +65,34 @@ def factorize(hessian: Tensor, damp: float, act_order: bool) -> Factor:
     if act_order:
         order = torch.argsort(diagonal, dim=1, descending=True, stable=True)
     mean = diagonal.mean(1)
-    uppers, damps = [], []
-    for member in range(batch):
-        upper, used = _upper(hessian[member], order[member].flip(0), float(mean[member]), damp)
-        uppers.append(upper)
-        damps.append(used)
-    # A batch of one, the largest there is, is not copied.
-    upper = uppers[0][None] if batch == 1 else torch.stack(uppers)
+    upper = hessian if overwrite else hessian.clone()
+    damps = [_factorize_in_place(upper[member], order[member].flip(0), float(mean[member]), damp) for member in range(batch)]
     root = upper.diagonal(dim1=1, dim2=2).clone()
     upper /= root.masked_fill(root == 0, 1)[:, None, :]
     return Factor(upper, root.square(), order, torch.tensor(damps, dtype=hessian.dtype, device=hessian.device))
 
 
-def _upper(hessian: Tensor, reverse: Tensor, mean: float, damp: float) -> tuple[Tensor, float]:
-    """The upper factor ``R`` of ``R R^T = hessian + damp * mean * I``, inputs ordered against `reverse`, and the damping it took.
+def _factorize_in_place(hessian: Tensor, reverse: Tensor, mean: float, damp: float) -> float:
+    """Put in place of ``hessian`` the upper factor ``R`` of ``R R^T = hessian + damp * mean * I``, inputs ordered against `reverse`.
 
-    If none sufficed, zeros and NaN.
+    Returns the damping it took. If none sufficed, zeros and NaN.
     """
+    if mean > 0:
+        torch.index_select(hessian.index_select(0, reverse), 1, reverse, out=hessian)
+    added = 0.0
     for factor in DAMP_RETRIES if mean > 0 else ():
-        permuted = hessian.index_select(0, reverse).index_select(1, reverse)
-        permuted.diagonal().add_(damp * factor * mean)
-        # Of a matrix with rows and columns reversed, the usual lower factor is the upper one, reversed.
-        lower, failed = torch.linalg.cholesky_ex(permuted)
-        del permuted
+        hessian.diagonal().add_((damp * factor - added) * mean)
+        added = damp * factor
+        lower, failed = torch.linalg.cholesky_ex(hessian)
         if not failed and bool(lower.diagonal().isfinite().all()):
-            return lower.flip(0, 1), damp * factor
-    return torch.zeros_like(hessian), math.nan
+            # Of a matrix with rows and columns reversed, the usual lower factor is the upper one, reversed.
+            size = len(lower)
+            for start in range(0, size, TILE):
+                end = min(start + TILE, size)
+                hessian[start:end] = lower[size - end : size - start].flip(0, 1)
+            return added
+    hessian.zero_()
+    return math.nan
 
 
 def round_with_feedback(weight: Tensor, factor: Factor, scales: Scales, grid: Grid, leaf: int = 32) -> tuple[Tensor, Tensor]:

@@ -62,11 +62,15 @@ class Quantized:
     def dequantize(self) -> Tensor:
         """[out, in] in the dtype of the scale; the same rounding as every engine that multiplies in that dtype."""
         rows, columns = self.codes.shape
-        groups = self.scale.shape[1]
-        values = self.codes.view(rows, groups, columns // groups).float()
-        if self.zero_point is not None:
-            values -= self.zero_point[..., None]
-        return (values * self.scale[..., None].float()).to(self.scale.dtype).view(rows, columns)
+        weight = torch.empty(rows, columns, dtype=self.scale.dtype, device=self.codes.device)
+        step = max(1, TILE // columns)
+        for start in range(0, rows, step):  # so that float32 copies of the whole are never held
+            part = slice(start, start + step)
+            values = torch.unflatten(self.codes[part].float(), 1, (self.scale.shape[1], -1))
+            if self.zero_point is not None:
+                values -= self.zero_point[part, :, None]
+            weight[part] = values.mul_(self.scale[part, :, None].float()).flatten(1)
+        return weight
 
 
 @dataclass(frozen=True)

@@ -68,10 +68,12 @@ class Pass(Quantize):
         from compress.numerics.grid import Grid, Scales, quantized, round_to_nearest
 
         block, grid = inputs.block, Grid(self.bits, self.symmetric)
-        factor = factorize(inputs.hessian, self.damp, self.act_order)
+        factor = factorize(inputs.hessian, self.damp, self.act_order, overwrite=True)
         for shape in sorted({tuple(linear.rows for linear in linears) for linears in members}):
             batch = [index for index, linears in enumerate(members) if tuple(linear.rows for linear in linears) == shape]
-            weight = torch.stack([torch.cat([block.weight(linear.name) for linear in members[index]]) for index in batch])
+            weight = torch.empty(len(batch), sum(shape), factor.upper.shape[1], device=factor.upper.device)
+            for place, index in enumerate(batch):
+                torch.cat([block.weight(linear.name) for linear in members[index]], out=weight[place])
             reasons = [self._unfit(inputs, index, bool(factor.damp[index].isnan())) for index in batch]
             for index, reason in zip(batch, reasons, strict=True):
                 if reason and self.fallback == "error":
@@ -91,11 +93,12 @@ class Pass(Quantize):
                     start += linear.rows
                     part = Scales(found[place].scale[rows], found[place].zero[rows])
                     sample = slice(rows.start, rows.stop, max(1, linear.rows // JUDGED_ROWS))
+                    energy = factor.energy(index, weight[place, sample]).sum().clamp_min(1e-30)
                     record = {
                         "pass": "gptq",
                         "tokens": inputs.tokens[index],
                         "damp": None if reason else float(factor.damp[index]),
-                        "error": None if reason else _relative(cost[place, sample], weight[place, sample], inputs.hessian[index]),
+                        "error": None if reason else float(cost[place, sample].sum() / energy),
                         "fallback": reason,
                     }
                     block.set_quantized(linear.name, quantized(codes[place, rows], part, grid, stored), record)
@@ -118,8 +121,3 @@ class Pass(Quantize):
 
     def _refuse(self, group: Group, reason: str) -> None:
         raise InputError.one(group.name, reason, "give more calibration data, or set fallback: round to have it rounded without data and recorded")
-
-
-def _relative(cost: Tensor, weight: Tensor, hessian: Tensor) -> float:
-    """Mean square error of some outputs, ``cost`` [out], over what they were before rounding: ``weight`` [out, in] under ``hessian``."""
-    return float(cost.sum() / (weight @ hessian).mul_(weight).sum().clamp_min(1e-30))
