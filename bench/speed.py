@@ -2,8 +2,9 @@
 
     python bench/speed.py --tokenizer DIR --venvs DIR --json speed.json
 
-The cost of a block is (a run with 4 layers - a run with 2 layers) / 2, each run a process of its own, so that imports, loading
-and saving what every model has fall out. The sides take turns, so that a machine that slows down slows down for all of them. CPU
+The cost of a block is the difference of two runs of unlike depth over the difference in blocks, each run a process of its own, so
+that imports, loading and saving what every model has fall out. Where the processor has no bf16 instructions the rivals, which compute
+in the checkpoint's dtype, are several times faster with --rival-dtype float32: that is the comparison to make there. The sides take turns, so that a machine that slows down slows down for all of them. CPU
 seconds count the whole process tree and are the figure to trust where the machine is not quiet; wall seconds are printed with how
 many cores others kept busy meanwhile.
 """
@@ -26,9 +27,6 @@ from rich.console import Console
 from rich.table import Table
 from rivals.protocol import VARIANTS
 
-FEW, MANY = 2, 4
-"""Layers of the two runs whose difference is the cost of a block."""
-
 OURS = "ours"
 
 
@@ -45,6 +43,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--layers-of", type=int, nargs=2, default=(2, 4), metavar=("FEW", "MANY"), help="blocks of the two runs")
+    parser.add_argument("--rival-dtype", choices=("auto", "float32"), default="auto", help="what the rivals compute in")
     return parser.parse_args()
 
 
@@ -58,7 +58,9 @@ def commands(arguments: argparse.Namespace, pythons: dict[str, Path | None], wor
     sides: dict[str, Any] = {OURS: lambda model, out: harness.our_command(recipe, model, out)}
     for tool, python in pythons.items():
         if python:
-            sides[tool] = lambda model, out, tool=tool, python=python: harness.rival_command(python, tool, model, tokens, out, **grid)
+            sides[tool] = lambda model, out, tool=tool, python=python: harness.rival_command(
+                python, tool, model, tokens, out, dtype=arguments.rival_dtype, **grid
+            )
     return sides
 
 
@@ -73,16 +75,17 @@ def measure(command: list[str | Path], side: str, out: Path) -> dict[str, Any]:
 
 def marginal(runs: dict[int, list[dict[str, Any]]], key: str) -> dict[str, Any]:
     """Cost of a block by repeat and in the median, of `key` ("seconds" or "cpu_seconds"); {} unless every run worked."""
-    pairs = list(zip(runs[FEW], runs[MANY], strict=True))
+    fewer, more = sorted(runs)
+    pairs = list(zip(runs[fewer], runs[more], strict=True))
     if any("error" in run for pair in pairs for run in pair):
         return {}
-    each = [(many[key] - few[key]) / (MANY - FEW) for few, many in pairs]
+    each = [(many[key] - few[key]) / (more - fewer) for few, many in pairs]
     return {"median": statistics.median(each), "each": each}
 
 
 def show(sides: dict[str, dict[str, Any]]) -> None:
     """Print one row per side; the ratios are how many times our cost the side's is."""
-    table = Table(title=f"cost of one block: ({MANY} layers - {FEW} layers) / {MANY - FEW}, median of the repeats")
+    table = Table(title="cost of one block, median of the repeats")
     for heading in ("tool", "wall s", "x ours", "CPU s", "x ours", "peak RSS GB", "load", "others' cores"):
         table.add_column(heading, justify="left" if heading == "tool" else "right")
     for tool, side in sides.items():
@@ -114,11 +117,11 @@ def main() -> None:
     stamp = harness.stamp(pythons)
     with tempfile.TemporaryDirectory(prefix="speed-") as name:
         work = Path(name)
-        models = {layers: work / f"model-{layers}" for layers in (FEW, MANY)}
+        models = {layers: work / f"model-{layers}" for layers in arguments.layers_of}
         for layers, model in models.items():
             make(dataclasses.replace(shape, layers=layers), arguments.tokenizer, model)
         ready = commands(arguments, pythons, work)
-        runs: dict[str, dict[int, list[dict[str, Any]]]] = {side: {FEW: [], MANY: []} for side in ready}
+        runs: dict[str, dict[int, list[dict[str, Any]]]] = {side: {layers: [] for layers in models} for side in ready}
         for repeat in range(arguments.repeats):
             for layers, model in models.items():
                 for side, command in ready.items():
@@ -138,13 +141,14 @@ def main() -> None:
     for key, value in leads.items():
         print(f"fastest rival / ours, {key}: {'not known' if value is None else f'{value:.2f}'}")
     protocol = {
-        "shape": dataclasses.asdict(shape) | {"layers": [FEW, MANY]},
+        "shape": dataclasses.asdict(shape) | {"layers": list(arguments.layers_of)},
         "bits": arguments.bits,
         "group_size": arguments.group_size,
         "symmetric": not arguments.asymmetric,
         "samples": arguments.samples,
         "length": arguments.length,
         "repeats": arguments.repeats,
+        "rival_dtype": arguments.rival_dtype,
         "our_options": yaml.safe_load(arguments.options),
     }
     document = {"benchmark": "speed", "stamp": stamp, "protocol": protocol, "fastest_rival_over_ours": leads, "sides": sides}

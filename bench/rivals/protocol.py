@@ -40,6 +40,7 @@ def parse_arguments(description: str | None, tool: str) -> argparse.Namespace:
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--variant", choices=VARIANTS[tool], default="default")
+    parser.add_argument("--dtype", choices=("auto", "float32"), default="auto", help="what the model is computed in; auto: the checkpoint's")
     grid = parser.add_mutually_exclusive_group()
     grid.add_argument("--sym", dest="symmetric", action="store_true", default=True, help="symmetric grid (default)")
     grid.add_argument("--asym", dest="symmetric", action="store_false", help="asymmetric grid")

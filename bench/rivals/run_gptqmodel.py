@@ -35,7 +35,7 @@ def main() -> None:
     )
 
     def work() -> None:
-        model = GPTQModel.load(str(arguments.model), config, device="cpu")
+        model = GPTQModel.load(str(arguments.model), config, device="cpu", dtype=arguments.dtype)
         model.quantize([{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in windows], batch_size=1)
         model.save(str(arguments.out))
 

@@ -29,7 +29,7 @@ def main() -> None:
     modifier = GPTQModifier(config_groups={"linears": scheme}, ignore=["lm_head"])
 
     def work() -> None:
-        model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype="auto")
+        model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=arguments.dtype)
         tokenizer = AutoTokenizer.from_pretrained(arguments.model)
         oneshot(
             model=model,
