@@ -3,10 +3,12 @@
     python bench/speed.py --tokenizer DIR --venvs DIR --json speed.json
 
 The cost of a block is the difference of two runs of unlike depth over the difference in blocks, each run a process of its own, so
-that imports, loading and saving what every model has fall out. Where the processor has no bf16 instructions the rivals, which compute
-in the checkpoint's dtype, are several times faster with --rival-dtype float32: that is the comparison to make there. The sides take turns, so that a machine that slows down slows down for all of them. CPU
-seconds count the whole process tree and are the figure to trust where the machine is not quiet; wall seconds are printed with how
-many cores others kept busy meanwhile.
+that imports, loading and saving what every model has fall out. The sides take turns, so that a machine that slows down slows down
+for all of them. CPU seconds count the whole process tree and are the figure to trust where the machine is not quiet; wall seconds
+are printed with how many cores others kept busy meanwhile.
+
+Rivals compute in the checkpoint's dtype. Where the processor has no bf16 instructions they are several times faster with
+--rival-dtype float32, and that is the comparison to make there.
 """
 
 import argparse
