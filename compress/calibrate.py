@@ -8,7 +8,7 @@ with the block it was in and produces the same bytes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,12 +18,13 @@ from torch import Tensor
 
 from compress.checkpoint import entry, read_header, read_tensor, write_safetensors
 from compress.data import Samples
+from compress.drift import Drift
 from compress.hardware import return_freed_memory
 from compress.layout import EXPERTS_IN, EXPERTS_OUT, Group, Stage
 from compress.model import Block, Experts3D, Model
 from compress.replay import Replay
 
-TILE = 1024
+TILE = 512
 STATISTICS_BYTES = 1 << 30
 """Statistics held at once; more experts than fit are measured in several turns."""
 
@@ -117,6 +118,8 @@ class Inputs:
     tokens: tuple[int, ...]
     seen: int
     """Tokens of the whole calibration set."""
+    drift: Tensor | None = None
+    """[in, in] float32, mean of ``(x - y) y^T``, ``x`` the input before the pass began and ``y`` that of now; on request, never of experts."""
 
 
 def walk(model: Model, workspace: Workspace) -> Iterator[Block]:
@@ -131,34 +134,41 @@ def walk(model: Model, workspace: Workspace) -> Iterator[Block]:
 
 
 @torch.no_grad()
-def sweep(model: Model, samples: Samples, workspace: Workspace, wanted: Callable[[Group], bool]) -> Iterator[Inputs]:
-    """Measure every input group for which `wanted` holds, block after block, in the order in which data flows."""
-    start, hidden, kwargs = _begin(model, samples, workspace)
+def sweep(model: Model, samples: Samples, workspace: Workspace, wanted: Callable[[Group], bool], *, drift: bool = False) -> Iterator[Inputs]:
+    """Measure every input group for which `wanted` holds, block after block, in the order in which data flows.
+
+    With `drift`, also against the model as it was: a second block in memory, and about twice the work.
+    """
+    start, streams, kwargs = _begin(model, samples, workspace, 2 if drift else 1)
     model.release()
-    replay = Replay(hidden, kwargs)
+    replay = Replay(streams[0], kwargs)
+    moved = Drift(streams[1], kwargs) if drift else None
     workspace.progress.blocks(start, len(model.blocks))
     for layout in model.blocks[start:]:
         path = workspace.block_file(layout.index)
-        with model.block(layout.index) as block, replay.within():
+        with moved.beside(model, layout.index) if moved else nullcontext(), model.block(layout.index) as block, replay.within():
             for stage in layout.stages:
                 for groups in _turns(tuple(group for group in stage.groups if wanted(group))):
                     moment = SecondMoment(len(groups), groups[0].columns, model.device)
-                    finish = _measure(block, stage, groups, replay, moment)
+                    apart = moved if stage.name not in (EXPERTS_IN, EXPERTS_OUT) else None
+                    finish = _measure(block, stage, groups, replay, moment, apart)
                     tokens = tuple(moment.tokens)
                     return_freed_memory()
-                    yield Inputs(block, groups, moment.mean(), tokens, samples.tokens)
+                    yield Inputs(block, groups, moment.mean(), tokens, samples.tokens, apart.mean() if apart else None)
                     del moment
                     finish()
                     return_freed_memory()
             block.save(path)
             if layout.index + 1 < len(model.blocks):
                 replay.advance(block)
-                _keep(workspace, layout.index + 1, replay.hidden)
+                if moved:
+                    moved.advance()
+                _keep(workspace, layout.index + 1, streams)
         workspace.progress.blocks(layout.index + 1, len(model.blocks))
 
 
-def _begin(model: Model, samples: Samples, workspace: Workspace) -> tuple[int, list[Tensor], list[list[dict[str, Any]]]]:
-    """The first unfinished block, what it is given and the keyword arguments of all blocks."""
+def _begin(model: Model, samples: Samples, workspace: Workspace, streams: int) -> tuple[int, list[list[Tensor]], list[list[dict[str, Any]]]]:
+    """The first unfinished block, what it is given in each of so many `streams`, and the keyword arguments of all blocks."""
     kwargs = []
     hidden = []
     for batch in samples.batches():
@@ -166,17 +176,19 @@ def _begin(model: Model, samples: Samples, workspace: Workspace) -> tuple[int, l
         hidden.append(first)
         kwargs.append(noted)
     if not workspace.activations.exists():
-        return 0, hidden, kwargs
+        return 0, [list(hidden) for _ in range(streams)], kwargs
     tensors, metadata = read_header(workspace.activations)
     start = int(metadata["block"])
     if workspace.block_file(len(model.blocks) - 1).exists():
         start = len(model.blocks)
-    return start, [read_tensor(tensors[str(index)]).to(model.device) for index in range(len(hidden))], kwargs
+    kept = [[read_tensor(tensors[f"{stream}.{index}"]).to(model.device) for index in range(len(hidden))] for stream in range(streams)]
+    return start, kept, kwargs
 
 
-def _keep(workspace: Workspace, block: int, hidden: list[Tensor]) -> None:
+def _keep(workspace: Workspace, block: int, streams: list[list[Tensor]]) -> None:
     """Put on disk what `block` is given; a run killed from here on starts there."""
-    write_safetensors(workspace.activations, [entry(str(index), each) for index, each in enumerate(hidden)], {"block": str(block)})
+    entries = [entry(f"{stream}.{index}", each) for stream, hidden in enumerate(streams) for index, each in enumerate(hidden)]
+    write_safetensors(workspace.activations, entries, {"block": str(block)})
 
 
 def _turns(groups: tuple[Group, ...]) -> Iterator[tuple[Group, ...]]:
@@ -188,10 +200,18 @@ def _turns(groups: tuple[Group, ...]) -> Iterator[tuple[Group, ...]]:
         start += room
 
 
-def _measure(block: Block, stage: Stage, groups: tuple[Group, ...], replay: Replay, moment: SecondMoment) -> Callable[[], None]:
+def _measure(block: Block, stage: Stage, groups: tuple[Group, ...], replay: Replay, moment: SecondMoment, moved: Drift | None) -> Callable[[], None]:
     """Run all data through the block up to where `groups` read their input. Returns what to call once they are final."""
     if stage.name not in (EXPERTS_IN, EXPERTS_OUT):
-        return replay.measure(block, groups[0], lambda inputs: moment.add(0, inputs))
+        if moved:
+            moved.begin(groups[0].columns, moment.total.device)
+
+        def note(inputs: Tensor) -> None:
+            moment.add(0, inputs)
+            if moved:
+                moved.add(groups[0].linears[0].name, replay.batch, inputs)
+
+        return replay.measure(block, groups[0], note)
     member = {group.expert: index for index, group in enumerate(groups)}
 
     def record(expert: int, inputs: Tensor) -> None:

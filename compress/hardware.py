@@ -6,8 +6,9 @@ import ctypes
 import os
 import resource
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from threading import Barrier
 from typing import TypeVar
@@ -71,7 +72,7 @@ def return_freed_memory() -> None:
 def in_parallel(work: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
     """``work`` of each of `items`, in order; on CPU as many at a time as torch uses threads, each of them computing on one.
 
-    For many small operations in a row: split over cores, each would wait longer for the other cores than it takes.
+    For operations of about a million elements each: smaller ones wait for Python's lock longer than they take.
     """
     items = list(items)
     threads = torch.get_num_threads()
@@ -80,12 +81,24 @@ def in_parallel(work: Callable[[Item], Result], items: Iterable[Item]) -> list[R
     return list(_workers(threads).map(work, items))
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """While inside, torch computes on one thread: for many short operations in a row, which would wait for the other cores longer than they take."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 @cache
 def _workers(threads: int) -> ThreadPoolExecutor:
     pool = ThreadPoolExecutor(threads, "compress")
     everyone = Barrier(threads)
 
     def begin() -> None:
+        torch.get_num_threads()  # has a new thread take over the caller's number, which it would do later otherwise
         torch.set_num_threads(1)
         everyone.wait()
 

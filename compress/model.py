@@ -303,10 +303,10 @@ class Model:
         return names[self.tensors[name if name in self.tensors else f"{linear}.weight"].dtype]
 
     @contextmanager
-    def block(self, index: int) -> Iterator[Block]:
-        """Block `index` in memory, freed on leaving."""
+    def block(self, index: int, *, beside: bool = False) -> Iterator[Block]:
+        """Block `index` in memory, freed on leaving. With `beside`, one that the model does not run, to be entered before the one it does."""
         layout, slots = self.blocks[index], self._slots[index]
-        module = self._modules[index]
+        module = copy.deepcopy(self._modules[index]) if beside else self._modules[index]
         for name, parameter in list(module.named_parameters()):
             owner, _, leaf = name.rpartition(".")
             empty = torch.empty(parameter.shape, dtype=self.dtype, device=self.device)

@@ -30,7 +30,8 @@ class Replay:
     def __init__(self, hidden: list[Tensor], kwargs: list[list[dict[str, Any]]]) -> None:
         self.hidden = hidden
         self._kwargs = kwargs
-        self._batch = 0
+        self.batch = 0
+        """Which batch is running."""
         self._answers: dict[str, Wrap | None] = {}
         """By the name of a linear within its block: how its submodule gives on what the linear gives, None if it does more."""
         self._replaced: list[Any] = []
@@ -48,7 +49,7 @@ class Replay:
     def run(self, block: Block) -> None:
         """Run every batch through `block` up to where something in it raises `Reached`."""
         for batch, each in enumerate(self.hidden):
-            self._batch = batch
+            self.batch = batch
             try:
                 block.forward(each, self._kwargs[batch][block.layout.index])
             except Reached:
@@ -58,7 +59,7 @@ class Replay:
     def advance(self, block: Block) -> None:
         """Replace what `block` is given by what it gives."""
         for batch, each in enumerate(self.hidden):
-            self._batch = batch
+            self.batch = batch
             self.hidden[batch] = block.forward(each, self._kwargs[batch][block.layout.index])
 
     def measure(self, block: Block, group: Group, record: Callable[[Tensor], None]) -> Callable[[], None]:
@@ -106,7 +107,7 @@ class Replay:
         for index, inputs in enumerate(kept):
             kept[index] = projection(inputs)
         projection.to("meta")
-        module.forward = lambda *_, **__: wrap(kept[self._batch])
+        module.forward = lambda *_, **__: wrap(kept[self.batch])
         self._replaced.append(module)
 
 

@@ -144,6 +144,35 @@ def test_a_block_sees_what_was_done_to_the_blocks_before_it(checkpoint: Callable
     assert close(seen["model.layers.1.qkv"], seen["model.layers.0.qkv"] * torch.outer(ratio, ratio))
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen2-sliding", "mixtral"])
+def test_drift_is_measured_against_the_model_as_it_was(kind: str, checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    folder, samples = checkpoint(kind), tiny.samples()
+    changed, before = tiny.plain(folder), tiny.plain(folder)
+    changed.model.layers[0].self_attn.v_proj.weight.data.zero_()
+    batches = [batch.inputs for batch in samples.batches()]
+    old, new = (oracle.inputs_of_linears(model, batches) for model in (before, changed))
+    measured = {}
+    for inputs in sweep(open_model(folder), samples, Workspace(tmp_path, tiny.Silent()), lambda group: True, drift=True):
+        name = inputs.groups[0].linears[0].name
+        if name == "model.layers.0.self_attn.q_proj":
+            linear = inputs.groups[0].linears[-1]
+            inputs.block.set_quantized(linear.name, nothing(linear.rows, linear.columns), {})
+        if inputs.drift is None:
+            assert inputs.groups[0].expert is not None
+        else:
+            measured[name] = inputs.drift
+    assert set(measured) == {name for name in old if name.endswith(("q_proj", "o_proj", "gate_proj", "down_proj"))}
+    for name, drift in measured.items():
+        expected = sum(
+            (x - y).double().reshape(-1, x.shape[-1]).T @ y.double().reshape(-1, y.shape[-1]) for x, y in zip(old[name], new[name], strict=True)
+        )
+        assert torch.allclose(drift.double(), expected / samples.tokens, rtol=1e-3, atol=1e-5), name
+    assert (
+        not measured["model.layers.0.self_attn.q_proj"].any()
+        and measured["model.layers.1.mlp.down_proj" if kind != "mixtral" else "model.layers.1.self_attn.o_proj"].any()
+    )
+
+
 def test_only_wanted_groups_are_measured(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     assert list(swept(checkpoint("llama"), tiny.samples(), tmp_path, lambda group: group.name.endswith("1.down"))) == ["model.layers.1.down"]
 

@@ -105,6 +105,42 @@ def test_the_factor_multiplies_out_to_the_damped_hessian() -> None:
     assert torch.allclose(product, damped(hessian, factor)[0][order][:, order], rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("act_order", [True, False])
+def test_a_factor_that_takes_the_memory_of_its_hessian_is_the_same(act_order: bool) -> None:
+    _, hessian, _ = problem(9, batch=3)
+    hessian[1] = 0
+    before = hessian.clone()
+    kept = factorize(hessian, DAMP, act_order)
+    assert torch.equal(hessian, before)
+    taken = factorize(hessian, DAMP, act_order, overwrite=True)
+    assert taken.upper.data_ptr() == hessian.data_ptr()
+    assert all(torch.equal(getattr(kept, name), getattr(taken, name)) for name in ("upper", "diagonal", "order"))
+    assert torch.equal(kept.damp.isnan(), torch.tensor([False, True, False]))
+
+
+def test_energy_is_the_mean_square_of_each_output() -> None:
+    weight, hessian, _ = problem(10)
+    factor = factorize(hessian, DAMP, True)
+    expected = torch.einsum("ri,ij,rj->r", weight[0], damped(hessian, factor)[0], weight[0])
+    assert torch.allclose(factor.energy(0, weight[0]), expected, rtol=1e-10)
+
+
+def test_solving_by_the_factor_is_solving_by_the_damped_hessian() -> None:
+    weight, hessian, _ = problem(11, batch=2)
+    factor = factorize(hessian, DAMP, True)
+    expected = torch.linalg.solve(damped(hessian, factor)[1], weight[1], left=False)
+    assert torch.allclose(factor.solve(1, weight[1]), expected, rtol=1e-8)
+
+
+def test_what_is_corrected_beforehand_leaves_nothing_that_the_inputs_could_explain() -> None:
+    generator = torch.Generator().manual_seed(12)
+    before, weight = (torch.randn(rows, 16, generator=generator, dtype=torch.float64) for rows in (64, 4))
+    now = before + 0.1 * torch.randn(64, 16, generator=generator, dtype=torch.float64)
+    factor = factorize((now.T @ now / 64)[None], 1e-12, True)
+    corrected = weight + factor.solve(0, weight @ ((before - now).T @ now / 64))
+    assert float(((before @ weight.T - now @ corrected.T).T @ now).abs().max()) < 1e-8
+
+
 def test_importance_is_the_diagonal_in_the_original_order() -> None:
     _, hessian, _ = problem(8)
     factor = factorize(hessian, DAMP, True)
