@@ -21,6 +21,10 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 
+AT_ONCE = 8
+"""Windows in one forward."""
+
+
 def decode_gptq(directory: Path) -> dict[str, torch.Tensor]:
     """The weights that GPTQModel packed in `directory`, by their dense names, unpacked by GPTQModel."""
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(max(2, os.cpu_count() or 2)))  # as in run_gptqmodel.py
@@ -76,10 +80,11 @@ def load(directory: Path) -> Any:
 def evaluate(model: Any, windows: list[list[int]]) -> dict[str, float | int]:
     """Mean loss of `model` over `windows`, summed in float64 so that the order of the windows does not matter."""
     total = 0.0
-    for window in windows:
-        ids = torch.tensor([window])
-        logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
-        total += torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none").double().sum().item()
+    for start in range(0, len(windows), AT_ONCE):
+        ids = torch.tensor(windows[start : start + AT_ONCE])
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+        losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+        total += losses.double().sum().item()
     tokens = len(windows) * (len(windows[0]) - 1)
     loss = total / tokens
     return {
