@@ -20,7 +20,6 @@ from protocol import read_windows
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-
 AT_ONCE = 8
 """Windows in one forward."""
 
