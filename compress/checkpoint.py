@@ -130,7 +130,7 @@ class Checkpoint:
     def _config(self, problems: Problems) -> dict[str, Any]:
         path = self.folder / "config.json"
         try:
-            config = json.loads(path.read_text())
+            config = json.loads(path.read_text(encoding="utf-8"))
             if isinstance(config, dict):
                 return config
             problems.add("config.json", f"must hold a mapping, got {type(config).__name__}")
@@ -152,7 +152,7 @@ class Checkpoint:
             problems.add(str(self.folder), f"holds neither {SINGLE} nor {INDEX}", remedy)
             return {}
         try:
-            weight_map = json.loads(index.read_text())["weight_map"]
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             pairs = [(str(name), str(file)) for name, file in weight_map.items()]
         except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
             problems.add(INDEX, f"cannot be understood ({type(error).__name__}: {error})", "fetch it again")
@@ -325,7 +325,7 @@ def sync_folder(folder: Path) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a small file durably and atomically."""
     partial = path.with_name(path.name + ".partial")
-    with partial.open("w") as file:
+    with partial.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

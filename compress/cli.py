@@ -191,7 +191,7 @@ def _shipped() -> list[Path]:
 
 def _summary(path: Path) -> str:
     """The second line of a recipe says what it is for; the first is the command that runs it."""
-    lines = path.read_text().splitlines()
+    lines = path.read_text(encoding="utf-8").splitlines()
     return lines[1].removeprefix("#").strip() if len(lines) > 1 else ""
 
 

@@ -216,7 +216,7 @@ def sentence_pairs(data: str, tokenizer: Tokenizer) -> Samples:
 
 def _read(path: Path, place: str) -> str:
     try:
-        return path.read_text()
+        return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError.one(place, f"cannot be read as text ({error})") from error
 

@@ -29,7 +29,7 @@ def inspect(folder: Path) -> dict[str, Any]:
                 item["shape"] = list(struct.unpack("<2q", file.read(16)))
             item["became"] = _scheme(checkpoint, linear, item["shape"])
     manifest = folder / "manifest.json"
-    accepted = json.loads(manifest.read_text()).get("accepted") if manifest.is_file() else None
+    accepted = json.loads(manifest.read_text(encoding="utf-8")).get("accepted") if manifest.is_file() else None
     ordered = [tensors[name] for name in sorted(tensors)]
     return {"folder": str(folder), "accepted": accepted, "bytes": checkpoint.nbytes, "tensors": ordered}
 

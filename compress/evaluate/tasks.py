@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import InputError
+from compress.hardware import device
 
 
 def run(folder: Path, tasks: tuple[str, ...], limit: int | None = None) -> dict[str, dict[str, float]]:
@@ -27,11 +28,13 @@ def run(folder: Path, tasks: tuple[str, ...], limit: int | None = None) -> dict[
     unknown = sorted(set(names) - set(manager.all_tasks))
     if unknown:
         raise InputError.one("evaluate: tasks", f"lm-eval knows no task {unknown[0]!r}", "a task file must be named after its task")
-    model = HFLM(pretrained=str(folder), batch_size=8)
+    model = HFLM(pretrained=str(folder), device=str(device()), batch_size=8)
     results: dict[str, Any] = simple_evaluate(model=model, tasks=names, task_manager=manager, limit=limit, bootstrap_iters=0)["results"]
     return {
         task: {
-            metric.partition(",")[0]: float(value) for metric, value in figures.items() if isinstance(value, int | float) and "stderr" not in metric
+            metric.partition(",")[0]: float(value)
+            for metric, value in figures.items()
+            if isinstance(value, int | float) and "," in metric and "stderr" not in metric  # what has no filter is no metric: sample_len
         }
         for task, figures in results.items()
     }
