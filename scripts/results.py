@@ -3,8 +3,8 @@
     python scripts/results.py          # write it
     python scripts/results.py --check  # exit 1 if README.md says anything else
 
-Each file says which benchmark it is of (bench/README.md). Of a rival's variants the one with the smallest mean loss is shown, which
-is the choice that favours it.
+Each file says which benchmark it is of (bench/README.md). Of each tool's variants the one with the smallest mean loss is shown; the JSON
+has them all.
 """
 
 import argparse
@@ -116,7 +116,7 @@ def notes(documents: list[tuple[str, dict[str, Any]]]) -> Iterable[str]:
             yield (
                 f"Excess loss over the unquantised `{protocol['model']}` in nats on {texts}, windows of {protocol['context']} tokens, "
                 f"GPTQ calibrated on {calibration['samples']} x {calibration['length']} tokens, mean of {seeds} draw{'s' if seeds > 1 else ''}; "
-                "of a rival's variants the best."
+                "of each tool's variants the best."
             )
         versions = document.get("stamp", {}).get("versions", {})
         seen |= {(TITLES[tool], found[tool]) for tool, found in versions.items() if tool in TITLES and found and tool in found}
