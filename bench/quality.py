@@ -53,6 +53,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--windows", type=int, help="evaluate on the first so many windows only")
     parser.add_argument("--seeds", type=int, default=1, help="repeat with so many draws of the calibration windows")
     parser.add_argument("--variants", nargs="+", default=["default", "mse"], help="of the rivals; 'all' for every one")
+    parser.add_argument("--rival-dtype", choices=("auto", "float32"), default="auto", help="what the rivals compute in; auto: as the checkpoint")
     parser.add_argument("--rivals", nargs="*", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--passes", nargs="*", default=["rtn", "gptq"], help="ours; with options as NAME={key: value} (YAML), if any")
     return parser.parse_args()
@@ -83,7 +84,7 @@ def command(cell: Cell, python: Path | str, model: Path, out: Path, tokens: Path
     """The command that lets the tool of `cell` write its checkpoint to `out`."""
     grid = {"bits": cell.bits, "group_size": cell.group_size, "symmetric": cell.symmetric}
     if cell.tool != OURS:
-        return harness.rival_command(Path(python), cell.tool, model, tokens, out, variant=cell.method, **grid)
+        return harness.rival_command(Path(python), cell.tool, model, tokens, out, variant=cell.method, dtype=arguments.rival_dtype, **grid)
     name, _, more = cell.method.partition("=")
     options = grid | (yaml.safe_load(more) if more else {})
     recipe = tokens.with_name("recipe.yaml")

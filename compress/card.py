@@ -29,7 +29,7 @@ model = AutoModelForCausalLM.from_pretrained("PATH")
 tokenizer = AutoTokenizer.from_pretrained("PATH")
 ```
 
-What was lost is in `report.html`; hashes of all files are in `manifest.json`.
+What was lost is in `report.html`; hashes of all other files are in `manifest.json`.
 
 ## Recipe
 

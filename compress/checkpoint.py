@@ -108,7 +108,11 @@ class Checkpoint:
         self.folder = folder
         problems = Problems()
         if not folder.is_dir():
-            raise InputError.one(str(folder), "no such folder", "give a local folder, a hub id or demo:dense, demo:moe, demo:vlm")
+            raise InputError.one(
+                str(folder),
+                "is a file, not a folder" if folder.exists() else "no such folder",
+                "give a local folder, a hub id or demo:dense, demo:moe, demo:vlm",
+            )
         self.config = self._config(problems)
         self.tensors: dict[str, TensorInfo] = {}
         self.unlisted: list[str] = []

@@ -33,6 +33,21 @@ ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="a local fol
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON instead of tables")]
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        from compress import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version and exit")] = False,
+) -> None:
+    """What stands before any command."""
+
+
 @app.command()
 def run(
     recipe: RecipeArgument,

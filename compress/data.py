@@ -93,8 +93,8 @@ class Tokenizer:
 
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
+        except Exception as error:  # whatever a damaged file makes the library raise
+            reason = " ".join(f"{type(error).__name__} {error}".split())[:200]
             raise InputError.one(str(folder), f"has no usable tokenizer ({reason})", "tokenizer files must lie beside the weights") from error
         self._tokenizer.model_max_length = int(1e30)  # documents are cut here, not by a warning
         self._processor: Any = None
@@ -152,7 +152,8 @@ def calibration(data: str, samples: int, length: int, seed: int, tokenizer: Toke
 
     `data` is ``demo:text`` or another ``demo:`` name, a ``.txt`` file (random passages), a ``.jsonl`` file (one document a line with
     ``text``, ``messages`` or ``input_ids``), a folder of images with a ``data.jsonl`` (``image``, ``question``, ``answer``), a folder or
-    hub id of a data set (``text`` or ``messages`` column of its ``train`` split).
+    hub id of a data set (``text`` or ``messages`` column of its ``train`` split). Documents are taken in random order from the first
+    ``16 * samples``, and what lies behind them is read only if they do not suffice.
     """
     place = f"calibration: data: {data}"
     rng = random.Random(seed)
@@ -168,9 +169,11 @@ def calibration(data: str, samples: int, length: int, seed: int, tokenizer: Toke
     elif path.is_dir() or HUB_ID.fullmatch(data.partition("#")[0]):
         items = _documents(_hub(data, place), samples, length, rng, tokenizer, place)
     else:
-        raise InputError.one(place, "no such file, folder or hub id", "give a .txt or .jsonl file, a folder, a hub id or demo:text")
+        what = "is neither a .txt nor a .jsonl file" if path.is_file() else "no such file, folder or hub id"
+        raise InputError.one(place, what, "give a .txt or .jsonl file, a folder, a hub id or demo:text")
     if len(items) < samples:
-        raise InputError.one(place, f"holds only {len(items)} samples, {samples} are wanted", f"set samples: {len(items)} or give more data")
+        remedy = f"set samples: {len(items)} or give more data" if items else "give more data"
+        raise InputError.one(place, f"holds only {len(items)} samples, {samples} are wanted", remedy)
     return Samples(data, tuple(items))
 
 
@@ -185,7 +188,7 @@ def windows(data: str, context: int, limit: int | None, tokenizer: Tokenizer, pl
         return Samples(data, tuple(_question(row, path, tokenizer, place) for row in rows))
     if not path.is_file():
         raise InputError.one(f"{place}: {data}", "no such file", "give a .txt file, a folder of images with data.jsonl, or demo:heldout")
-    text = _read(path, place)
+    text = _read(path, f"{place}: {data}")
     if limit is not None:
         text = text[: limit * context * CHARACTERS_PER_TOKEN]
     ids = tokenizer.encode(text)

@@ -64,6 +64,10 @@ class BlockLayout:
         return (linear for stage in self.stages for group in stage.groups for linear in group.linears)
 
 
+SIZES = ("hidden_size", "intermediate_size", "moe_intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
+"""Numbers of a config that a model cannot be made without, where it has them."""
+
+
 class Layout:
     """Blocks of `checkpoint` in order. Raises `InputError` with everything about the folder that does not fit together."""
 
@@ -76,6 +80,10 @@ class Layout:
                 f"config.json: {self.arch.text_config}", f"must hold a mapping, got {type(self.text_config).__name__}", "fetch it again"
             )
         problems = Problems()
+        for key in SIZES:
+            size = self.text_config.get(key)
+            if size is not None and (type(size) is not int or size < 1):
+                problems.add(f"{checkpoint.folder / 'config.json'}: {key}", f"must be a positive number, got {size!r}", "fetch it again")
         self.blocks = self._blocks(problems)
         if len(problems):
             self._refuse_declared()  # weights under other names are then no riddle

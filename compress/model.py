@@ -195,9 +195,15 @@ class Model:
 
     def _empty_blocks(self) -> tuple[Any, nn.ModuleList]:
         auto = self._auto_class()
-        config = self._read_config()
-        with torch.device("meta"):
-            whole = auto.from_config(config, dtype=self.dtype, attn_implementation="sdpa", trust_remote_code=False)
+        try:
+            config = self._read_config()
+            with torch.device("meta"):
+                whole = auto.from_config(config, dtype=self.dtype, attn_implementation="sdpa", trust_remote_code=False)
+        except Exception as error:  # whatever a wrong value makes the library raise
+            reason = " ".join(f"{type(error).__name__} {error}".split())[:300]
+            raise InputError.one(
+                str(self.checkpoint.folder / "config.json"), f"transformers makes no model of it ({reason})", "fetch it again"
+            ) from error
         return config, whole.get_submodule(self.layout.arch.module_blocks).eval().requires_grad_(False)
 
     def _hollow(self) -> Any:

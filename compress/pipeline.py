@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -11,7 +12,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -83,7 +84,7 @@ def run(request: Request, progress: Progress) -> dict[str, Any]:
     plan = check(request.recipe, layout, request.place)
     _check_target(request, layout)
     _check_disk(request, layout, {name: scheme for name, (_, scheme) in plan.items()})
-    with _no_space_is_an_input_error(request):
+    with _no_space_is_an_input_error(request), _alone(request.work):
         return _Run(request, layout, plan, progress, began).go()
 
 
@@ -116,6 +117,23 @@ def _check_disk(request: Request, layout: Layout, plan: dict[str, Scheme]) -> No
 
 
 @contextmanager
+def _alone(work: Path) -> Iterator[None]:
+    """While inside, no other run may use the work folder. It is left only if something is in it."""
+    work.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(work, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
+        except OSError as error:
+            raise InputError.one(str(work), "another run is working here", "wait for it, or choose another --out or --work") from error
+        yield
+    finally:
+        os.close(descriptor)
+        with suppress(OSError):
+            work.rmdir()
+
+
+@contextmanager
 def _no_space_is_an_input_error(request: Request) -> Iterator[None]:
     try:
         yield
@@ -143,10 +161,13 @@ class _Run:
 
     def go(self) -> dict[str, Any]:
         from compress import report
+        from compress.evaluate import measure
         from compress.hardware import peak_bytes
 
         sources = self._verify_source()
         samples = self._calibration()
+        if self.recipe.evaluate is not None:
+            measure.read(self.recipe.evaluate, self.tokenizer)  # to be told of its faults now, not after hours
         work = self._work_folder(sources, samples.digest if samples else "")
         for index, (name, step) in enumerate(self.steps):
             self._pass(index, name, step, samples, work)
@@ -342,8 +363,6 @@ class _Run:
         sync_folder(out.parent)
         shutil.rmtree(previous, ignore_errors=True)
         shutil.rmtree(staging.parent)
-        if not any(self.request.work.iterdir()):
-            self.request.work.rmdir()
 
 
 def judge(recipe: Recipe, evaluation: dict[str, Any] | None, size: dict[str, Any], fallbacks: int) -> list[dict[str, Any]]:

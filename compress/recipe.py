@@ -31,6 +31,7 @@ class Calibration(Section):
 
     data: str = Field(
         default="demo:text",
+        min_length=1,
         description="`demo:text`, a `.txt` or `.jsonl` file, a folder of images with `data.jsonl`, or a data set on the hub (`id` or `id#config`)",
     )
     samples: int = Field(default=128, ge=1, description="sequences drawn")
@@ -42,11 +43,13 @@ class Evaluation(Section):
     """What the model is measured with before and after."""
 
     data: str = Field(
-        default="demo:heldout", description="a `.txt` file, a folder of images with `data.jsonl`, `demo:heldout` or `demo:shapes-heldout`"
+        default="demo:heldout",
+        min_length=1,
+        description="a `.txt` file, a folder of images with `data.jsonl`, `demo:heldout` or `demo:shapes-heldout`",
     )
     context: int = Field(default=512, ge=2, description="tokens per window; windows do not overlap")
     windows: int | None = Field(default=100, ge=1, description="at most this many windows; `null` for all")
-    pairs: str | None = Field(default=None, description="minimal pairs (`.jsonl` of `good` and `bad`, or `demo:pairs`) for `accuracy`")
+    pairs: str | None = Field(default=None, min_length=1, description="minimal pairs (`.jsonl` of `good` and `bad`, or `demo:pairs`) for `accuracy`")
     tasks: tuple[str, ...] = Field(default=(), description="lm-eval tasks: names, or paths of task files; the whole model is loaded for these")
 
 
@@ -133,10 +136,21 @@ def _pass_class(name: str) -> Any:
     return importlib.import_module(f"compress.passes.{name}").Pass
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice in one mapping, of which YAML would silently take the last."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for index, key in enumerate(keys):
+            if key in keys[:index]:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", node.value[index][0].start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def read(path: Path) -> object:
     """The plain data of a recipe file. Raises `InputError` if it is not YAML."""
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise InputError.one(str(path), f"cannot be read ({error.strerror})", "`compress recipes` lists those that ship with the project") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -151,7 +165,7 @@ def load(path: Path) -> Recipe:
 def validate(plain: object, place: str) -> Recipe:
     """A recipe from plain data; `place` starts every message."""
     if not isinstance(plain, dict):
-        raise InputError.one(place, f"must be a mapping with the key passes, got {type(plain).__name__}")
+        raise InputError.one(place, f"must be a mapping with the key passes, got {'nothing' if plain is None else type(plain).__name__}")
     problems = Problems()
     recipe = None
     try:
@@ -255,6 +269,8 @@ def _check_names(plain: dict[str, Any], place: str, problems: Problems) -> None:
 
 def _report(error: ValidationError, place: str, model: type[BaseModel], problems: Problems) -> None:
     for item in error.errors():
+        if item["loc"][:1] == ("passes",) and (len(item["loc"]) > 1 or (item["type"] == "too_short" and item["input"])):
+            continue  # `_check_passes` says it in our words
         path = ".".join(str(part) for part in item["loc"] if not str(part).startswith(("function-", "literal[", "constrained-")))
         where = f"{place}: {path}" if path else place
         if item["type"] == "extra_forbidden":
@@ -263,7 +279,8 @@ def _report(error: ValidationError, place: str, model: type[BaseModel], problems
             problems.add(where, "is missing")
         else:
             message = item["msg"].removeprefix("Value error, ")
-            problems.add(where, f"{message[:1].lower()}{message[1:]}, got {item['input']!r}")
+            message = (message[:1].lower() + message[1:]).replace("tuple", "list").replace("dictionary", "mapping")
+            problems.add(where, f"{message}, got {item['input']!r}")
 
 
 def _keys(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:

@@ -107,7 +107,8 @@ cost and give; the artifact holds the recipe with every default filled in.
 
 {table(recipe.Calibration)}
 
-Samples of a text start at random places, or are the documents of a stream in random order; nothing is padded.
+Samples of a text start at random places, or are documents in random order from the first 16 times
+`samples`, what lies behind being read only if they do not suffice; nothing is padded.
 
 ## `passes`
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -261,6 +262,13 @@ def test_a_mistake_in_pairs_is_named(rows: list[object], message: str, write: Ca
 def test_pairs_of_a_missing_file_are_refused(tokenizer: Tokenizer) -> None:
     with pytest.raises(InputError, match=r"^evaluate: pairs: no\.jsonl: no such file"):
         sentence_pairs("no.jsonl", tokenizer)
+
+
+def test_a_damaged_tokenizer_is_refused(tmp_path: Path) -> None:
+    shutil.copytree(demo.path("dense"), tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").write_text("{}")
+    with pytest.raises(InputError, match="has no usable tokenizer"):
+        Tokenizer(tmp_path / "model")
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -114,6 +115,23 @@ def test_a_tensor_of_another_shape_than_the_config_says_is_refused_by_name(name:
     rewrite(folder, narrow)
     with pytest.raises(InputError, match=name.replace(".", r"\.") + ".*shape"):
         open_model(folder)
+
+
+def test_a_config_that_transformers_refuses_is_refused_by_place(copy: Callable[..., Path]) -> None:
+    folder = copy()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_attention_heads": 7, "rms_norm_eps": "small"}))
+    with pytest.raises(InputError, match=r"config\.json: transformers makes no model of it"):
+        Model(Layout(Checkpoint(folder)))
+
+
+@pytest.mark.parametrize("value", ["abc", -1, 0, 1.5, True])
+def test_a_size_that_is_none_is_refused_by_name(value: object, copy: Callable[..., Path]) -> None:
+    folder = copy()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"hidden_size": value}))
+    with pytest.raises(InputError, match=r"config\.json: hidden_size: must be a positive number, got"):
+        Layout(Checkpoint(folder))
 
 
 def test_memory_of_a_block_is_freed_on_leaving(checkpoint: Callable[..., Path]) -> None:

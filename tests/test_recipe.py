@@ -55,7 +55,7 @@ def test_five_mistakes_are_told_at_once_with_their_places() -> None:
 
 MISTAKES: dict[str, tuple[object, str]] = {
     "not a mapping": ([], "r.yaml: must be a mapping with the key passes, got list"),
-    "empty": (None, "r.yaml: must be a mapping with the key passes, got NoneType"),
+    "empty": (None, "r.yaml: must be a mapping with the key passes, got nothing"),
     "no passes": ({}, "r.yaml: passes: is missing"),
     "an empty list of passes": ({"passes": []}, "r.yaml: passes: "),
     "two passes in one step": ({"passes": [{"rtn": {}, "gptq": {}}]}, "r.yaml: passes[0]: must be one pass name with its options"),
@@ -266,6 +266,28 @@ def test_every_option_of_gptq_is_among_those_changed_here() -> None:
     from compress.passes import gptq
 
     assert {key for change in CHANGES for step in change.get("passes", []) for key in step.get("gptq", {})} == set(gptq.Pass.model_fields)
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("passes:\n  - rtn: {bits: 4, bits: 3}\n")
+    with pytest.raises(InputError, match="the key 'bits' stands twice"):
+        recipe.load(path)
+
+
+@pytest.mark.parametrize(
+    ("plain", "message"),
+    [
+        ({"passes": ["rtn"]}, r"^r\.yaml: passes\[0\]: must be one pass name with its options; write `- gptq: \{bits: 4\}`$"),
+        ({"passes": None}, r"^r\.yaml: passes: input should be a valid list, got None$"),
+        ({"passes": []}, r"^r\.yaml: passes: list should have at least 1 item after validation, not 0, got \[\]$"),
+        (None, r"^r\.yaml: must be a mapping with the key passes, got nothing$"),
+        ({"passes": [{"rtn": {}}], "calibration": {"data": ""}}, r"^r\.yaml: calibration\.data: string should have at least 1 character, got ''$"),
+    ],
+)
+def test_one_mistake_gives_one_message(plain: object, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        recipe.validate(plain, "r.yaml")
 
 
 @pytest.mark.parametrize("name", demo.MODELS)

@@ -401,6 +401,30 @@ def test_a_full_disk_is_an_input_error_and_the_run_continues_afterwards(
     assert contents(tmp_path / "out") == unbroken("gptq")
 
 
+def test_a_second_run_in_the_same_work_folder_is_refused(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    class Second(tiny.Silent):
+        def blocks(self, done: int, total: int) -> None:
+            with pytest.raises(InputError, match=r"out\.work: another run is working here"):
+                compress(with_pass("rtn"), checkpoint("llama"), tmp_path / "out")
+
+    compress(with_pass("rtn"), checkpoint("llama"), tmp_path / "out", Second())
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("fault", ["data", "pairs", "tasks"])
+def test_faults_of_what_is_measured_on_are_told_before_any_block_is_made(fault: str, checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "bad").write_bytes(b"\xd3\x00" if fault == "data" else b'{"good": 1}')
+    options = {"tasks": [str(tmp_path / "none.yaml")]} if fault == "tasks" else {fault: str(tmp_path / "bad")}
+
+    class Untouched(tiny.Silent):
+        def blocks(self, done: int, total: int) -> None:
+            raise AssertionError
+
+    with pytest.raises(InputError, match="none.yaml" if fault == "tasks" else "/bad"):
+        compress(with_pass("rtn") | {"evaluate": {"context": 64, "windows": 4} | options}, checkpoint("llama"), tmp_path / "out", Untouched())
+    assert not list(tmp_path.glob("out*"))
+
+
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_read(
     checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,6 +23,15 @@ class Progress(Protocol):
     def done(self, units: int) -> None: ...
 
 
+def read(options: Evaluation, tokenizer: Tokenizer) -> tuple[Samples, Samples | None]:
+    """The text and the pairs to measure on. Raises `InputError` for whatever is wrong with them or with the names of tasks."""
+    samples = windows(options.data, options.context, options.windows, tokenizer, "evaluate: data")
+    pairs = sentence_pairs(options.pairs, tokenizer) if options.pairs else None
+    if options.tasks:
+        tasks.find(options.tasks)
+    return samples, pairs
+
+
 def against_source(source: Layout, artifact: Path, options: Evaluation, tokenizer: Tokenizer, progress: Progress) -> dict[str, Any]:
     """The artifact, read back from disk, beside its source."""
     base, model = Model(source), Model(Layout(Checkpoint(artifact)))
@@ -47,7 +56,7 @@ def alone(layout: Layout, options: Evaluation, tokenizer: Tokenizer, progress: P
 
 
 def _measure(base: Model, model: Model, options: Evaluation, tokenizer: Tokenizer, progress: Progress) -> dict[str, Any]:
-    samples = windows(options.data, options.context, options.windows, tokenizer, "evaluate: data")
+    samples, pairs = read(options, tokenizer)
     finished = 0
 
     def advance() -> None:
@@ -57,7 +66,7 @@ def _measure(base: Model, model: Model, options: Evaluation, tokenizer: Tokenize
 
     scores = scoring.compare(base, model, samples, advance)
     protocol = scoring.protocol(samples, options.context, model.dtype, scores)
-    base_correct, correct = _accuracy(base, model, samples, scores, options, tokenizer, protocol)
+    base_correct, correct = _accuracy(base, model, samples, scores, pairs, protocol)
     figures = {
         "perplexity_ratio": scoring.perplexity(scores.loss) / scoring.perplexity(scores.base_loss),
         "kl": float(scores.kl.double().mean()),
@@ -79,13 +88,12 @@ def _measure(base: Model, model: Model, options: Evaluation, tokenizer: Tokenize
 
 
 def _accuracy(
-    base: Model, model: Model, samples: Samples, scores: scoring.Scores, options: Evaluation, tokenizer: Tokenizer, protocol: dict[str, Any]
+    base: Model, model: Model, samples: Samples, scores: scoring.Scores, pairs: Samples | None, protocol: dict[str, Any]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Right or wrong, before and after, in the sense that the data allow; `protocol` is told which."""
-    if options.pairs:
-        pairs = sentence_pairs(options.pairs, tokenizer)
+    if pairs:
         scored = scoring.compare(base, model, pairs)
-        protocol["accuracy"] = f"share of the {len(pairs.items) // 2} pairs of {options.pairs} whose good sentence has the higher probability"
+        protocol["accuracy"] = f"share of the {len(pairs.items) // 2} pairs of {pairs.source} whose good sentence has the higher probability"
         return scoring.preferred(scored, scored.base_loss), scoring.preferred(scored, scored.loss)
     if any(item.extra for item in samples.items):
         protocol["accuracy"] = "share of questions answered exactly"

@@ -133,7 +133,7 @@ def protocol(samples: Samples, context: int, dtype: torch.dtype, scores: Scores)
     images = any(item.extra for item in samples.items)
     return {
         "data": samples.source,
-        "data_sha256": samples.digest,
+        "tokens_sha256": samples.digest,
         "context": max(len(item.ids) for item in samples.items) if images else context,
         "stride": None if images else context,
         "sequences": len(samples.items),

@@ -10,11 +10,9 @@ from compress.errors import InputError
 from compress.hardware import device
 
 
-def run(folder: Path, tasks: tuple[str, ...], limit: int | None = None) -> dict[str, dict[str, float]]:
-    """Figures by task and metric. A task is a name lm-eval knows or the path of a task file (``.yaml``), which works offline."""
+def find(tasks: tuple[str, ...]) -> tuple[Any, list[str]]:
+    """lm-eval's task manager and the names of `tasks`: names that it knows, or paths of task files (``.yaml``), which work offline."""
     try:
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise InputError.one("evaluate: tasks", "lm-eval is not installed", "pip install 'compress[tasks]'") from error
@@ -28,6 +26,15 @@ def run(folder: Path, tasks: tuple[str, ...], limit: int | None = None) -> dict[
     unknown = sorted(set(names) - set(manager.all_tasks))
     if unknown:
         raise InputError.one("evaluate: tasks", f"lm-eval knows no task {unknown[0]!r}", "a task file must be named after its task")
+    return manager, names
+
+
+def run(folder: Path, tasks: tuple[str, ...], limit: int | None = None) -> dict[str, dict[str, float]]:
+    """Figures by task and metric."""
+    manager, names = find(tasks)
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
     model = HFLM(pretrained=str(folder), device=str(device()), batch_size=8)
     results: dict[str, Any] = simple_evaluate(model=model, tasks=names, task_manager=manager, limit=limit, bootstrap_iters=0)["results"]
     return {
