@@ -194,6 +194,7 @@ def main() -> None:
         "stride": arguments.length,
         "bos": False,
         "arithmetic": "float32",
+        "rival_dtype": arguments.rival_dtype,
         "calibration": {
             "text": arguments.calibration.name,
             "samples": arguments.samples,
