@@ -318,8 +318,8 @@ def unbroken(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathF
     return make
 
 
-RESUMED = {"gptq": with_pass("gptq"), "rtn": with_pass("rtn"), "two passes": TWO_PASSES}
-REPORTS = {"gptq": 4, "rtn": 3, "two passes": 8}
+RESUMED = {"gptq": with_pass("gptq"), "qep": with_pass("gptq", qep=0.5), "rtn": with_pass("rtn"), "two passes": TWO_PASSES}
+REPORTS = {"gptq": 4, "qep": 4, "rtn": 3, "two passes": 8}
 
 
 @pytest.mark.parametrize(("which", "reports"), [(which, reports) for which, count in REPORTS.items() for reports in range(count)])
