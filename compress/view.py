@@ -118,6 +118,7 @@ def plan(result: dict[str, Any]) -> None:
     for step in result["passes"]:
         table.add_row(step["name"], human(step["peak_bytes"]), human(step["disk_bytes"]), _duration(step["seconds"]))
     console.print(table)
+    console.print("passes only; reading the source, reopening and evaluating come on top", style="dim", highlight=False)
     size = result["size"]
     bits = f", {size['bits_per_weight']:.3f} bits per quantised weight" if size["bits_per_weight"] else ""
     console.print(f"size: {human(size['before_bytes'])} -> {human(size['after_bytes'])}{bits}", highlight=False)
@@ -128,7 +129,7 @@ def plan(result: dict[str, Any]) -> None:
 def evaluation(model: str, result: dict[str, Any]) -> None:
     """The lines of `compress eval`."""
     console = Console()
-    console.print(f"{model}: perplexity {result['perplexity']:.4f}, accuracy {result['accuracy']:.2%}", highlight=False)
+    console.print(f"{model}: perplexity {result['perplexity']:.4f}, accuracy {result['accuracy']:.2%} ({result['protocol']['accuracy']})", highlight=False)
     for task, figures in result.get("tasks", {}).items():
         console.print(f"{task}: " + ", ".join(f"{metric} {value:.4f}" for metric, value in figures.items()), highlight=False)
     for key, value in result["protocol"].items():
@@ -137,7 +138,7 @@ def evaluation(model: str, result: dict[str, Any]) -> None:
 
 def inspection(result: dict[str, Any]) -> None:
     """The table of `compress inspect`."""
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 200)  # a name broken in two cannot be searched for
     table = Table(show_edge=False)
     for heading in ("tensor", "shape", "became", "bytes"):
         table.add_column(heading, justify="right" if heading == "bytes" else "left", overflow="fold")
