@@ -129,7 +129,9 @@ def plan(result: dict[str, Any]) -> None:
 def evaluation(model: str, result: dict[str, Any]) -> None:
     """The lines of `compress eval`."""
     console = Console()
-    console.print(f"{model}: perplexity {result['perplexity']:.4f}, accuracy {result['accuracy']:.2%} ({result['protocol']['accuracy']})", highlight=False)
+    console.print(
+        f"{model}: perplexity {result['perplexity']:.4f}, accuracy {result['accuracy']:.2%} ({result['protocol']['accuracy']})", highlight=False
+    )
     for task, figures in result.get("tasks", {}).items():
         console.print(f"{task}: " + ", ".join(f"{metric} {value:.4f}" for metric, value in figures.items()), highlight=False)
     for key, value in result["protocol"].items():

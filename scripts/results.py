@@ -118,6 +118,9 @@ def notes(documents: list[tuple[str, dict[str, Any]]]) -> Iterable[str]:
                 f"GPTQ calibrated on {calibration['samples']} x {calibration['length']} tokens, mean of {seeds} draw{'s' if seeds > 1 else ''}; "
                 "of each tool's variants the best."
             )
+        if name == "speed":
+            options, dtype = (document["protocol"].get(key) for key in ("our_options", "rival_dtype"))
+            yield f"Speed and memory: `gptq` with {options or 'its defaults, so without QEP'}; rivals compute in {dtype or 'auto'}."
         versions = document.get("stamp", {}).get("versions", {})
         seen |= {(TITLES[tool], found[tool]) for tool, found in versions.items() if tool in TITLES and found and tool in found}
     if seen:
