@@ -8,7 +8,7 @@ with the block it was in and produces the same bytes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,7 +21,7 @@ from compress.data import Samples
 from compress.drift import Drift
 from compress.hardware import return_freed_memory
 from compress.layout import EXPERTS_IN, EXPERTS_OUT, Group, Stage
-from compress.model import Block, Experts3D, Model
+from compress.model import Block, Experts3D, Model, Reached
 from compress.replay import Replay
 
 TILE = 512
@@ -165,6 +165,69 @@ def sweep(model: Model, samples: Samples, workspace: Workspace, wanted: Callable
                     moved.advance()
                 _keep(workspace, layout.index + 1, streams)
         workspace.progress.blocks(layout.index + 1, len(model.blocks))
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """A block to be trained to give, for what it is given now, what it gave before the pass began.
+
+    ``inputs`` and ``targets`` [batches] of [rows, tokens, hidden]; ``kwargs`` by batch; ``seen`` the tokens of the whole calibration set.
+    """
+
+    block: Block
+    inputs: list[Tensor]
+    targets: list[Tensor]
+    kwargs: list[dict[str, Any]]
+    seen: int
+
+    def tokens(self) -> dict[str, int]:
+        """How many tokens each linear of an expert sees, by name; every other linear sees all."""
+        counts: dict[str, int] = {}
+        for stage in self.block.layout.stages:
+            if stage.name in (EXPERTS_IN, EXPERTS_OUT):
+                by_expert = self._tokens_of_experts()
+                counts |= {linear.name: by_expert.get(group.expert, 0) for group in stage.groups for linear in group.linears}
+        return counts
+
+    def _tokens_of_experts(self) -> dict[int | None, int]:
+        counts: dict[int | None, int] = {}
+
+        def record(expert: int, inputs: Tensor) -> None:
+            counts[expert] = counts.get(expert, 0) + len(inputs)
+
+        self.block.experts.listener = Experts3D(record, after_gate=False)
+        try:
+            for hidden, kwargs in zip(self.inputs, self.kwargs, strict=True):
+                with suppress(Reached), torch.no_grad():
+                    self.block.forward(hidden, kwargs)
+        finally:
+            self.block.experts.listener = None
+        return counts
+
+
+def train(model: Model, samples: Samples, workspace: Workspace) -> Iterator[Trainable]:
+    """Every unfinished block with what it is given and what it should give, in order."""
+    with torch.no_grad():
+        start, (now, before), kwargs = _begin(model, samples, workspace, 2)
+    model.release()
+    workspace.progress.blocks(start, len(model.blocks))
+    for layout in model.blocks[start:]:
+        of_block = [each[layout.index] for each in kwargs]
+        with model.block(layout.index) as block:
+            _forward(block, before, of_block)
+            yield Trainable(block, now, before, of_block, samples.tokens)
+            block.save(workspace.block_file(layout.index))
+            if layout.index + 1 < len(model.blocks):
+                _forward(block, now, of_block)
+                _keep(workspace, layout.index + 1, [now, before])
+        workspace.progress.blocks(layout.index + 1, len(model.blocks))
+
+
+@torch.no_grad()
+def _forward(block: Block, hidden: list[Tensor], kwargs: list[dict[str, Any]]) -> None:
+    """Replace what the block is given by what it gives."""
+    for batch, each in enumerate(hidden):
+        hidden[batch] = block.forward(each, kwargs[batch])
 
 
 def _begin(model: Model, samples: Samples, workspace: Workspace, streams: int) -> tuple[int, list[list[Tensor]], list[list[dict[str, Any]]]]:

@@ -128,6 +128,26 @@ class Block:
         output = self.module(hidden, **kwargs)
         return cast(Tensor, output[0] if isinstance(output, tuple) else output)
 
+    def forward_with(self, weights: dict[str, Tensor], hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """`forward` with ``weights`` [out, in] in place of those of some linears, by name; differentiable in them."""
+        replaced: dict[str, Tensor] = {}
+        parts: dict[str, dict[tuple[int, int | None], Tensor]] = {}
+        for linear, weight in weights.items():
+            slot = self._slots[f"{linear}.weight"]
+            if slot.expert is None:
+                replaced[slot.parameter] = weight.to(hidden.dtype)
+            else:
+                parts.setdefault(slot.parameter, {})[slot.expert, slot.half] = weight.to(hidden.dtype)
+        for slot in self._slots.values():
+            if slot.expert is not None and slot.parameter in parts:
+                parts[slot.parameter].setdefault((slot.expert, slot.half), slot.view(self.module))
+        for parameter, members in parts.items():
+            halves = sorted({half for _, half in members}, key=lambda half: half or 0)
+            experts = sorted({expert for expert, _ in members})
+            replaced[parameter] = torch.stack([torch.cat([members[expert, half] for half in halves]) for expert in experts])
+        output = torch.func.functional_call(self.module, replaced, (hidden,), kwargs)
+        return cast(Tensor, output[0] if isinstance(output, tuple) else output)
+
     def save(self, path: Path) -> None:
         """Write what changed, durably, in the layout of the final artifact."""
         tensors: dict[str, Tensor] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from compress.errors import Problems
+from compress.errors import InputError, Problems
 from compress.layout import Group, Layout, Linear
 
 if TYPE_CHECKING:
@@ -138,6 +139,32 @@ class Quantize(BaseModel):
                 f"{self.group_size} does not divide the width {width} of {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else ""),
                 f"widths that work: {', '.join(map(str, works)) or 'none'}, or channel; or set indivisible: keep or channel",
             )
+
+
+class Calibrated(Quantize):
+    """Options of every pass that rounds by what it saw of calibration data."""
+
+    needs_data: ClassVar[bool] = True
+
+    fallback: Literal["error", "round"] = Field(
+        default="error",
+        description="for a linear that saw too few tokens or whose Hessian cannot be factored: stop, or round it without data and record it",
+    )
+    min_tokens: float = Field(
+        default=0.25,
+        ge=0,
+        description="fewest tokens per input a linear must have seen (0.25: a width of 2048 needs 512); fewer is a case for `fallback`",
+    )
+
+    def starved(self, columns: int, tokens: int, seen: int) -> str | None:
+        """Why a linear of so many inputs that saw `tokens` of `seen` cannot be calibrated, or None."""
+        needed = math.ceil(self.min_tokens * columns)
+        return f"saw {tokens} of {seen} calibration tokens, needs {needed}" if tokens < needed else None
+
+    def refuse(self, name: str, reason: str) -> None:
+        """Raise for `reason` unless the recipe asks for another way out."""
+        if self.fallback == "error":
+            raise InputError.one(name, reason, "give more calibration data, or set fallback: round to have it rounded without data and recorded")
 
 
 def matches(pattern: str, name: str) -> bool:

@@ -7,13 +7,11 @@ and on request the correction of errors made before (QEP, arXiv 2504.09629).
 
 from __future__ import annotations
 
-import math
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from compress.errors import InputError
-from compress.passes.base import Quantize, split
+from compress.passes.base import Calibrated, split
 
 if TYPE_CHECKING:
     import torch
@@ -21,7 +19,7 @@ if TYPE_CHECKING:
 
     from compress.calibrate import Inputs, Workspace
     from compress.data import Samples
-    from compress.layout import Group, Linear
+    from compress.layout import Linear
     from compress.model import Model
     from compress.numerics.grid import Grid, Scales
 
@@ -30,10 +28,8 @@ JUDGED_ROWS = 256
 """Outputs of a linear whose error is put into relation, evenly spaced: all of them would cost as much as the rounding itself."""
 
 
-class Pass(Quantize):
+class Pass(Calibrated):
     """Round with error feedback, measured on calibration data."""
-
-    needs_data: ClassVar[bool] = True
 
     act_order: bool = Field(
         default=True, description="round the inputs with the largest second moment first; groups stay in place, so no index is stored"
@@ -51,15 +47,6 @@ class Pass(Quantize):
         le=1,
         description="share of the error of earlier linears that each one corrects beforehand (QEP, 0.5 is usual); not for experts; "
         "takes twice the forward passes and one more block of memory",
-    )
-    fallback: Literal["error", "round"] = Field(
-        default="error",
-        description="for a linear that saw too few tokens or whose Hessian cannot be factored: stop, or round it without data and record it",
-    )
-    min_tokens: float = Field(
-        default=0.25,
-        ge=0,
-        description="fewest tokens per input a linear must have seen (0.25: a width of 2048 needs 512); fewer is a case for `fallback`",
     )
 
     def run(self, model: Model, samples: Samples, workspace: Workspace) -> None:
@@ -84,8 +71,8 @@ class Pass(Quantize):
                 torch.cat([block.weight(linear.name) for linear in members[index]], out=weight[place])
             reasons = [self._unfit(inputs, index, bool(factor.damp[index].isnan())) for index in batch]
             for index, reason in zip(batch, reasons, strict=True):
-                if reason and self.fallback == "error":
-                    self._refuse(inputs.groups[index], reason)
+                if reason:
+                    self.refuse(inputs.groups[index].name, reason)
             if inputs.drift is not None and reasons == [None]:
                 # What was lost before this linear, as far as its own inputs can make it good: section 4 of arXiv 2504.09629.
                 weight[0].add_(factor.solve(0, weight[0] @ inputs.drift), alpha=self.qep)
@@ -125,10 +112,5 @@ class Pass(Quantize):
 
     def _unfit(self, inputs: Inputs, index: int, indefinite: bool) -> str | None:
         """Why a group's statistics cannot be trusted, or None."""
-        needed = math.ceil(self.min_tokens * inputs.groups[index].columns)
-        if inputs.tokens[index] < needed:
-            return f"saw {inputs.tokens[index]} of {inputs.seen} calibration tokens, needs {needed}"
-        return "its Hessian cannot be factored, even with a hundredfold damping" if indefinite else None
-
-    def _refuse(self, group: Group, reason: str) -> None:
-        raise InputError.one(group.name, reason, "give more calibration data, or set fallback: round to have it rounded without data and recorded")
+        starved = self.starved(inputs.groups[index].columns, inputs.tokens[index], inputs.seen)
+        return starved or ("its Hessian cannot be factored, even with a hundredfold damping" if indefinite else None)

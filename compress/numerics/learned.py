@@ -1,0 +1,87 @@
+"""Rounding that is learned: which way each weight goes, and how far each group's range reaches (AutoRound, arXiv 2309.05516, section 3).
+
+Both are trained through the rounding as if it were the identity, by the sign of the gradient alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from compress.numerics.grid import Grid, Scales, search_scales
+
+
+class Rounding:
+    """Learned rounding of ``weight`` [n, out, in] float32, linears that share shape, `grid`, `group_size` and `stored` dtype of scales.
+
+    Starts as plain rounding with searched scales: ``offset`` [n, out, in] at 0, kept within half a step, and ``reach``
+    [ends, n, out, groups] at 1, one factor for each end of the range (one for both on a symmetric grid).
+    """
+
+    def __init__(self, weight: Tensor, grid: Grid, group_size: int, stored: torch.dtype) -> None:
+        self.grid = grid
+        self._stored = stored
+        found = [search_scales(each, grid, group_size, stored) for each in weight]
+        scale, zero = (torch.stack([getattr(each, name) for each in found]) for name in ("scale", "zero"))
+        self._grouped = torch.unflatten(weight, -1, (-1, group_size))
+        self._scale = scale
+        self._ends = ((grid.low - zero) * scale, (grid.high - zero) * scale)
+        self.offset = torch.zeros_like(self._grouped).requires_grad_()
+        self.reach = torch.ones(1 if grid.symmetric else 2, *scale.shape, device=weight.device).requires_grad_()
+
+    def scales(self) -> Scales:
+        """[n, out, groups], as stored; differentiable in ``reach``."""
+        # Moved from where it starts rather than computed anew, so that nothing learned is exactly nothing changed.
+        if self.grid.symmetric:
+            scale = self._stored_scale(self._scale * self.reach[0])
+            return Scales(scale, torch.zeros_like(scale))
+        grown = [end * (reach - 1) for end, reach in zip(self._ends, self.reach, strict=True)]
+        scale = self._stored_scale(self._scale + (grown[1] - grown[0]) / (2**self.grid.bits - 1))
+        low = self._ends[0] * self.reach[0]
+        return Scales(scale, _straight(self.grid.low - low / scale, torch.round).clamp(self.grid.low, self.grid.high))
+
+    def _stored_scale(self, exact: Tensor) -> Tensor:
+        smallest = torch.finfo(self._stored).tiny
+        away = torch.where(exact.abs() < smallest, torch.full_like(exact, smallest).copysign(exact), exact)
+        return _straight(away, lambda value: value.to(self._stored).float())
+
+    def codes(self, scales: Scales) -> Tensor:
+        """[n, out, in] float32, whole numbers; differentiable."""
+        exact = self._grouped * scales.scale.reciprocal()[..., None] + self.offset + scales.zero[..., None]
+        return _straight(exact, torch.round).clamp(self.grid.low, self.grid.high)
+
+    def values(self) -> Tensor:
+        """What the weights are as rounded, [n, out, in]; differentiable."""
+        scales = self.scales()
+        return ((self.codes(scales) - scales.zero[..., None]) * scales.scale[..., None]).flatten(-2)
+
+    def step(self, rate: float) -> None:
+        """Move against the sign of the gradients that have gathered, and forget them."""
+        with torch.no_grad():
+            for parameter, low, high in ((self.offset, -0.5, 0.5), (self.reach, 0.0, 2.0)):
+                if parameter.grad is not None:
+                    parameter.sub_(parameter.grad.sign_(), alpha=rate).clamp_(low, high)
+                    parameter.grad = None
+
+    def forget(self, member: int) -> None:
+        """Go back to plain rounding for one of the linears."""
+        with torch.no_grad():
+            self.offset[member] = 0
+            self.reach[:, member] = 1
+
+    def state(self) -> tuple[Tensor, Tensor]:
+        """A copy of what is learned."""
+        return self.offset.detach().clone(), self.reach.detach().clone()
+
+    def restore(self, state: tuple[Tensor, Tensor]) -> None:
+        """Go back to a `state`."""
+        with torch.no_grad():
+            self.offset.copy_(state[0])
+            self.reach.copy_(state[1])
+
+
+def _straight(exact: Tensor, rounding: Callable[[Tensor], Tensor]) -> Tensor:
+    """``rounding(exact)``, with the gradient of ``exact``."""
+    return exact + (rounding(exact) - exact).detach()
