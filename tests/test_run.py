@@ -36,6 +36,9 @@ UNREPEATABLE = ("report.json", "report.html")
 NEVER = {"gptq": {"bits": 4, "group_size": 32, "min_tokens": 0, "fallback": "round"}}
 
 
+ALSO = {"gptq": {"min_tokens": 0, "fallback": "round"}, "autoround": {"min_tokens": 0, "fallback": "round", "steps": 3}}
+
+
 class Killed(BaseException):
     """What a signal would do."""
 
@@ -58,7 +61,7 @@ def compress(plain: dict[str, Any], model: Path | str, out: Path, progress: tiny
 
 
 def with_pass(name: str, **options: Any) -> dict[str, Any]:
-    return QUICK | {"passes": [{name: {"group_size": 32} | ({"min_tokens": 0, "fallback": "round"} if name == "gptq" else {}) | options}]}
+    return QUICK | {"passes": [{name: {"group_size": 32} | ALSO.get(name, {}) | options}]}
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -100,7 +103,7 @@ def test_every_architecture_makes_an_artifact_that_plain_transformers_opens(kind
 @pytest.mark.parametrize(
     "options", [{"bits": bits} for bits in range(2, 9)] + [{"bits": bits, "symmetric": False} for bits in (2, 3, 4, 5, 8)], ids=str
 )
-@pytest.mark.parametrize("name", ["rtn", "gptq"])
+@pytest.mark.parametrize("name", ["rtn", "gptq", "autoround"])
 def test_every_width_of_grid_is_read_back_by_compressed_tensors_bit_for_bit(
     name: str, options: dict[str, Any], checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -111,7 +114,7 @@ def test_every_width_of_grid_is_read_back_by_compressed_tensors_bit_for_bit(
 @pytest.mark.parametrize(
     "options", [{"symmetric": False}, {"group_size": "channel"}, {"group_size": "channel", "symmetric": False, "bits": 8}], ids=str
 )
-@pytest.mark.parametrize("name", ["rtn", "gptq"])
+@pytest.mark.parametrize("name", ["rtn", "gptq", "autoround"])
 def test_every_form_of_grid_makes_an_artifact_that_plain_transformers_opens(
     name: str, options: dict[str, Any], checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -119,7 +122,7 @@ def test_every_form_of_grid_makes_an_artifact_that_plain_transformers_opens(
 
 
 @pytest.mark.parametrize("indivisible", ["keep", "channel"])
-@pytest.mark.parametrize("name", ["rtn", "gptq"])
+@pytest.mark.parametrize("name", ["rtn", "gptq", "autoround"])
 def test_an_indivisible_width_makes_an_artifact_that_plain_transformers_opens(
     name: str, indivisible: str, checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -318,8 +321,14 @@ def unbroken(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathF
     return make
 
 
-RESUMED = {"gptq": with_pass("gptq"), "qep": with_pass("gptq", qep=0.5), "rtn": with_pass("rtn"), "two passes": TWO_PASSES}
-REPORTS = {"gptq": 4, "qep": 4, "rtn": 3, "two passes": 8}
+RESUMED = {
+    "gptq": with_pass("gptq"),
+    "qep": with_pass("gptq", qep=0.5),
+    "autoround": with_pass("autoround"),
+    "rtn": with_pass("rtn"),
+    "two passes": TWO_PASSES,
+}
+REPORTS = {"gptq": 4, "qep": 4, "autoround": 4, "rtn": 3, "two passes": 8}
 
 
 @pytest.mark.parametrize(("which", "reports"), [(which, reports) for which, count in REPORTS.items() for reports in range(count)])
