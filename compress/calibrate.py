@@ -21,7 +21,7 @@ from compress.data import Samples
 from compress.drift import Drift
 from compress.hardware import return_freed_memory
 from compress.layout import EXPERTS_IN, EXPERTS_OUT, Group, Stage
-from compress.model import Block, Experts3D, Model, Reached
+from compress.model import Block, Model, Reached
 from compress.replay import Replay
 
 TILE = 512
@@ -195,13 +195,10 @@ class Trainable:
         def record(expert: int, inputs: Tensor) -> None:
             counts[expert] = counts.get(expert, 0) + len(inputs)
 
-        self.block.experts.listener = Experts3D(record, after_gate=False)
-        try:
+        with self.block.listening(record, after_gate=False), torch.no_grad():
             for hidden, kwargs in zip(self.inputs, self.kwargs, strict=True):
-                with suppress(Reached), torch.no_grad():
+                with suppress(Reached):
                     self.block.forward(hidden, kwargs)
-        finally:
-            self.block.experts.listener = None
         return counts
 
 
@@ -214,20 +211,15 @@ def train(model: Model, samples: Samples, workspace: Workspace) -> Iterator[Trai
     for layout in model.blocks[start:]:
         of_block = [each[layout.index] for each in kwargs]
         with model.block(layout.index) as block:
-            _forward(block, before, of_block)
+            with torch.no_grad():
+                block.advance(before, of_block)
             yield Trainable(block, now, before, of_block, samples.tokens)
             block.save(workspace.block_file(layout.index))
             if layout.index + 1 < len(model.blocks):
-                _forward(block, now, of_block)
+                with torch.no_grad():
+                    block.advance(now, of_block)
                 _keep(workspace, layout.index + 1, [now, before])
         workspace.progress.blocks(layout.index + 1, len(model.blocks))
-
-
-@torch.no_grad()
-def _forward(block: Block, hidden: list[Tensor], kwargs: list[dict[str, Any]]) -> None:
-    """Replace what the block is given by what it gives."""
-    for batch, each in enumerate(hidden):
-        hidden[batch] = block.forward(each, kwargs[batch])
 
 
 def _begin(model: Model, samples: Samples, workspace: Workspace, streams: int) -> tuple[int, list[list[Tensor]], list[list[dict[str, Any]]]]:
@@ -281,9 +273,6 @@ def _measure(block: Block, stage: Stage, groups: tuple[Group, ...], replay: Repl
         if expert in member:
             moment.add(member[expert], inputs)
 
-    block.experts.listener = Experts3D(record, after_gate=stage.name == EXPERTS_OUT)
-    try:
+    with block.listening(record, after_gate=stage.name == EXPERTS_OUT):
         replay.run(block)
-    finally:
-        block.experts.listener = None
     return lambda: None

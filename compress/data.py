@@ -25,6 +25,10 @@ CHARACTERS_PER_TOKEN = 8
 """A slice of text this many times longer than the tokens wanted from it is long enough in all but pathological cases."""
 
 
+UNREADABLE = (OSError, ValueError, TypeError, LookupError, AttributeError)
+"""What transformers raises over a damaged tokenizer."""
+
+
 @dataclass(frozen=True)
 class Sample:
     """One sequence: ``ids`` int64 [tokens]; ``scored`` bool [tokens], the tokens whose prediction counts; ``extra`` are image tensors [1, ...]."""
@@ -93,7 +97,10 @@ class Tokenizer:
 
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # whatever a damaged file makes the library raise
+        except Exception as error:
+            # The tokenizers library raises bare `Exception` for a file it cannot read; a kind that is in neither set is a bug.
+            if type(error) is not Exception and not isinstance(error, UNREADABLE):
+                raise
             reason = " ".join(f"{type(error).__name__} {error}".split())[:200]
             raise InputError.one(str(folder), f"has no usable tokenizer ({reason})", "tokenizer files must lie beside the weights") from error
         self._tokenizer.model_max_length = int(1e30)  # documents are cut here, not by a warning

@@ -53,8 +53,7 @@ class Drift:
 
     def advance(self) -> None:
         """Replace what the block was given by what it gave."""
-        for batch, each in enumerate(self.hidden):
-            self.hidden[batch] = self._block.forward(each, self._kwargs[batch][self._block.layout.index])
+        self._block.advance(self.hidden, [each[self._block.layout.index] for each in self._kwargs])
 
     def _reads(self, linear: str, batch: int) -> Tensor:
         reached: list[Tensor] = []

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
 from compress import hardware
@@ -26,6 +27,10 @@ from compress.numerics.grid import Quantized
 
 EXPERTS_FUNCTION = "compress"
 Recorder = Callable[[int, Tensor], None]
+
+
+CONFIG_ERRORS = (StrictDataclassError, OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError)
+"""What transformers and torch raise over a wrong value in config.json."""
 
 
 class Reached(Exception):
@@ -128,6 +133,20 @@ class Block:
         output = self.module(hidden, **kwargs)
         return cast(Tensor, output[0] if isinstance(output, tuple) else output)
 
+    def advance(self, hidden: list[Tensor], kwargs: list[dict[str, Any]]) -> None:
+        """Replace what the block is given, by batch, by what it gives."""
+        for batch, each in enumerate(hidden):
+            hidden[batch] = self.forward(each, kwargs[batch])
+
+    @contextmanager
+    def listening(self, record: Recorder, *, after_gate: bool) -> Iterator[None]:
+        """While inside, a forward ends at the experts, which tell `record` what each is given."""
+        self.experts.listener = Experts3D(record, after_gate)
+        try:
+            yield
+        finally:
+            self.experts.listener = None
+
     def forward_with(self, weights: dict[str, Tensor], hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """`forward` with ``weights`` [out, in] in place of those of some linears, by name; differentiable in them."""
         replaced: dict[str, Tensor] = {}
@@ -219,7 +238,7 @@ class Model:
             config = self._read_config()
             with torch.device("meta"):
                 whole = auto.from_config(config, dtype=self.dtype, attn_implementation="sdpa", trust_remote_code=False)
-        except Exception as error:  # whatever a wrong value makes the library raise
+        except CONFIG_ERRORS as error:
             reason = " ".join(f"{type(error).__name__} {error}".split())[:300]
             raise InputError.one(
                 str(self.checkpoint.folder / "config.json"), f"transformers makes no model of it ({reason})", "fetch it again"

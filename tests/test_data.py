@@ -264,9 +264,10 @@ def test_pairs_of_a_missing_file_are_refused(tokenizer: Tokenizer) -> None:
         sentence_pairs("no.jsonl", tokenizer)
 
 
-def test_a_damaged_tokenizer_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("text", ["{}", "[]", "3", '{"added_tokens": [], "model": {}}', "{"])
+def test_a_damaged_tokenizer_is_refused(text: str, tmp_path: Path) -> None:
     shutil.copytree(demo.path("dense"), tmp_path / "model")
-    (tmp_path / "model" / "tokenizer.json").write_text("{}")
+    (tmp_path / "model" / "tokenizer.json").write_text(text)
     with pytest.raises(InputError, match="has no usable tokenizer"):
         Tokenizer(tmp_path / "model")
 
