@@ -26,6 +26,7 @@ from compress.layout import BlockLayout, Layout
 from compress.numerics.grid import Quantized
 
 EXPERTS_FUNCTION = "compress"
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 Recorder = Callable[[int, Tensor], None]
 
 
@@ -96,6 +97,7 @@ class Block:
         self._slots = slots
         self._model = model
         self._quantized: dict[str, Quantized] = {}
+        self._changed: dict[str, Tensor] = {}
         self.records: list[dict[str, Any]] = []
 
     def submodule(self, linear: str) -> nn.Module:
@@ -115,18 +117,37 @@ class Block:
 
     def weight(self, linear: str) -> Tensor:
         """[out, in] float32, as exact as it is stored; a copy."""
-        return self._model.dense(linear).to(self._model.device, torch.float32)
+        return self.tensor(f"{linear}.weight")
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor of the block by its name on disk, float32, with all changes made so far; a copy."""
+        linear = name.removesuffix(".weight")
+        if name in self._changed:
+            found = self._changed[name].clone()
+        else:
+            found = self._model.dense(linear) if linear in self._model.layout.linears else read_tensor(self._model.tensors[name])
+        return found.to(self._model.device, torch.float32)
 
     def stored_dtype(self, linear: str) -> torch.dtype:
-        """The dtype of the weight on disk, which scales are stored in."""
+        """The dtype of the weight in the source, which scales are stored in."""
         return self._model.dense_dtype(linear)
+
+    def set_dense(self, name: str, value: Tensor) -> None:
+        """From here on the tensor of this name on disk is ``value`` float32, kept so until it is quantised or exported."""
+        slot = self._slots.get(name)
+        if slot is not None:
+            slot.view(self.module).copy_(value)
+        self._changed[name] = value
+
+    def add_record(self, name: str, record: dict[str, Any]) -> None:
+        """Put what became of `name` into the report."""
+        self.records.append({"name": name, "block": self.layout.index, **record})
 
     def set_quantized(self, linear: str, weight: Quantized, record: dict[str, Any]) -> None:
         """From here on the block computes with the dequantised values; `record` goes into the report."""
         self._slots[f"{linear}.weight"].view(self.module).copy_(weight.dequantize())
         self._quantized[linear] = weight
-        self.records.append({"name": linear, "block": self.layout.index, "bits": weight.bits, "group_size": weight.group_size,
-                             "symmetric": weight.symmetric, **record})  # fmt: skip
+        self.add_record(linear, {"bits": weight.bits, "group_size": weight.group_size, "symmetric": weight.symmetric, **record})
 
     def forward(self, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """[batch, tokens, hidden] through the block."""
@@ -168,8 +189,8 @@ class Block:
         return cast(Tensor, output[0] if isinstance(output, tuple) else output)
 
     def save(self, path: Path) -> None:
-        """Write what changed, durably, in the layout of the final artifact."""
-        tensors: dict[str, Tensor] = {}
+        """Write what changed, durably: codes in the layout of the final artifact, the rest in float32."""
+        tensors = {name: tensor for name, tensor in self._changed.items() if name.removesuffix(".weight") not in self._quantized}
         for linear, weight in self._quantized.items():
             tensors |= pack_quantized.pack(linear, weight)
         write_safetensors(path, [entry(name, tensor) for name, tensor in tensors.items()], {"records": json.dumps(self.records)})
@@ -342,10 +363,16 @@ class Model:
         return weight.dequantize() if weight else read_tensor(self.tensors[f"{linear}.weight"])
 
     def dense_dtype(self, linear: str) -> torch.dtype:
-        """The dtype `dense` returns."""
-        names = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
-        name = f"{linear}.{pack_quantized.SCALE}"
-        return names[self.tensors[name if name in self.tensors else f"{linear}.weight"].dtype]
+        """The dtype of a linear's weight in the source, or of its scales if it was packed there."""
+        name = f"{linear}.weight"
+        return DTYPES[self.checkpoint.tensors[name if name in self.checkpoint.tensors else f"{linear}.{pack_quantized.SCALE}"].dtype]
+
+    def final(self, name: str) -> TensorInfo | Tensor:
+        """A tensor as it goes into the artifact: where it lies, or, if a pass changed it, rounded to the dtype it has in the source."""
+        source = self.checkpoint.tensors.get(name)
+        if source is None or self.tensors[name].dtype == source.dtype:
+            return self.tensors[name]
+        return read_tensor(self.tensors[name]).to(DTYPES[source.dtype])
 
     @contextmanager
     def block(self, index: int, *, beside: bool = False) -> Iterator[Block]:

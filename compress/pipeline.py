@@ -158,6 +158,7 @@ class _Run:
         self.tokenizer = Tokenizer(layout.checkpoint.folder)
         self.passes: list[dict[str, Any]] = []
         self.records: list[dict[str, Any]] = []
+        self.transforms: list[dict[str, Any]] = []
 
     def go(self) -> dict[str, Any]:
         from compress import report
@@ -202,6 +203,7 @@ class _Run:
             "fallbacks": fallbacks,
             "gates": gates,
             "linears": self.records,
+            "transforms": self.transforms,
             "ledger": ledger,
             "environment": environment(),
         }
@@ -254,7 +256,8 @@ class _Run:
         began = time.monotonic()
         step.run(self.model, samples, workspace)
         for layout in self.layout.blocks:
-            self.records += self.model.adopt(workspace.block_file(layout.index))
+            for record in self.model.adopt(workspace.block_file(layout.index)):
+                (self.records if "bits" in record else self.transforms).append(record)
         self.passes.append({"name": name, "seconds": time.monotonic() - began, "peak_bytes": peak_bytes()})
         missing = sorted(step.plan(self.layout).keys() - {record["name"] for record in self.records})
         if missing:

@@ -159,7 +159,7 @@ def _shards(model: Model) -> Iterator[list[Entry]]:
     entries: list[Entry] = []
     size = 0
     for name in sorted((name for name in model.tensors if not is_dropped(model, name)), key=position):
-        item = entry(name, model.tensors[name])
+        item = entry(name, model.final(name))
         if entries and size + item.nbytes > SHARD_BYTES:
             yield entries
             entries, size = [], 0
@@ -192,7 +192,9 @@ def compare(model: Model, folder: Path) -> int:
     groups = [QuantizationScheme.model_validate(group) for group in config["config_groups"].values()]
     compared = 0
     for name in sorted(expected):
-        if not torch.equal(_bits(read_tensor(written.tensors[name])), _bits(read_tensor(model.tensors[name]))):
+        meant_bits = model.final(name)
+        meant_bits = meant_bits if isinstance(meant_bits, torch.Tensor) else read_tensor(meant_bits)
+        if not torch.equal(_bits(read_tensor(written.tensors[name])), _bits(meant_bits)):
             raise InputError.one(name, "reads back differently from what was written", "is the disk sound?")
         linear = name.removesuffix(".weight_packed")
         if linear != name and (meant := model.quantized(linear)):
