@@ -53,17 +53,20 @@ class Workspace:
 class SecondMoment:
     """Sum of ``x x^T`` over tokens, [batch, in, in] float32, and the tokens counted per member, [batch].
 
-    Two of a kind merge by adding, which is what makes them distributable.
+    On request also the largest magnitude seen per member, ``peaks`` [batch]. Two of a kind merge, which is what makes them distributable.
     """
 
-    def __init__(self, batch: int, size: int, device: torch.device) -> None:
+    def __init__(self, batch: int, size: int, device: torch.device, *, peaks: bool = False) -> None:
         self.total = torch.zeros(batch, size, size, device=device)
         self.tokens = [0] * batch
+        self.peaks: list[float | None] = [0.0 if peaks else None] * batch
 
     def add(self, member: int, inputs: Tensor) -> None:
         """Count ``inputs`` [..., in] for `member`."""
         rows = inputs.reshape(-1, inputs.shape[-1])
         total, size = self.total[member], rows.shape[1]
+        if (peak := self.peaks[member]) is not None and rows.numel():
+            self.peaks[member] = max(peak, float(rows.abs().max()))
         with fast_exact_products(rows.dtype):
             rows = rows.float()
             # Whole tiles of the upper triangle: about half the work of the full product.
@@ -76,6 +79,7 @@ class SecondMoment:
     def merge(self, other: SecondMoment) -> None:
         self.total += other.total
         self.tokens = [mine + theirs for mine, theirs in zip(self.tokens, other.tokens, strict=True)]
+        self.peaks = [None if mine is None or theirs is None else max(mine, theirs) for mine, theirs in zip(self.peaks, other.peaks, strict=True)]
 
     def mean(self) -> Tensor:
         """The Hessian of the squared output error up to a factor of two: mean of ``x x^T``; in place, call once."""
@@ -118,6 +122,8 @@ class Inputs:
     tokens: tuple[int, ...]
     seen: int
     """Tokens of the whole calibration set."""
+    peaks: tuple[float | None, ...]
+    """Largest magnitude that each group read, on request."""
     drift: Tensor | None = None
     """[in, in] float32, mean of ``(x - y) y^T``, ``x`` the input before the pass began and ``y`` that of now; on request, never of experts."""
 
@@ -134,10 +140,12 @@ def walk(model: Model, workspace: Workspace) -> Iterator[Block]:
 
 
 @torch.no_grad()
-def sweep(model: Model, samples: Samples, workspace: Workspace, wanted: Callable[[Group], bool], *, drift: bool = False) -> Iterator[Inputs]:
+def sweep(
+    model: Model, samples: Samples, workspace: Workspace, wanted: Callable[[Group], bool], *, drift: bool = False, peaks: bool = False
+) -> Iterator[Inputs]:
     """Measure every input group for which `wanted` holds, block after block, in the order in which data flows.
 
-    With `drift`, also against the model as it was: a second block in memory, and about twice the work.
+    With `peaks`, the largest magnitude too. With `drift`, also against the model as it was: a second block in memory, and about twice the work.
     """
     start, streams, kwargs = _begin(model, samples, workspace, 2 if drift else 1)
     model.release()
@@ -149,12 +157,12 @@ def sweep(model: Model, samples: Samples, workspace: Workspace, wanted: Callable
         with moved.beside(model, layout.index) if moved else nullcontext(), model.block(layout.index) as block, replay.within():
             for stage in layout.stages:
                 for groups in _turns(tuple(group for group in stage.groups if wanted(group))):
-                    moment = SecondMoment(len(groups), groups[0].columns, model.device)
+                    moment = SecondMoment(len(groups), groups[0].columns, model.device, peaks=peaks)
                     apart = moved if stage.name not in (EXPERTS_IN, EXPERTS_OUT) else None
                     finish = _measure(block, stage, groups, replay, moment, apart)
-                    tokens = tuple(moment.tokens)
+                    tokens, largest = tuple(moment.tokens), tuple(moment.peaks)
                     return_freed_memory()
-                    yield Inputs(block, groups, moment.mean(), tokens, samples.tokens, apart.mean() if apart else None)
+                    yield Inputs(block, groups, moment.mean(), tokens, samples.tokens, largest, apart.mean() if apart else None)
                     del moment
                     finish()
                     return_freed_memory()

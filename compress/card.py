@@ -11,7 +11,7 @@ from compress.recipe import Recipe
 
 def write(model: str, recipe: Recipe, schemes: dict[str, Scheme]) -> str:
     """README.md of the artifact."""
-    kinds = sorted({f"{scheme.bits}-bit{'' if scheme.symmetric else ' asymmetric'}, group {scheme.group_size}" for scheme in schemes.values()})
+    kinds = sorted({scheme.text for scheme in schemes.values()})
     passes = ", ".join(name for name, _ in recipe.instances())
     return f"""---
 library_name: transformers

@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from compress.checkpoint import Checkpoint
+from compress.formats.base import PARTS
 
-PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+KINDS = {("U8", "U8"): "mxfp4", ("U8", "F8_E4M3"): "nvfp4", ("F8_E4M3", "U8"): "mxfp8", ("F8_E4M3", "BF16"): "fp8", ("F8_E4M3", "F16"): "fp8",
+         ("F8_E4M3", "F32"): "fp8"}  # fmt: skip
+"""What small floats are called, by the dtypes of codes and scales."""
 
 
 def inspect(folder: Path) -> dict[str, Any]:
@@ -18,15 +21,13 @@ def inspect(folder: Path) -> dict[str, Any]:
     tensors: dict[str, dict[str, Any]] = {}
     for name, info in checkpoint.tensors.items():
         linear, _, part = name.rpartition(".")
-        if part not in PARTS:
+        if part not in PARTS or (part == "weight" and f"{linear}.weight_scale" not in checkpoint.tensors):
             tensors[name] = {"name": name, "shape": list(info.shape), "became": info.dtype, "bytes": info.nbytes}
             continue
         item = tensors.setdefault(linear, {"name": linear, "shape": [], "became": "", "bytes": 0})
         item["bytes"] += info.nbytes
-        if part == "weight_shape":
-            with info.file.open("rb") as file:
-                file.seek(info.begin)
-                item["shape"] = list(struct.unpack("<2q", file.read(16)))
+        if part in ("weight", "weight_packed"):
+            item["shape"] = _shape(checkpoint, linear)
             item["became"] = _scheme(checkpoint, linear, item["shape"])
     manifest = folder / "manifest.json"
     accepted = json.loads(manifest.read_text(encoding="utf-8")).get("accepted") if manifest.is_file() else None
@@ -34,8 +35,24 @@ def inspect(folder: Path) -> dict[str, Any]:
     return {"folder": str(folder), "accepted": accepted, "bytes": checkpoint.nbytes, "tensors": ordered}
 
 
+def _shape(checkpoint: Checkpoint, linear: str) -> list[int]:
+    if stored := checkpoint.tensors.get(f"{linear}.weight_shape"):
+        with stored.file.open("rb") as file:
+            file.seek(stored.begin)
+            return list(struct.unpack("<2q", file.read(16)))
+    if plain := checkpoint.tensors.get(f"{linear}.weight"):
+        return list(plain.shape)
+    rows, half = checkpoint.tensors[f"{linear}.weight_packed"].shape
+    return [rows, 2 * half]
+
+
 def _scheme(checkpoint: Checkpoint, linear: str, shape: list[int]) -> str:
-    packed, scale = checkpoint.tensors[f"{linear}.weight_packed"], checkpoint.tensors[f"{linear}.weight_scale"]
-    bits = packed.shape[1] * 32 // shape[1]
-    kind = "asymmetric" if f"{linear}.weight_zero_point" in checkpoint.tensors else "symmetric"
-    return f"int{bits}, group {shape[1] // scale.shape[1]}, {kind}, {scale.dtype} scales"
+    scale = checkpoint.tensors[f"{linear}.weight_scale"]
+    dtypes = {part: info.dtype for part in PARTS if (info := checkpoint.tensors.get(f"{linear}.{part}"))}
+    layout = KINDS.get((dtypes.get("weight_packed", dtypes.get("weight", "")), scale.dtype))
+    group = f"group {shape[1] // scale.shape[1]}"
+    if layout:
+        return f"{layout}, {group}"
+    bits = 8 if "weight" in dtypes else checkpoint.tensors[f"{linear}.weight_packed"].shape[1] * 32 // shape[1]
+    kind = "asymmetric" if "weight_zero_point" in dtypes else "symmetric"
+    return f"int{bits}, {group}, {kind}, {scale.dtype} scales"

@@ -184,6 +184,8 @@ class Layout:
         tensors = self.checkpoint.tensors
         if (info := tensors.get(f"{linear}.weight")) is not None:
             return (info.shape[0], info.shape[1]) if len(info.shape) == 2 else None
+        if (info := tensors.get(f"{linear}.weight_packed")) is not None and info.dtype == "U8" and len(info.shape) == 2:
+            return info.shape[0], 2 * info.shape[1]  # two codes a byte
         if (info := tensors.get(f"{linear}.weight_shape")) is not None:
             with info.file.open("rb") as file:
                 file.seek(info.begin)

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any, cast
 
 import torch
@@ -21,8 +23,9 @@ from compress import hardware
 from compress.arch.base import Experts
 from compress.checkpoint import Checkpoint, TensorInfo, entry, read_header, read_tensor, write_safetensors
 from compress.errors import InputError, Problems
-from compress.formats import pack_quantized
+from compress.formats import base as formats
 from compress.layout import BlockLayout, Layout
+from compress.numerics.activations import Activations
 from compress.numerics.grid import Quantized
 
 EXPERTS_FUNCTION = "compress"
@@ -96,8 +99,9 @@ class Block:
         self.module = module
         self._slots = slots
         self._model = model
-        self._quantized: dict[str, Quantized] = {}
+        self._quantized: dict[str, dict[str, Tensor]] = {}
         self._changed: dict[str, Tensor] = {}
+        self._hooks: list[Any] = []
         self.records: list[dict[str, Any]] = []
 
     def submodule(self, linear: str) -> nn.Module:
@@ -143,11 +147,39 @@ class Block:
         """Put what became of `name` into the report."""
         self.records.append({"name": name, "block": self.layout.index, **record})
 
-    def set_quantized(self, linear: str, weight: Quantized, record: dict[str, Any]) -> None:
-        """From here on the block computes with the dequantised values; `record` goes into the report."""
-        self._slots[f"{linear}.weight"].view(self.module).copy_(weight.dequantize())
-        self._quantized[linear] = weight
-        self.add_record(linear, {"bits": weight.bits, "group_size": weight.group_size, "symmetric": weight.symmetric, **record})
+    def set_quantized(
+        self, linear: str, weight: Quantized, record: dict[str, Any], layout: str = "pack-quantized", inputs: Activations | None = None
+    ) -> None:
+        """From here on the block computes with the dequantised values, and rounds what the linear is given as `inputs` says.
+
+        It goes to disk in the format `layout`; `record` goes into the report.
+        """
+        # Kernels that multiply codes by codes apply the scales to the sum, and never round a weight.
+        self._slots[f"{linear}.weight"].view(self.module).copy_(weight.dequantize(torch.float32 if inputs else None))
+        self._quantized[linear] = formats.called(layout).pack(linear, weight)
+        if inputs is not None:
+            self.round_inputs(linear, inputs)
+            if inputs.scale is not None:
+                self._quantized[linear][f"{linear}.input_scale"] = inputs.scale
+        self.add_record(
+            linear,
+            {"bits": weight.bits, "group_size": weight.group_size, "symmetric": weight.symmetric,
+             "activations": inputs.arguments() if inputs else None, **record},
+        )  # fmt: skip
+
+    def round_inputs(self, linear: str, inputs: Activations) -> None:
+        """From here on, until the block is left, what `linear` is given is rounded."""
+
+        def before(_: Any, arguments: tuple[Tensor]) -> tuple[Tensor]:
+            return (inputs.round(arguments[0]),)
+
+        self._hooks.append(self.submodule(linear).register_forward_pre_hook(before))
+
+    def release(self) -> None:
+        """Free the weights."""
+        for hook in self._hooks:
+            hook.remove()
+        self.module.to("meta")
 
     def forward(self, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """[batch, tokens, hidden] through the block."""
@@ -191,8 +223,8 @@ class Block:
     def save(self, path: Path) -> None:
         """Write what changed, durably: codes in the layout of the final artifact, the rest in float32."""
         tensors = {name: tensor for name, tensor in self._changed.items() if name.removesuffix(".weight") not in self._quantized}
-        for linear, weight in self._quantized.items():
-            tensors |= pack_quantized.pack(linear, weight)
+        for packed in self._quantized.values():
+            tensors |= packed
         write_safetensors(path, [entry(name, tensor) for name, tensor in tensors.items()], {"records": json.dumps(self.records)})
 
 
@@ -210,6 +242,9 @@ class Model:
         self.device = hardware.device()
         stored = {str(info.dtype) for name, info in self.tensors.items() if name.endswith("norm.weight")} or {"BF16"}
         self.dtype = hardware.compute_dtype(torch.bfloat16 if stored == {"BF16"} else torch.float16 if stored == {"F16"} else torch.float32)
+        self._inputs: dict[str, dict[str, Any]] = {}
+        """How inputs of linears are rounded, as `Activations.arguments` says it, by name."""
+        self._declared_inputs()
         self._skeleton: Any = None
         self._config, self._modules = self._empty_blocks()
         self._slots = self._all_slots()
@@ -350,27 +385,52 @@ class Model:
 
     # Reading --------------------------------------------------------------------------------------------------------------------
 
+    def _declared_inputs(self) -> None:
+        """Take from config.json of one of our own artifacts how inputs are rounded."""
+        groups = self.checkpoint.config.get("quantization_config", {}).get("config_groups", {}) if self.layout.packed else {}
+        for group in groups.values():
+            if group.get("input_activations"):
+                targets = [target.removeprefix("re:") for target in group["targets"] if target != "Linear"]
+                named = {name for name in self.layout.linears if not targets or any(re.fullmatch(target, name) for target in targets)}
+                self._inputs |= dict.fromkeys(named, group["input_activations"])
+
+    def inputs(self, linear: str) -> Activations | None:
+        """How what a linear is given is rounded, if it is."""
+        if linear not in self._inputs:
+            return None
+        scale = self.tensors.get(f"{linear}.input_scale")
+        return Activations.from_arguments(self._inputs[linear], read_tensor(scale).to(self.device) if scale else None)
+
+    def parts(self, linear: str) -> dict[str, TensorInfo]:
+        """The tensors of a linear, by what follows its name."""
+        return {part: info for part in formats.PARTS if (info := self.tensors.get(f"{linear}.{part}"))}
+
+    def packed_as(self, linear: str) -> ModuleType | None:
+        """The layout of a linear, or None if it is not quantised."""
+        return formats.find({part: info.dtype for part, info in self.parts(linear).items()})
+
     def quantized(self, linear: str) -> Quantized | None:
         """The codes of a linear, or None if it is not quantised."""
-        names = [f"{linear}.{part}" for part in (pack_quantized.PACKED, pack_quantized.SCALE, pack_quantized.SHAPE, pack_quantized.ZERO_POINT)]
-        if names[0] not in self.tensors:
+        layout = self.packed_as(linear)
+        if layout is None:
             return None
-        return pack_quantized.unpack(linear, {name: read_tensor(self.tensors[name]) for name in names if name in self.tensors})
+        unpacked: Quantized = layout.unpack(linear, {f"{linear}.{part}": read_tensor(info) for part, info in self.parts(linear).items()})
+        return unpacked
 
     def dense(self, linear: str) -> Tensor:
         """The weight of a linear as stored, or as its codes say."""
         weight = self.quantized(linear)
-        return weight.dequantize() if weight else read_tensor(self.tensors[f"{linear}.weight"])
+        return weight.dequantize(torch.float32 if linear in self._inputs else None) if weight else read_tensor(self.tensors[f"{linear}.weight"])
 
     def dense_dtype(self, linear: str) -> torch.dtype:
         """The dtype of a linear's weight in the source, or of its scales if it was packed there."""
-        name = f"{linear}.weight"
-        return DTYPES[self.checkpoint.tensors[name if name in self.checkpoint.tensors else f"{linear}.{pack_quantized.SCALE}"].dtype]
+        names = (f"{linear}.weight", f"{linear}.weight_scale")
+        return next(DTYPES[info.dtype] for name in names if (info := self.checkpoint.tensors.get(name)) and info.dtype in DTYPES)
 
     def final(self, name: str) -> TensorInfo | Tensor:
         """A tensor as it goes into the artifact: where it lies, or, if a pass changed it, rounded to the dtype it has in the source."""
         source = self.checkpoint.tensors.get(name)
-        if source is None or self.tensors[name].dtype == source.dtype:
+        if source is None or self.tensors[name].dtype not in DTYPES or self.tensors[name].dtype == source.dtype:
             return self.tensors[name]
         return read_tensor(self.tensors[name]).to(DTYPES[source.dtype])
 
@@ -386,21 +446,27 @@ class Model:
         for name, slot in slots.items():
             linear = name.removesuffix(".weight")
             slot.view(module).copy_(self.dense(linear) if linear in self.layout.linears else read_tensor(self.tensors[name]))
+        block = Block(layout, module, slots, self)
         try:
-            yield Block(layout, module, slots, self)
+            for each in layout.linears:
+                if inputs := self.inputs(each.name):
+                    block.round_inputs(each.name, inputs)
+            yield block
         finally:
-            module.to("meta")
+            block.release()
             hardware.return_freed_memory()
 
     def adopt(self, path: Path) -> list[dict[str, Any]]:
         """Take the tensors of a finished block from its file, and return its records."""
         tensors, metadata = read_header(path)
-        for name in tensors:
-            linear, _, part = name.rpartition(".")
-            if part == pack_quantized.PACKED:
-                self.tensors.pop(f"{linear}.weight", None)
+        records = cast(list[dict[str, Any]], json.loads(metadata["records"]))
+        for record in records:
+            if f"{record['name']}.weight" not in tensors and f"{record['name']}.weight_scale" in tensors:
+                self.tensors.pop(f"{record['name']}.weight", None)
+            if record.get("activations"):
+                self._inputs[record["name"]] = record["activations"]
         self.tensors |= tensors
-        return cast(list[dict[str, Any]], json.loads(metadata["records"]))
+        return records
 
     # Running --------------------------------------------------------------------------------------------------------------------
 
@@ -438,5 +504,4 @@ class Model:
 def _dense_name(name: str) -> str:
     """The source name of a tensor that may be one of several that replaced it."""
     head, _, part = name.rpartition(".")
-    packed = (pack_quantized.PACKED, pack_quantized.SCALE, pack_quantized.SHAPE, pack_quantized.ZERO_POINT)
-    return f"{head}.weight" if part in packed else name
+    return f"{head}.weight" if part in formats.PARTS else name

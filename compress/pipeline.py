@@ -23,6 +23,7 @@ import yaml
 from compress import __version__
 from compress.checkpoint import Checkpoint, copy_file, sha256, sync_folder, write_text
 from compress.errors import InputError
+from compress.formats.base import PARTS
 from compress.layout import Layout
 from compress.passes.base import Pass, Scheme
 from compress.recipe import Recipe, check, export_module
@@ -302,9 +303,9 @@ class _Run:
             item: dict[str, Any] = {"name": name, "shape": list(info.shape), "dtype": info.dtype}
             if reason := exporter.is_dropped(self.model, name):
                 item |= {"action": "dropped", "why": reason}
-            elif linear in self.plan and name not in self.model.tensors:
+            elif linear in self.plan and self.model.packed_as(linear):
                 by, scheme = self.plan[linear]
-                item |= {"action": "quantized", "why": f"{by}: {scheme.bits} bits, group {scheme.group_size}"}
+                item |= {"action": "quantized", "why": f"{by}: {scheme.text}"}
             elif linear in self.layout.linears and linear not in self.plan:
                 item |= {"action": "kept", "why": "no pass takes this linear"}
             elif name in self.layout.in_blocks:
@@ -321,8 +322,8 @@ class _Run:
     def _size(self, staging: Path) -> dict[str, Any]:
         after = Checkpoint(staging)
         quantized = sum(linear.rows * linear.columns for name, linear in self.layout.linears.items() if name in self.plan)
-        parts = ("weight_packed", "weight_scale", "weight_zero_point")
-        stored = sum(info.nbytes for name, info in after.tensors.items() if name.rpartition(".")[2] in parts)
+        parts = [f"{name}.{part}" for name in self.plan for part in PARTS if part != "weight_shape"]
+        stored = sum(after.tensors[part].nbytes for part in parts if part in after.tensors)
         return {
             "before_bytes": self.layout.checkpoint.nbytes,
             "after_bytes": after.nbytes,

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from compress.formats.sizes import packed_bytes
 from compress.layout import BlockLayout, Group, Layout
 from compress.passes.base import Scheme
 from compress.recipe import Recipe, export_module
@@ -33,7 +32,7 @@ def plan(recipe: Recipe, layout: Layout, schemes: dict[str, tuple[str, Scheme]])
     """Per pass peak memory, disk and time; size and bits per weight of the artifact; a verdict per engine."""
     per_linear = {name: scheme for name, (_, scheme) in schemes.items()}
     weights = sum(layout.linears[name].rows * layout.linears[name].columns for name in per_linear)
-    stored = sum(_packed(layout, name, scheme) - 16 for name, scheme in per_linear.items())
+    stored = sum(_packed(layout, name, scheme) - (16 if scheme.layout == "pack-quantized" else 0) for name, scheme in per_linear.items())
     passes = []
     for name, step in recipe.instances():
         mine = {linear: scheme for linear, (by, scheme) in schemes.items() if by == name}
@@ -59,7 +58,7 @@ def plan(recipe: Recipe, layout: Layout, schemes: dict[str, tuple[str, Scheme]])
 
 def _packed(layout: Layout, name: str, scheme: Scheme) -> int:
     linear, info = layout.linears[name], layout.checkpoint.tensors[f"{name}.weight"]
-    return packed_bytes(linear.rows, linear.columns, scheme.bits, scheme.group_size, scheme.symmetric, info.nbytes // (linear.rows * linear.columns))
+    return scheme.stored_bytes(linear, info.nbytes // (linear.rows * linear.columns))
 
 
 def _hidden(layout: Layout) -> int:

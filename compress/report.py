@@ -183,6 +183,8 @@ def _summary(result: dict[str, Any]) -> str:
 
 
 def _treatment(record: dict[str, Any]) -> str:
+    if record.get("format", "int") != "int":
+        return str(record["format"])
     return f"{record['bits']} bits, group {record['group_size']}{'' if record['symmetric'] else ', asymmetric'}"
 
 
@@ -452,8 +454,7 @@ def _bits_plot(records: list[tuple[Place, dict[str, Any]]], ledger: list[dict[st
     """Which bits each kind of linear has in each block, kept ones too."""
     cells: dict[str, dict[int, set[tuple[str, str]]]] = {}
     for where, record in records:
-        symmetry = "" if record["symmetric"] else " asymmetric"
-        cell = (f"b{record['bits']}", f"{record['bits']}-bit{symmetry}, group {record['group_size']}")
+        cell = (f"b{record['bits']}", _treatment(record))
         cells.setdefault(_row_name(where), {}).setdefault(where.block, set()).add(cell)
     for item in ledger:
         if item["action"] == "kept" and item["why"] == "no pass takes this linear" and (match := re.search(r"\.(\d+)\.", item["name"])):

@@ -16,7 +16,7 @@ from compress.calibrate import Inputs, SecondMoment, Workspace, sweep
 from compress.checkpoint import Checkpoint
 from compress.layout import Group, Layout
 from compress.model import Model
-from compress.numerics.grid import Quantized
+from compress.numerics.grid import Integer, Quantized
 
 MOE = ("qwen3_moe", "qwen3_moe-dense-first", "mixtral")
 Measured = dict[str, tuple[Tensor, int]]
@@ -108,7 +108,7 @@ def test_groups_come_in_the_order_in_which_data_flows(checkpoint: Callable[..., 
 
 def nothing(rows: int, columns: int) -> Quantized:
     """A weight of zeros."""
-    return Quantized(torch.zeros(rows, columns, dtype=torch.int8), torch.ones(rows, 1), None, 4)
+    return Quantized(torch.zeros(rows, columns, dtype=torch.int8), torch.ones(rows, 1), None, Integer(4, True))
 
 
 def quantise_away(inputs: Iterator[Inputs], ends: tuple[str, ...]) -> dict[str, Tensor]:

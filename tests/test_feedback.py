@@ -10,7 +10,7 @@ from oracles import gptq as oracle
 from torch import Tensor
 
 from compress.numerics.feedback import Factor, factorize, round_with_feedback
-from compress.numerics.grid import Grid, Scales, minmax_scales, round_to_nearest
+from compress.numerics.grid import Grid, Integer, Scales, minmax_scales, round_to_nearest
 
 GROUP = 8
 DAMP = 0.01
@@ -22,7 +22,7 @@ def problem(seed: int, rows: int = 5, columns: int = 24, batch: int = 1, tokens:
     weight = torch.randn(batch, rows, columns, generator=generator, dtype=torch.float64)
     mix = torch.randn(batch, columns, columns, generator=generator, dtype=torch.float64)
     inputs = torch.randn(batch, tokens, columns, generator=generator, dtype=torch.float64) @ mix
-    return weight, inputs.transpose(1, 2) @ inputs / tokens, minmax_scales(weight.float(), grid or Grid(3, True), GROUP, torch.float32)
+    return weight, inputs.transpose(1, 2) @ inputs / tokens, minmax_scales(weight.float(), grid or Integer(3, True), GROUP, torch.float32)
 
 
 def damped(hessian: Tensor, factor: Factor) -> Tensor:
@@ -38,7 +38,7 @@ def dequantize(codes: Tensor, scales: Scales) -> Tensor:
 @pytest.mark.parametrize("act_order", [True, False])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_codes_equal_those_of_solving_for_the_free_columns_after_each(bits: int, act_order: bool, symmetric: bool) -> None:
-    grid = Grid(bits, symmetric)
+    grid = Integer(bits, symmetric)
     weight, hessian, scales = problem(bits, grid=grid)
     factor = factorize(hessian, DAMP, act_order)
     codes, _ = round_with_feedback(weight, factor, scales, grid)
@@ -50,7 +50,7 @@ def test_codes_equal_those_of_solving_for_the_free_columns_after_each(bits: int,
 
 @pytest.mark.parametrize("act_order", [True, False])
 def test_a_diagonal_hessian_is_plain_rounding(act_order: bool) -> None:
-    grid = Grid(3, False)
+    grid = Integer(3, False)
     weight, hessian, scales = problem(1, grid=grid)
     codes, _ = round_with_feedback(weight, factorize(torch.diag_embed(hessian.diagonal(dim1=1, dim2=2)), DAMP, act_order), scales, grid)
     assert torch.equal(codes, round_to_nearest(weight, scales, grid))
@@ -59,7 +59,7 @@ def test_a_diagonal_hessian_is_plain_rounding(act_order: bool) -> None:
 @pytest.mark.parametrize("constant", [1e-6, 0.37, 2.0, 1e6])
 def test_the_scale_of_the_hessian_does_not_matter(constant: float) -> None:
     weight, hessian, scales = problem(2)
-    codes, scaled = (round_with_feedback(weight, factorize(each, DAMP, True), scales, Grid(3, True))[0] for each in (hessian, constant * hessian))
+    codes, scaled = (round_with_feedback(weight, factorize(each, DAMP, True), scales, Integer(3, True))[0] for each in (hessian, constant * hessian))
     assert torch.equal(codes, scaled)
 
 
@@ -68,16 +68,17 @@ def test_the_panel_does_not_change_the_codes(panel: int) -> None:
     weight, hessian, scales = problem(3, columns=80)
     factor = factorize(hessian, DAMP, True)
     assert torch.equal(
-        round_with_feedback(weight, factor, scales, Grid(3, True), panel)[0], round_with_feedback(weight, factor, scales, Grid(3, True), 64)[0]
+        round_with_feedback(weight, factor, scales, Integer(3, True), panel)[0], round_with_feedback(weight, factor, scales, Integer(3, True), 64)[0]
     )
 
 
 @pytest.mark.parametrize("member", range(3))
 def test_each_member_of_a_batch_is_rounded_as_if_alone(member: int) -> None:
     weight, hessian, scales = problem(4, batch=3)
-    together = round_with_feedback(weight, factorize(hessian, DAMP, True), scales, Grid(3, True))[0]
+    together = round_with_feedback(weight, factorize(hessian, DAMP, True), scales, Integer(3, True))[0]
     only = slice(member, member + 1)
-    alone = round_with_feedback(weight[only], factorize(hessian[only], DAMP, True), Scales(scales.scale[only], scales.zero[only]), Grid(3, True))[0]
+    own = Scales(scales.scale[only], scales.zero[only])
+    alone = round_with_feedback(weight[only], factorize(hessian[only], DAMP, True), own, Integer(3, True))[0]
     assert torch.equal(together[only], alone)
 
 
@@ -85,15 +86,15 @@ def test_members_of_a_factor_are_the_factors_of_those_members() -> None:
     weight, hessian, scales = problem(5, batch=3)
     factor = factorize(hessian, DAMP, True).members([2, 0])
     chosen = Scales(scales.scale[[2, 0]], scales.zero[[2, 0]])
-    expected = round_with_feedback(weight, factorize(hessian, DAMP, True), scales, Grid(3, True))[0][[2, 0]]
-    assert torch.equal(round_with_feedback(weight[[2, 0]], factor, chosen, Grid(3, True))[0], expected)
+    expected = round_with_feedback(weight, factorize(hessian, DAMP, True), scales, Integer(3, True))[0][[2, 0]]
+    assert torch.equal(round_with_feedback(weight[[2, 0]], factor, chosen, Integer(3, True))[0], expected)
 
 
 @pytest.mark.parametrize("act_order", [True, False])
 def test_the_cost_is_the_quadratic_form_of_what_was_lost(act_order: bool) -> None:
     weight, hessian, scales = problem(6, rows=2, columns=16)
     factor = factorize(hessian, DAMP, act_order)
-    codes, cost = round_with_feedback(weight, factor, scales, Grid(3, True))
+    codes, cost = round_with_feedback(weight, factor, scales, Integer(3, True))
     assert float(cost.sum()) == pytest.approx(oracle.cost(weight[0], dequantize(codes, scales)[0], damped(hessian, factor)[0]), rel=1e-9)
 
 
@@ -149,7 +150,7 @@ def test_importance_is_the_diagonal_in_the_original_order() -> None:
 
 @given(st.integers(0, 10_000), st.integers(2, 4))
 def test_feedback_costs_no_more_than_plain_rounding_on_average(seed: int, bits: int) -> None:
-    grid = Grid(bits, True)
+    grid = Integer(bits, True)
     weight, hessian, scales = problem(seed, rows=32, grid=grid)
     factor = factorize(hessian, DAMP, True)
     lost = weight - dequantize(round_to_nearest(weight, scales, grid), scales)
@@ -185,9 +186,9 @@ def test_what_no_damping_mends_is_reported_as_nan(kind: str) -> None:
 
 def test_one_hopeless_member_leaves_the_others_alone() -> None:
     weight, hessian, scales = problem(9, batch=2)
-    alone = round_with_feedback(weight, factorize(hessian, DAMP, True), scales, Grid(3, True))[0]
+    alone = round_with_feedback(weight, factorize(hessian, DAMP, True), scales, Integer(3, True))[0]
     hessian[1] = torch.nan
-    assert torch.equal(round_with_feedback(weight, factorize(hessian, DAMP, True), scales, Grid(3, True))[0][0], alone[0])
+    assert torch.equal(round_with_feedback(weight, factorize(hessian, DAMP, True), scales, Integer(3, True))[0][0], alone[0])
 
 
 def test_inputs_that_are_always_zero_are_rounded_plainly() -> None:
@@ -195,14 +196,14 @@ def test_inputs_that_are_always_zero_are_rounded_plainly() -> None:
     dead = [3, 11]
     hessian[:, dead] = 0
     hessian[:, :, dead] = 0
-    codes, _ = round_with_feedback(weight, factorize(hessian, DAMP, True), scales, Grid(3, True))
-    assert torch.equal(codes[..., dead], round_to_nearest(weight, scales, Grid(3, True))[..., dead])
+    codes, _ = round_with_feedback(weight, factorize(hessian, DAMP, True), scales, Integer(3, True))
+    assert torch.equal(codes[..., dead], round_to_nearest(weight, scales, Integer(3, True))[..., dead])
 
 
 def test_float32_reaches_the_cost_of_float64() -> None:
     weight, hessian, scales = problem(11, rows=32, columns=64, tokens=256)
     costs = [
-        float(round_with_feedback(weight.to(kind), factorize(hessian.to(kind), DAMP, True), scales, Grid(4, True))[1].sum())
+        float(round_with_feedback(weight.to(kind), factorize(hessian.to(kind), DAMP, True), scales, Integer(4, True))[1].sum())
         for kind in (torch.float32, torch.float64)
     ]
     assert costs[0] == pytest.approx(costs[1], rel=0.02)

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from oracles import rounding as oracle
 from torch import Tensor
 
-from compress.numerics.grid import COARSE, SMALLEST_SHRINK, Grid, Scales, minmax_scales, quantized, round_to_nearest, search_scales
+from compress.numerics.grid import COARSE, SMALLEST_SHRINK, Grid, Integer, Scales, minmax_scales, quantized, round_to_nearest, search_scales
 
 STORED = (torch.bfloat16, torch.float16, torch.float32)
 BITS = range(2, 9)
-grids = st.builds(Grid, st.integers(2, 8), st.booleans())
+grids = st.builds(Integer, st.integers(2, 8), st.booleans())
 stored_dtypes = st.sampled_from(STORED)
 
 
@@ -34,7 +34,7 @@ def squared_error(weight: Tensor, scales: Scales, grid: Grid, group: int, stored
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", BITS)
 def test_minmax_codes_equal_those_of_loops(bits: int, symmetric: bool, stored: torch.dtype) -> None:
-    grid, weight = Grid(bits, symmetric), weights(bits)
+    grid, weight = Integer(bits, symmetric), weights(bits)
     codes = round_to_nearest(weight, minmax_scales(weight, grid, 16, stored), grid)
     expected = []
     for row in weight.tolist():
@@ -48,7 +48,7 @@ def test_minmax_codes_equal_those_of_loops(bits: int, symmetric: bool, stored: t
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", [2, 3, 4, 6])
 def test_the_search_finds_what_loops_find(bits: int, symmetric: bool, weighted: bool) -> None:
-    grid, weight = Grid(bits, symmetric), weights(bits, rows=3)
+    grid, weight = Integer(bits, symmetric), weights(bits, rows=3)
     importance = torch.rand(64) if weighted else None
     found = squared_error(weight, search_scales(weight, grid, 16, torch.bfloat16, importance), grid, 16, torch.bfloat16, importance)
     per_input = (torch.ones(64) if importance is None else importance).tolist()
@@ -72,9 +72,9 @@ def test_the_search_is_never_worse_than_minmax_in_any_group(seed: int, grid: Gri
 
 def test_tiles_do_not_change_what_a_search_finds(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = weights(1, rows=33)
-    whole = search_scales(weight, Grid(3, False), 16, torch.bfloat16)
+    whole = search_scales(weight, Integer(3, False), 16, torch.bfloat16)
     monkeypatch.setattr("compress.numerics.grid.TILE", 64)
-    assert torch.equal(search_scales(weight, Grid(3, False), 16, torch.bfloat16).scale, whole.scale)
+    assert torch.equal(search_scales(weight, Integer(3, False), 16, torch.bfloat16).scale, whole.scale)
 
 
 @given(st.integers(0, 10_000), grids, stored_dtypes, st.sampled_from([1e-6, 1e-3, 1.0, 100.0]), st.booleans())
@@ -97,7 +97,7 @@ def test_a_weight_within_the_grid_moves_by_at_most_half_a_step(seed: int, grid: 
 
 @given(st.integers(0, 10_000), st.integers(2, 8), stored_dtypes, st.booleans(), st.sampled_from([-1.0, 0.0, 1.0]))
 def test_zero_stays_exactly_zero_on_an_asymmetric_grid(seed: int, bits: int, stored: torch.dtype, search: bool, shift: float) -> None:
-    grid, weight = Grid(bits, False), weights(seed) + 3 * shift
+    grid, weight = Integer(bits, False), weights(seed) + 3 * shift
     weight[:, ::5] = 0
     scales = (search_scales if search else minmax_scales)(weight, grid, 16, stored)
     assert not quantized(round_to_nearest(weight, scales, grid), scales, grid, stored).dequantize()[:, ::5].any()
@@ -107,7 +107,7 @@ def test_zero_stays_exactly_zero_on_an_asymmetric_grid(seed: int, bits: int, sto
 @pytest.mark.parametrize("stored", STORED)
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_groups_of_nothing_but_zeros_stay_zero(symmetric: bool, stored: torch.dtype, search: object) -> None:
-    grid, weight = Grid(4, symmetric), weights(0)
+    grid, weight = Integer(4, symmetric), weights(0)
     weight[:, 16:32] = 0
     scales = search(weight, grid, 16, stored)  # type: ignore[operator]
     result = quantized(round_to_nearest(weight, scales, grid), scales, grid, stored).dequantize()
@@ -117,7 +117,7 @@ def test_groups_of_nothing_but_zeros_stay_zero(symmetric: bool, stored: torch.dt
 @pytest.mark.parametrize("stored", STORED)
 @pytest.mark.parametrize("tiny", [1e-7, 1e-12, 1e-30])
 def test_no_scale_is_ever_zero(tiny: float, stored: torch.dtype) -> None:
-    assert bool((minmax_scales(torch.full((1, 32), tiny), Grid(4, True), 32, stored).scale > 0).all())
+    assert bool((minmax_scales(torch.full((1, 32), tiny), Integer(4, True), 32, stored).scale > 0).all())
 
 
 @given(st.integers(0, 10_000), grids)
@@ -130,7 +130,7 @@ def test_codes_stay_on_the_grid(seed: int, grid: Grid) -> None:
 @pytest.mark.parametrize("stored", STORED)
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_dequantised_weights_are_the_stored_product_rounded_once(symmetric: bool, stored: torch.dtype) -> None:
-    grid, weight = Grid(4, symmetric), weights(2)
+    grid, weight = Integer(4, symmetric), weights(2)
     scales = minmax_scales(weight, grid, 16, stored)
     whole = quantized(round_to_nearest(weight, scales, grid), scales, grid, stored)
     zero = torch.zeros(4, 4) if whole.zero_point is None else whole.zero_point.float()
@@ -139,7 +139,7 @@ def test_dequantised_weights_are_the_stored_product_rounded_once(symmetric: bool
 
 
 def test_rounding_what_was_rounded_changes_nothing() -> None:
-    grid, weight = Grid(4, True), weights(3)
+    grid, weight = Integer(4, True), weights(3)
     scales = minmax_scales(weight, grid, 16, torch.float32)
     codes = round_to_nearest(weight, scales, grid)
     assert torch.equal(round_to_nearest(quantized(codes, scales, grid, torch.float32).dequantize(), scales, grid), codes)

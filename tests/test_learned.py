@@ -15,7 +15,7 @@ from compress.calibrate import Workspace, train
 from compress.checkpoint import Checkpoint
 from compress.layout import Layout
 from compress.model import Model
-from compress.numerics.grid import Grid, round_to_nearest, search_scales
+from compress.numerics.grid import Integer, round_to_nearest, search_scales
 from compress.numerics.learned import Rounding
 from compress.passes.autoround import Pass
 
@@ -40,7 +40,7 @@ def learn(rounding: Rounding, loss: Callable[[Tensor], Tensor], steps: int) -> f
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32])
 def test_nothing_learned_is_plain_rounding_with_searched_scales(bits: int, symmetric: bool, stored: torch.dtype) -> None:
-    weight, grid = weights(), Grid(bits, symmetric)
+    weight, grid = weights(), Integer(bits, symmetric)
     rounding = Rounding(weight, grid, GROUP, stored)
     scales = rounding.scales()
     for place, each in enumerate(weight):
@@ -51,7 +51,7 @@ def test_nothing_learned_is_plain_rounding_with_searched_scales(bits: int, symme
 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_codes_move_by_at_most_one_while_the_reach_stays(symmetric: bool) -> None:
-    rounding = Rounding(weights(), Grid(3, symmetric), GROUP, torch.float32)
+    rounding = Rounding(weights(), Integer(3, symmetric), GROUP, torch.float32)
     before = rounding.codes(rounding.scales()).detach()
     for seed in range(20):
         rounding.offset.grad = torch.randn(rounding.offset.shape, generator=torch.Generator().manual_seed(seed))
@@ -62,7 +62,7 @@ def test_codes_move_by_at_most_one_while_the_reach_stays(symmetric: bool) -> Non
 
 def test_uncorrelated_inputs_leave_plain_rounding_the_best() -> None:
     weight = weights(3, count=1)
-    rounding = Rounding(weight, Grid(3, True), GROUP, torch.float32)
+    rounding = Rounding(weight, Integer(3, True), GROUP, torch.float32)
     rounding.reach.requires_grad_(False)
 
     def loss(values: Tensor) -> Tensor:
@@ -77,7 +77,7 @@ def gap_closed(seed: int) -> float:
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(1, 2, 6, generator=generator)
     inputs = torch.randn(40, 6, generator=generator) @ torch.randn(6, 6, generator=generator)
-    rounding = Rounding(weight, Grid(2, True), 6, torch.float32)
+    rounding = Rounding(weight, Integer(2, True), 6, torch.float32)
     rounding.reach.requires_grad_(False)
 
     def loss(values: Tensor, rows: Tensor | slice = slice(None)) -> Tensor:
@@ -100,7 +100,7 @@ def test_what_is_learned_comes_near_the_best_of_all_ways_to_round() -> None:
 
 
 def test_a_stored_scale_is_what_is_learned() -> None:
-    rounding = Rounding(weights(), Grid(4, True), GROUP, torch.bfloat16)
+    rounding = Rounding(weights(), Integer(4, True), GROUP, torch.bfloat16)
     rounding.reach.grad = torch.ones_like(rounding.reach)
     rounding.step(0.013)
     scale = rounding.scales().scale
@@ -108,7 +108,7 @@ def test_a_stored_scale_is_what_is_learned() -> None:
 
 
 def test_one_linear_can_be_made_plain_again() -> None:
-    rounding = Rounding(weights(), Grid(3, False), GROUP, torch.float32)
+    rounding = Rounding(weights(), Integer(3, False), GROUP, torch.float32)
     before = rounding.values().detach()
     rounding.offset.grad, rounding.reach.grad = torch.ones_like(rounding.offset), torch.ones_like(rounding.reach)
     rounding.step(0.4)

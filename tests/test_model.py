@@ -16,7 +16,7 @@ from compress.errors import InputError
 from compress.evaluate.scoring import last_hidden
 from compress.layout import Layout
 from compress.model import Model
-from compress.numerics.grid import Grid, minmax_scales, quantized, round_to_nearest
+from compress.numerics.grid import Integer, minmax_scales, quantized, round_to_nearest
 
 KINDS = ("llama", "llama-tied", "llama-bias", "mistral", "qwen2", "qwen2-sliding", "qwen3", "qwen3_moe", "qwen3_moe-dense-first", "mixtral", "llava")
 
@@ -145,7 +145,7 @@ def test_memory_of_a_block_is_freed_on_leaving(checkpoint: Callable[..., Path]) 
 def test_a_quantized_block_computes_with_the_dequantised_weights_and_so_does_its_file(
     kind: str, checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
-    model, grid = open_model(checkpoint(kind)), Grid(4, True)
+    model, grid = open_model(checkpoint(kind)), Integer(4, True)
     linear = model.blocks[0].stages[-1].groups[-1].linears[0].name
     with model.block(0) as block:
         weight = block.weight(linear)
@@ -159,7 +159,7 @@ def test_a_quantized_block_computes_with_the_dequantised_weights_and_so_does_its
 
 
 def test_only_the_named_expert_changes_when_one_is_quantised(checkpoint: Callable[..., Path]) -> None:
-    model, grid = open_model(checkpoint("qwen3_moe")), Grid(2, True)
+    model, grid = open_model(checkpoint("qwen3_moe")), Integer(2, True)
     with model.block(0) as block:
         before = block.experts.gate_up_proj.detach().clone()
         name = "model.layers.0.mlp.experts.5.up_proj"

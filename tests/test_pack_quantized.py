@@ -14,8 +14,8 @@ from torch import Tensor
 
 from compress.errors import InputError
 from compress.formats import pack_quantized
-from compress.formats.sizes import packed_bytes
-from compress.numerics.grid import Grid, Quantized
+from compress.formats.sizes import stored_bytes
+from compress.numerics.grid import Grid, Integer, Quantized
 
 bits_strategy = st.integers(2, 8)
 
@@ -29,7 +29,7 @@ def weight_of(rows: int, columns: int, group: int, grid: Grid, dtype: torch.dtyp
     generator = torch.Generator().manual_seed(seed + 1)
     scale = torch.rand(rows, columns // group, generator=generator).add(0.01).to(dtype)
     zero = None if grid.symmetric else codes_of(rows, columns // group, grid.bits, seed + 2)
-    return Quantized(codes_of(rows, columns, grid.bits, seed), scale, zero, grid.bits)
+    return Quantized(codes_of(rows, columns, grid.bits, seed), scale, zero, grid)
 
 
 @given(st.integers(1, 5), st.integers(1, 70), bits_strategy, st.integers(0, 1000))
@@ -64,7 +64,7 @@ def test_compressed_tensors_unpacks_the_stream(rows: int, columns: int, bits: in
 
 @given(st.integers(1, 40), st.integers(2, 9), st.sampled_from([16, 24, 40]), bits_strategy, st.booleans())
 def test_a_weight_comes_back_from_its_tensors(rows: int, groups: int, group: int, bits: int, symmetric: bool) -> None:
-    weight = weight_of(rows, groups * group, group, Grid(bits, symmetric), torch.bfloat16)
+    weight = weight_of(rows, groups * group, group, Integer(bits, symmetric), torch.bfloat16)
     back = pack_quantized.unpack("x", pack_quantized.pack("x", weight))
     same_zero = (
         back.zero_point is None if weight.zero_point is None else back.zero_point is not None and torch.equal(back.zero_point, weight.zero_point)
@@ -77,7 +77,7 @@ def test_a_weight_comes_back_from_its_tensors(rows: int, groups: int, group: int
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_compressed_tensors_computes_the_same_weights_bit_for_bit(bits: int, symmetric: bool, group: int, dtype: torch.dtype) -> None:
-    weight = weight_of(40, 96, group, Grid(bits, symmetric), dtype)
+    weight = weight_of(40, 96, group, Integer(bits, symmetric), dtype)
     state = {name.removeprefix("x."): tensor for name, tensor in pack_quantized.pack("x", weight).items()}
     strategy = {"strategy": "channel"} if group == 96 else {"strategy": "group", "group_size": group}
     scheme = QuantizationScheme(targets=["Linear"], weights={"num_bits": bits, "symmetric": symmetric, **strategy})
@@ -93,8 +93,9 @@ def test_compressed_tensors_computes_the_same_weights_bit_for_bit(bits: int, sym
     st.sampled_from([torch.bfloat16, torch.float32]),
 )
 def test_predicted_bytes_are_the_real_ones(rows: int, groups: int, group: int, bits: int, symmetric: bool, dtype: torch.dtype) -> None:
-    tensors = pack_quantized.pack("x", weight_of(rows, groups * group, group, Grid(bits, symmetric), dtype))
-    assert packed_bytes(rows, groups * group, bits, group, symmetric, dtype.itemsize) == sum(tensor.nbytes for tensor in tensors.values())
+    tensors = pack_quantized.pack("x", weight_of(rows, groups * group, group, Integer(bits, symmetric), dtype))
+    predicted = stored_bytes("pack-quantized", rows, groups * group, bits, group, symmetric=symmetric, scale_bytes=dtype.itemsize)
+    assert predicted == sum(tensor.nbytes for tensor in tensors.values())
 
 
 def _without_a_row(tensors: dict[str, Tensor]) -> None:
@@ -111,7 +112,7 @@ def _other_shape(tensors: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("damage", [_without_a_row, _odd_groups, _other_shape])
 def test_tensors_that_contradict_each_other_are_refused_by_name(damage: object) -> None:
-    tensors = pack_quantized.pack("x", weight_of(4, 64, 16, Grid(4, True), torch.float32))
+    tensors = pack_quantized.pack("x", weight_of(4, 64, 16, Integer(4, True), torch.float32))
     damage(tensors)  # type: ignore[operator]
     with pytest.raises(InputError, match=r"^x: packed"):
         pack_quantized.unpack("x", tensors)

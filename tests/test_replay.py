@@ -16,10 +16,10 @@ from compress.calibrate import Workspace, sweep
 from compress.checkpoint import Checkpoint
 from compress.layout import Layout
 from compress.model import Model
-from compress.numerics.grid import Grid, minmax_scales, quantized, round_to_nearest
+from compress.numerics.grid import Integer, minmax_scales, quantized, round_to_nearest
 
 KINDS = ("llama", "llama-bias", "mistral", "qwen2-sliding", "qwen3", "qwen3_moe-dense-first", "mixtral")
-GRID = Grid(3, False)
+GRID = Integer(3, False)
 
 
 def rounded(folder: Path, work: Path, note: Callable[[Any], None] = lambda inputs: None) -> dict[str, Tensor]:

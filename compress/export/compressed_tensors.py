@@ -1,4 +1,4 @@
-"""The compressed-tensors artifact: `pack-quantized`, opened by transformers, vLLM and SGLang.
+"""The compressed-tensors artifact, opened by transformers, vLLM and SGLang.
 
 What each engine accepts was read off its loader: see docs/formats.md.
 """
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from compress.model import Model
 
 SHARD_BYTES = 5_000_000_000
+BFLOAT16_ONLY = ("nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized")
 VERSION = "0.18.0"
 """The layout's version, as compressed-tensors counts; it wrote these tensors the same way ever since."""
 
@@ -44,19 +45,24 @@ def check(place: str, layout: Layout, plan: dict[str, Scheme], problems: Problem
 def verdicts(layout: Layout, plan: dict[str, Scheme]) -> dict[str, str]:
     """For each serving engine, whether and how it reads the artifact, as far as its loader's rules tell."""
     schemes = set(plan.values())
-    bits = {scheme.bits for scheme in schemes}
     if not schemes:
         return dict.fromkeys(("transformers", "vLLM", "SGLang"), "loads: nothing is quantised")
-    odd = bits - {4, 8}
-    vllm = "loads"
-    if any(linear.rows % 32 or linear.columns % 32 for name, linear in layout.linears.items() if name in plan):
-        vllm = "GPU only: its CPU kernel wants widths divisible by 32"
+    odd = "/".join(map(str, sorted({scheme.bits for scheme in schemes} - {4, 8})))
+    narrow = any(linear.rows % 32 or linear.columns % 32 for name, linear in layout.linears.items() if name in plan)
+    floats = sorted({scheme.format for scheme in schemes if scheme.format != "int"})
+    vllm, sglang = "loads", "loads on GPUs since Ampere"
+    if any(scheme.layout == "pack-quantized" and scheme.activations != "none" for scheme in schemes):
+        vllm = sglang = "unproven: packed codes with rounded inputs"
     elif odd:
-        vllm = f"GPU only: {'/'.join(map(str, sorted(odd)))}-bit needs the Humming kernels"
+        vllm, sglang = f"GPU only: {odd}-bit needs the Humming kernels", f"refuses {odd}-bit: only 4 and 8"
+    elif floats:
+        vllm = sglang = f"GPU only: {', '.join(floats)}" + (" (unproven)" if any(name.startswith("mx") for name in floats) else "")
+    elif narrow:
+        vllm = "GPU only: its CPU kernel wants widths divisible by 32"
     return {
         "transformers": "loads, decompresses on first use" if all(scheme.symmetric for scheme in schemes) else "loads, decompresses while loading",
         "vLLM": vllm,
-        "SGLang": f"refuses {'/'.join(map(str, sorted(odd)))}-bit: only 4 and 8" if odd else "loads on GPUs since Ampere",
+        "SGLang": sglang,
     }
 
 
@@ -68,24 +74,18 @@ def quantization_config(layout: Layout, plan: dict[str, Scheme]) -> dict[str, An
     groups = {}
     for index, (scheme, names) in enumerate(by_scheme.items()):
         targets = ["Linear"] if len(by_scheme) == 1 else sorted({_target(layout, name) for name in names})
-        per_channel = all(layout.linears[name].columns == scheme.group_size for name in names)
+        per_channel = scheme.format in ("int", "fp8") and all(layout.linears[name].columns == scheme.group_size for name in names)
         groups[f"group_{index}"] = {
             "targets": targets,
-            "weights": {
-                "num_bits": scheme.bits,
-                "type": "int",
-                "symmetric": scheme.symmetric,
-                "strategy": "channel" if per_channel else "group",
-                "group_size": None if per_channel else scheme.group_size,
-                "dynamic": False,
-            },
-            "input_activations": None,
+            "weights": _arguments(scheme, per_channel),
+            "input_activations": _input_arguments(scheme),
             "output_activations": None,
-            "format": "pack-quantized",
+            "format": scheme.layout,
         }
+    layouts = {scheme.layout for scheme in by_scheme}
     config: dict[str, Any] = {
         "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
+        "format": layouts.pop() if len(layouts) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": _ignored(layout, plan),
@@ -93,11 +93,38 @@ def quantization_config(layout: Layout, plan: dict[str, Scheme]) -> dict[str, An
         "global_compression_ratio": None,
         "version": VERSION,
     }
-    if any(not scheme.symmetric for scheme in by_scheme):
+    if any(not scheme.symmetric or scheme.layout in BFLOAT16_ONLY for scheme in by_scheme):
+        # It unpacks small floats to bfloat16, whatever the model is loaded in, so that any other dtype fails in the first product; and
         # compressed-tensors makes room for zero points in their unpacked shape, so transformers could not load packed ones (seen with
         # 0.20.0 under 5.23.0); unpacking while loading is sound, and engines that know nothing of this key ignore it.
         config["dequantize"] = True
     return config
+
+
+def _arguments(scheme: Scheme, per_channel: bool) -> dict[str, Any]:
+    """`weights` of a group."""
+    strategy = "channel" if per_channel else {"fp8-block": "block", "nvfp4": "tensor_group"}.get(scheme.format, "group")
+    arguments: dict[str, Any] = {
+        "num_bits": scheme.bits,
+        "type": "int" if scheme.format == "int" else "float",
+        "symmetric": scheme.symmetric,
+        "strategy": strategy,
+        "group_size": None if strategy in ("channel", "block") else scheme.group_size,
+        "dynamic": False,
+    }
+    if strategy == "block":
+        arguments["block_structure"] = [scheme.group_size, scheme.group_size]
+    if kind := {"nvfp4": "torch.float8_e4m3fn", "mxfp4": "torch.uint8", "mxfp8": "torch.uint8"}.get(scheme.format):
+        arguments |= {"scale_dtype": kind, "zp_dtype": kind}
+    return arguments
+
+
+def _input_arguments(scheme: Scheme) -> dict[str, Any] | None:
+    """`input_activations` of a group."""
+    import torch
+
+    rounding = scheme.input_rounding(1.0, torch.float32)
+    return rounding.arguments() if rounding else None
 
 
 def _target(layout: Layout, linear: str) -> str:
@@ -179,7 +206,7 @@ def compare(model: Model, folder: Path) -> int:
     Returns how many weights were compared. Raises `InputError` on the first difference: nothing may be handed over that differs.
     """
     import torch
-    from compressed_tensors.compressors import PackedQuantizationCompressor
+    from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationScheme
 
     from compress.checkpoint import Checkpoint, read_tensor
@@ -196,20 +223,19 @@ def compare(model: Model, folder: Path) -> int:
         meant_bits = meant_bits if isinstance(meant_bits, torch.Tensor) else read_tensor(meant_bits)
         if not torch.equal(_bits(read_tensor(written.tensors[name])), _bits(meant_bits)):
             raise InputError.one(name, "reads back differently from what was written", "is the disk sound?")
-        linear = name.removesuffix(".weight_packed")
-        if linear != name and (meant := model.quantized(linear)):
-            fitting = [
-                group for group in groups
-                if group.weights and group.weights.num_bits == meant.bits and group.weights.symmetric == meant.symmetric
-                and (group.weights.group_size or model.layout.linears[linear].columns) == meant.group_size
-            ]  # fmt: skip
-            parts = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
-            state = {part: read_tensor(written.tensors[f"{linear}.{part}"]) for part in parts if f"{linear}.{part}" in written.tensors}
-            unpacked = PackedQuantizationCompressor.decompress(state, fitting[0])["weight"]
-            if not torch.equal(unpacked, meant.dequantize()):
+    for linear in model.layout.linears:
+        if meant := model.quantized(linear):
+            group = next(group for group in groups if any(_matches(target, linear) for target in group.targets))
+            state = {part: read_tensor(written.tensors[f"{linear}.{part}"]) for part in model.parts(linear)}
+            unpacked = BaseCompressor.get_value_from_registry(str(group.format)).decompress(state, group)["weight"]
+            if not torch.equal(unpacked.float(), meant.dequantize().float()):
                 raise InputError.one(linear, "compressed-tensors unpacks other values than those meant", "report this")
             compared += 1
     return compared
+
+
+def _matches(target: str, linear: str) -> bool:
+    return target == "Linear" or re.fullmatch(target.removeprefix("re:"), linear) is not None
 
 
 def _bits(tensor: Any) -> Any:

@@ -18,10 +18,15 @@ import torch
 from torch import Tensor
 
 from compress.errors import InputError
-from compress.numerics.grid import Quantized
+from compress.numerics.grid import Integer, Quantized
 
 NAME = "pack-quantized"
 PACKED, SCALE, SHAPE, ZERO_POINT = "weight_packed", "weight_scale", "weight_shape", "weight_zero_point"
+
+
+def holds(dtypes: dict[str, str]) -> bool:
+    """Whether parts of these dtypes, by name, are a linear in this layout."""
+    return dtypes.get(PACKED) == "I32"
 
 
 def pack_stream(codes: Tensor, bits: int) -> Tensor:
@@ -82,4 +87,4 @@ def unpack(linear: str, tensors: dict[str, Tensor]) -> Quantized:
     zero_point = tensors.get(f"{linear}.{ZERO_POINT}")
     if zero_point is not None:
         zero_point = unpack_stream(zero_point.T.contiguous(), bits, rows).T.contiguous()
-    return Quantized(unpack_stream(packed, bits, columns), scale, zero_point, bits)
+    return Quantized(unpack_stream(packed, bits, columns), scale, zero_point, Integer(bits, zero_point is None))

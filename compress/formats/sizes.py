@@ -1,8 +1,17 @@
 """Sizes of layouts without torch, for plans made before any weight is read."""
 
 
-def packed_bytes(rows: int, columns: int, bits: int, group_size: int, symmetric: bool, scale_bytes: int) -> int:
-    """Bytes of one linear in `pack-quantized`: codes, scales, zero points and the shape."""
+def stored_bytes(
+    layout: str, rows: int, columns: int, bits: int, group_size: int, *, symmetric: bool = True, scale_bytes: int = 2, scale_rows: int = 1
+) -> int:
+    """Bytes of one linear in `layout`; ``scale_bytes`` those of the model's dtype, ``scale_rows`` how many outputs share a scale."""
     groups = columns // group_size
-    zero_points = 0 if symmetric else -(-rows * bits // 32) * groups * 4
-    return rows * -(-columns * bits // 32) * 4 + rows * groups * scale_bytes + 16 + zero_points
+    if layout == "pack-quantized":
+        zero_points = 0 if symmetric else -(-rows * bits // 32) * groups * 4
+        shape = 16
+        return rows * -(-columns * bits // 32) * 4 + rows * groups * scale_bytes + zero_points + shape
+    codes = rows * columns * bits // 8
+    if layout in ("int-quantized", "float-quantized"):
+        return codes + -(-rows // scale_rows) * groups * scale_bytes
+    overall = 4 if layout == "nvfp4-pack-quantized" else 0
+    return codes + rows * groups + overall

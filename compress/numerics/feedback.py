@@ -107,7 +107,7 @@ def _factorize_in_place(hessian: Tensor, reverse: Tensor, mean: float, damp: flo
 def round_with_feedback(weight: Tensor, factor: Factor, scales: Scales, grid: Grid, leaf: int = 32) -> tuple[Tensor, Tensor]:
     """Round each column after feeding back the errors of those before it.
 
-    ``weight`` [batch, out, in] and ``scales`` [batch, out, groups] in the dtype of ``factor``. Returns codes int8 [batch, out, in] and the cost
+    ``weight`` [batch, out, in] and ``scales`` [batch, out, groups] in the dtype of ``factor``. Returns codes [batch, out, in] and the cost
     ``tr((W - Q) H (W - Q)^T)`` per row, [batch, out]. Columns are halved until `leaf` are left, so that most of the feedback is a
     few large matrix products; `leaf` changes speed, not the result.
     """
@@ -142,11 +142,11 @@ def _round_rows(weight: Tensor, factor: Factor, scales: Scales, grid: Grid, leaf
         grid,
         error,
         wanted,
-        torch.empty(columns, batch, rows, dtype=torch.int8, device=device),
+        torch.empty(columns, batch, rows, dtype=grid.codes, device=device),
     )
     _solve(work, 0, columns, leaf)
     cost = torch.einsum("kbr,bk->br", work.wanted.square_(), factor.diagonal)
-    result = torch.empty(batch, rows, columns, dtype=torch.int8, device=device)
+    result = torch.empty(batch, rows, columns, dtype=grid.codes, device=device)
     back = torch.argsort(factor.order)
 
     def turn_back(tile: tuple[int, slice]) -> None:
@@ -196,8 +196,7 @@ def _round_leaf(work: _Work, start: int, end: int) -> None:
         if place:
             k = start + place
             _feed_back(wanted[place : place + 1], work.factor.upper[:, start:k, k : k + 1], error[:place])
-        torch.mul(column, inverse, out=code).round_()
-        torch.clamp(code, low, high, out=code)
+        work.grid.round_(torch.mul(column, inverse, out=code), low, high)
         lost.addcmul_(code, negative)
     wanted.addcmul_(codes, scale, value=-1)
     work.codes[start:end] = codes.add_(zero)

@@ -1,13 +1,17 @@
-"""Integer grids: what a code means, how scales are found, and the tensor that results.
+"""Grids: what a code means, how scales are found, and the tensor that results.
 
-Codes are always signed, ``q`` in ``[-2^(b-1), 2^(b-1) - 1]``, and a weight is ``(q - zero_point) * scale``. Every search measures
-its error with the scale **as it will be stored**, never with the float32 one it came from.
+A weight is ``(code - zero_point) * scale``. Codes are whole numbers ``q`` in ``[-2^(b-1), 2^(b-1) - 1]`` or the values of a small float
+(E2M1, E4M3). Every search measures its error with the scale **as it will be stored**, never with the float32 one it came from.
 """
 
 from __future__ import annotations
 
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -20,14 +24,49 @@ COARSE = 8
 SMALLEST_SHRINK = 0.35
 """The range of a group is shrunk from 1 down to this; at 2 bits the best range is near 0.5, so the end is never the winner."""
 SMALLEST_SCALE = 1e-8
+E4M3_MAX = 448.0
+E4M3_MIN = 2.0**-9
 
 
-@dataclass(frozen=True)
-class Grid:
-    """An integer grid of `bits` (2 to 8), with a zero point per group unless `symmetric`."""
+class Grid(ABC):
+    """The points a weight may take in units of its scale: all between ``low`` and ``high`` that `round_` knows."""
 
     bits: int
     symmetric: bool
+    codes: ClassVar[torch.dtype]
+    """Holds every point exactly, in one byte."""
+    reach: ClassVar[tuple[float, float]]
+    """A search tries to widen and to shrink the range of a group by these factors."""
+    rows: ClassVar[int] = 1
+    """Outputs that share a scale."""
+    unit: float = 1.0
+    """What scales are multiplied by before they are stored; a power of two, so that nothing is lost."""
+
+    @property
+    @abstractmethod
+    def low(self) -> float: ...
+
+    @property
+    @abstractmethod
+    def high(self) -> float: ...
+
+    @abstractmethod
+    def round_(self, values: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
+        """Nearest points, in place; ``low`` and ``high`` are the ends, moved by the zero point if there is one."""
+
+    @abstractmethod
+    def spacing(self, values: Tensor) -> Tensor | float:
+        """Distance between the points around each of ``values``."""
+
+
+@dataclass(frozen=True)
+class Integer(Grid):
+    """Whole numbers of `bits` (2 to 8), with a zero point per group unless `symmetric`."""
+
+    bits: int
+    symmetric: bool
+    codes = torch.int8
+    reach = (1.0, SMALLEST_SHRINK)
 
     @property
     def low(self) -> int:
@@ -37,19 +76,70 @@ class Grid:
     def high(self) -> int:
         return (1 << (self.bits - 1)) - 1
 
+    def round_(self, values: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
+        return values.round_().clamp_(low, high)  # type: ignore[arg-type]
+
+    def spacing(self, values: Tensor) -> Tensor | float:
+        return 1.0
+
+
+@dataclass(frozen=True)
+class E2M1(Grid):
+    """The 4-bit float of MXFP4 and NVFP4 (OCP MX 1.0, section 5.3.3): 0, .5, 1, 1.5, 2, 3, 4, 6 and their negatives; ties to the even mantissa."""
+
+    unit: float = 1.0
+    bits = 4
+    symmetric = True
+    codes = torch.float8_e4m3fn
+    reach = (1.5, 0.5)
+    low = -6.0
+    high = 6.0
+
+    def round_(self, values: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
+        step = self.spacing(values)
+        return values.div_(step).round_().mul_(step).clamp_(self.low, self.high)
+
+    def spacing(self, values: Tensor) -> Tensor:
+        magnitude = values.abs()
+        return 0.5 + 0.5 * (magnitude >= 2) + (magnitude >= 4).to(values.dtype)
+
+
+@dataclass(frozen=True)
+class E4M3(Grid):
+    """The 8-bit float with 4 bits of exponent (arXiv 2209.05433); ends at 448, never infinite."""
+
+    rows: int = 1  # type: ignore[misc]
+    bits = 8
+    symmetric = True
+    codes = torch.float8_e4m3fn
+    reach = (1.0, 0.5)
+    low = -E4M3_MAX
+    high = E4M3_MAX
+
+    def round_(self, values: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
+        return values.copy_(values.clamp(self.low, self.high).to(self.codes))
+
+    def spacing(self, values: Tensor) -> Tensor:
+        exponent = torch.frexp(values.abs().clamp_min(2.0**-6)).exponent - 1
+        return torch.ldexp(torch.ones_like(values), exponent - 3)
+
 
 @dataclass(frozen=True)
 class Quantized:
     """One quantised linear.
 
-    ``codes`` int8 [out, in]; ``scale`` [out, groups] in the dtype it is stored in; ``zero_point`` int8 [out, groups] or None when
-    symmetric. ``group_size`` counts inputs per scale; it divides ``in``.
+    ``codes`` [out, in] in `Grid.codes`; ``scale`` [ceil(out / rows), groups] in the dtype it is stored in; ``zero_point`` int8
+    [out, groups] or None when symmetric. ``group_size`` counts inputs per scale; it divides ``in``.
     """
 
     codes: Tensor
     scale: Tensor
     zero_point: Tensor | None
-    bits: int
+    grid: Grid
+
+    @property
+    def bits(self) -> int:
+        return self.grid.bits
 
     @property
     def group_size(self) -> int:
@@ -59,17 +149,25 @@ class Quantized:
     def symmetric(self) -> bool:
         return self.zero_point is None
 
-    def dequantize(self) -> Tensor:
-        """[out, in] in the dtype of the scale; the same rounding as every engine that multiplies in that dtype."""
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights: that of the scale, or bfloat16 for small floats with small scales, all of whose products it holds exactly."""
+        return self.scale.dtype if self.scale.dtype.itemsize > 1 else torch.bfloat16
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """[out, in], by default with the rounding of every engine that multiplies in the dtype of the weights."""
         rows, columns = self.codes.shape
-        weight = torch.empty(rows, columns, dtype=self.scale.dtype, device=self.codes.device)
+        weight = torch.empty(rows, columns, dtype=dtype or self.dtype, device=self.codes.device)
+        scale = self.scale.float().div_(self.grid.unit)
+        if self.grid.rows > 1:
+            scale = scale.repeat_interleave(self.grid.rows, 0)[:rows]
         step = max(1, TILE // columns)
         for start in range(0, rows, step):  # so that float32 copies of the whole are never held
             part = slice(start, start + step)
-            values = torch.unflatten(self.codes[part].float(), 1, (self.scale.shape[1], -1))
+            values = torch.unflatten(self.codes[part].float(), 1, (scale.shape[1], -1))
             if self.zero_point is not None:
                 values -= self.zero_point[part, :, None]
-            weight[part] = values.mul_(self.scale[part, :, None].float()).flatten(1)
+            weight[part] = values.mul_(scale[part, :, None]).flatten(1)
         return weight
 
 
@@ -84,16 +182,26 @@ class Scales:
 def minmax_scales(weight: Tensor, grid: Grid, group_size: int, stored: torch.dtype) -> Scales:
     """The scales of plain rounding: each group's range is the grid's. ``weight`` float32 [..., in]."""
     low, high = _range(torch.unflatten(weight, -1, (-1, group_size)), grid, -1)
+    if grid.rows > 1:
+        low, high = _shared(low, grid.rows, torch.amin), _shared(high, grid.rows, torch.amax)
     return _scales(low, high, grid, stored)
+
+
+def _shared(ends: Tensor, rows: int, most: Callable[..., Tensor]) -> Tensor:
+    """The outermost of ``ends`` [..., out, groups] among every `rows` outputs, for each of them."""
+    return torch.cat([most(part, -2, keepdim=True).expand_as(part) for part in torch.split(ends, rows, -2)], -2)
 
 
 def search_scales(weight: Tensor, grid: Grid, group_size: int, stored: torch.dtype, importance: Tensor | None = None) -> Scales:
     """The scales with the least weighted squared rounding error per group.
 
     ``weight`` float32 [out, in]; ``importance`` float32 [in], one non-negative weight per input, or None for all equal. Candidates
-    shrink the range of the group; on a symmetric grid, which has one more negative than positive code, each is tried with both
-    signs. The unshrunk range is a candidate, so the result is never worse than `minmax_scales` by this measure.
+    change the range of the group; on a grid that has one more negative than positive code each is tried with both signs. The
+    unchanged range is a candidate, so the result is never worse than `minmax_scales` by this measure. Raises `ValueError` for a
+    grid whose outputs share scales.
     """
+    if grid.rows > 1:
+        raise ValueError("scales are searched per output, and here outputs share them")
     rows, columns = weight.shape
     groups = columns // group_size
     if importance is None:
@@ -135,10 +243,12 @@ def _search_tile(tile: Tensor, grid: Grid, stored: torch.dtype, weights: Tensor)
         shrink = torch.where(better, factor, shrink)
         sign = torch.where(better, signs, sign)
 
-    spacing = (1 - SMALLEST_SHRINK) / COARSE
-    for signs in (1.0, -1.0) if grid.symmetric else (1.0,):
-        for index in range(int(signs > 0), COARSE):  # the first candidate of the positive sign is the one to beat
-            attempt(1 - index * spacing, signs)
+    widest, narrowest = grid.reach
+    spacing = (widest - narrowest) / COARSE
+    for signs in (1.0, -1.0) if -grid.low > grid.high and grid.symmetric else (1.0,):
+        for index in range(COARSE):
+            if (factor := widest - index * spacing) != 1 or signs < 0:  # the unchanged range is the one to beat
+                attempt(factor, signs)
     for fraction in (1 / 2, 1 / 4):
         centre, direction = shrink, sign
         attempt(centre + spacing * fraction, direction)
@@ -156,12 +266,28 @@ def _range(groups: Tensor, grid: Grid, along: int) -> tuple[Tensor, Tensor]:
 
 
 def _scales(low: Tensor, high: Tensor, grid: Grid, stored: torch.dtype, sign: Tensor | float = 1.0) -> Scales:
-    kind = torch.finfo(stored)
-    smallest = max(SMALLEST_SCALE, kind.smallest_normal * kind.eps)  # float16 would store less as zero
-    scale = ((high - low) / (2**grid.bits - 1)).clamp_min(smallest).to(stored).float()
+    scale = as_stored((high - low) / (grid.high - grid.low), grid, stored)
     if grid.symmetric:
         return Scales(scale * sign, torch.zeros_like(scale))
     return Scales(scale, (grid.low - low / scale).round_().clamp_(grid.low, grid.high))
+
+
+def as_stored(scale: Tensor, grid: Grid, stored: torch.dtype) -> Tensor:
+    """Positive ``scale`` float32 rounded to what `stored` holds, never to zero.
+
+    bfloat16, float16, float32: to the nearest. E4M3: to the nearest in units of ``1 / grid.unit``. E8M0: to the power of two whose
+    exponent, with that of the grid's largest point, is that of the largest weight (OCP MX 1.0, section 6.3), so the largest
+    weights of a group may be cut off.
+    """
+    if stored == torch.float8_e8m0fnu:
+        headroom = grid.high / 2.0 ** (math.frexp(grid.high)[1] - 1)
+        exponent = torch.frexp(scale * headroom).exponent - 1
+        return torch.ldexp(torch.ones_like(scale), exponent.clamp_(-126, 127))
+    if stored == torch.float8_e4m3fn:
+        return (scale * grid.unit).clamp(E4M3_MIN, E4M3_MAX).to(stored).float().div_(grid.unit)
+    kind = torch.finfo(stored)
+    smallest = max(SMALLEST_SCALE, kind.smallest_normal * kind.eps)  # float16 would store less as zero
+    return scale.clamp_min(smallest).to(stored).float()
 
 
 def _error(tile: Tensor, scales: Scales, grid: Grid, weights: Tensor, buffer: Tensor) -> Tensor:
@@ -169,20 +295,19 @@ def _error(tile: Tensor, scales: Scales, grid: Grid, weights: Tensor, buffer: Te
     scale = scales.scale[:, None]
     torch.mul(tile, scale.reciprocal(), out=buffer)
     # The zero point is a whole number: moving the grid's ends by it spares adding it to and taking it from every weight.
-    buffer.round_().clamp_(grid.low - scales.zero[:, None], grid.high - scales.zero[:, None])
+    grid.round_(buffer, grid.low - scales.zero[:, None], grid.high - scales.zero[:, None])
     torch.addcmul(tile, buffer, scale, value=-1, out=buffer)
     return torch.bmm(weights, buffer.square_())[:, 0]
 
 
 def round_to_nearest(weight: Tensor, scales: Scales, grid: Grid) -> Tensor:
-    """Codes int8 [..., in] of ``weight`` float32 [..., in] under ``scales`` [..., groups]."""
+    """Codes [..., in] of ``weight`` float32 [..., in] under ``scales`` [..., groups]."""
     groups = scales.scale.shape[-1]
     codes = torch.unflatten(weight, -1, (groups, -1)) * scales.scale[..., None].reciprocal()
-    codes = codes.add_(scales.zero[..., None]).round_().clamp_(grid.low, grid.high)
-    return codes.to(torch.int8).flatten(-2)
+    return grid.round_(codes.add_(scales.zero[..., None]), grid.low, grid.high).to(grid.codes).flatten(-2)
 
 
 def quantized(codes: Tensor, scales: Scales, grid: Grid, stored: torch.dtype) -> Quantized:
-    """Bundle codes int8 [out, in] with their scales [out, groups] as stored."""
+    """Bundle codes [out, in] with their scales [out, groups] as stored."""
     zero_point = None if grid.symmetric else scales.zero.to(torch.int8)
-    return Quantized(codes, scales.scale.to(stored), zero_point, grid.bits)
+    return Quantized(codes, (scales.scale[:: grid.rows] * grid.unit).to(stored), zero_point, grid)

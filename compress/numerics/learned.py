@@ -5,12 +5,13 @@ Both are trained through the rounding as if it were the identity, by the sign of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from compress.numerics.grid import Grid, Scales, search_scales
+from compress.numerics.grid import Grid, Scales, as_stored, minmax_scales, search_scales
 
 
 class Rounding:
@@ -22,8 +23,9 @@ class Rounding:
 
     def __init__(self, weight: Tensor, grid: Grid, group_size: int, stored: torch.dtype) -> None:
         self.grid = grid
-        self._stored = stored
-        found = [search_scales(each, grid, group_size, stored) for each in weight]
+        self.stored = stored
+        find_scales = search_scales if grid.rows == 1 else minmax_scales
+        found = [find_scales(each, grid, group_size, stored) for each in weight]
         scale, zero = (torch.stack([getattr(each, name) for each in found]) for name in ("scale", "zero"))
         self._grouped = torch.unflatten(weight, -1, (-1, group_size))
         self._scale = scale
@@ -38,19 +40,19 @@ class Rounding:
             scale = self._stored_scale(self._scale * self.reach[0])
             return Scales(scale, torch.zeros_like(scale))
         grown = [end * (reach - 1) for end, reach in zip(self._ends, self.reach, strict=True)]
-        scale = self._stored_scale(self._scale + (grown[1] - grown[0]) / (2**self.grid.bits - 1))
+        scale = self._stored_scale(self._scale + (grown[1] - grown[0]) / (self.grid.high - self.grid.low))
         low = self._ends[0] * self.reach[0]
         return Scales(scale, _straight(self.grid.low - low / scale, torch.round).clamp(self.grid.low, self.grid.high))
 
     def _stored_scale(self, exact: Tensor) -> Tensor:
-        smallest = torch.finfo(self._stored).tiny
-        away = torch.where(exact.abs() < smallest, torch.full_like(exact, smallest).copysign(exact), exact)
-        return _straight(away, lambda value: value.to(self._stored).float())
+        return _straight(exact, lambda value: as_stored(value.abs(), self.grid, self.stored).copysign(value))
 
     def codes(self, scales: Scales) -> Tensor:
-        """[n, out, in] float32, whole numbers; differentiable."""
-        exact = self._grouped * scales.scale.reciprocal()[..., None] + self.offset + scales.zero[..., None]
-        return _straight(exact, torch.round).clamp(self.grid.low, self.grid.high)
+        """[n, out, in] float32, points of the grid; differentiable."""
+        exact = self._grouped * scales.scale.reciprocal()[..., None]
+        exact = exact + self.offset * self.grid.spacing(exact.detach()) + scales.zero[..., None]
+        low, high = self.grid.low, self.grid.high
+        return _straight(exact, lambda value: self.grid.round_(value.clone(), -math.inf, math.inf)).clamp(low, high)
 
     def values(self) -> Tensor:
         """What the weights are as rounded, [n, out, in]; differentiable."""
@@ -60,7 +62,8 @@ class Rounding:
     def step(self, rate: float) -> None:
         """Move against the sign of the gradients that have gathered, and forget them."""
         with torch.no_grad():
-            for parameter, low, high in ((self.offset, -0.5, 0.5), (self.reach, 0.0, 2.0)):
+            # Where outputs share a scale, none of them may move it.
+            for parameter, low, high in ((self.offset, -0.5, 0.5), (self.reach, 0.0, 2.0))[: 1 + (self.grid.rows == 1)]:
                 if parameter.grad is not None:
                     parameter.sub_(parameter.grad.sign_(), alpha=rate).clamp_(low, high)
                     parameter.grad = None

@@ -10,15 +10,18 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from compress.passes.base import Calibrated
+from compress.passes.base import Calibrated, Scheme
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from compress.calibrate import Trainable, Workspace
     from compress.data import Samples
-    from compress.layout import Linear
-    from compress.model import Model
+    from compress.errors import Problems
+    from compress.layout import Layout, Linear
+    from compress.model import Block, Model
+    from compress.numerics.grid import Grid
     from compress.numerics.learned import Rounding
 
 JUDGED_BATCHES = 4
@@ -37,6 +40,11 @@ class Pass(Calibrated):
     )
     seed: int = Field(default=0, ge=0, description="which batches come when")
 
+    def check(self, place: str, layout: Layout, problems: Problems) -> None:
+        super().check(place, layout, problems)
+        if self.activations == "static":
+            problems.add(f"{place}: activations", "this pass does not measure inputs", "set activations: dynamic, or use gptq")
+
     def run(self, model: Model, samples: Samples, workspace: Workspace) -> None:
         from compress.calibrate import train
 
@@ -49,7 +57,7 @@ class Pass(Calibrated):
     def _learn(self, trainable: Trainable, linears: list[Linear]) -> None:
         import torch
 
-        from compress.numerics.grid import Grid, Scales, quantized
+        from compress.numerics.grid import Scales, quantized
         from compress.numerics.learned import Rounding
 
         block, counts = trainable.block, trainable.tokens()
@@ -58,14 +66,16 @@ class Pass(Calibrated):
         for name, reason in reasons.items():
             if reason:
                 self.refuse(name, reason)
-        stacks: dict[tuple[object, ...], list[Linear]] = {}
+        stacks: dict[tuple[Scheme, Grid, int, int, torch.dtype], list[Linear]] = {}
+        widest = self._widest(block, {linear.name for linear in linears})
         for linear in linears:
-            stacks.setdefault((linear.rows, linear.columns, block.stored_dtype(linear.name)), []).append(linear)
+            scheme = self.scheme(linear)
+            key = (scheme, scheme.grid(widest[linear.name]), linear.rows, linear.columns, scheme.stored(block.stored_dtype(linear.name)))
+            stacks.setdefault(key, []).append(linear)
         learned: list[tuple[list[Linear], Rounding]] = []
-        for members in stacks.values():
+        for (scheme, grid, _, _, stored), members in stacks.items():
             weight = torch.stack([block.weight(linear.name) for linear in members])
-            stored = block.stored_dtype(members[0].name)
-            learned.append((members, Rounding(weight, Grid(self.bits, self.symmetric), self.group_of(members[0]), stored)))
+            learned.append((members, Rounding(weight, grid, scheme.group_size, stored)))
         at_start, at_end = self._train(trainable, learned)
         for members, rounding in learned:
             for place, linear in enumerate(members):
@@ -73,10 +83,10 @@ class Pass(Calibrated):
                     rounding.forget(place)
             with torch.no_grad():
                 scales = rounding.scales()
-                codes = rounding.codes(scales).to(torch.int8).flatten(-2)
+                codes = rounding.codes(scales).to(rounding.grid.codes).flatten(-2)
             for place, linear in enumerate(members):
                 part = Scales(scales.scale[place], scales.zero[place])
-                result = quantized(codes[place], part, rounding.grid, block.stored_dtype(linear.name))
+                result = quantized(codes[place], part, rounding.grid, rounding.stored)
                 weight = block.weight(linear.name)
                 record = {
                     "pass": "autoround",
@@ -85,7 +95,16 @@ class Pass(Calibrated):
                     "block_loss": [at_start, at_end],
                     "fallback": reasons[linear.name],
                 }
-                block.set_quantized(linear.name, result, record)
+                self.commit(block, linear, result, record)
+
+    def _widest(self, block: Block, chosen: set[str]) -> dict[str, float]:
+        """By linear, the largest magnitude of a weight in what is fused with it: its input group, or those of all experts."""
+        found: dict[str, float] = {}
+        for stage in block.layout.stages:
+            names = [linear.name for group in stage.groups for linear in group.linears if linear.name in chosen]
+            peak = max((float(block.weight(name).abs().max()) for name in names), default=0.0)
+            found |= dict.fromkeys(names, peak)
+        return found
 
     def _train(self, trainable: Trainable, learned: list[tuple[list[Linear], Rounding]]) -> tuple[float, float]:
         """Leave every rounding in the best state found. Returns the block's loss before and after, on the batches that judge."""

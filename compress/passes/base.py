@@ -8,15 +8,20 @@ from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from compress.errors import InputError, Problems
+from compress.formats.sizes import stored_bytes
 from compress.layout import Group, Layout, Linear
 
 if TYPE_CHECKING:
+    import torch
+
     from compress.calibrate import Workspace
     from compress.data import Samples
-    from compress.model import Model
+    from compress.model import Block, Model
+    from compress.numerics.activations import Activations
+    from compress.numerics.grid import Grid, Quantized
 
 NARROWEST = 32
 """Inputs of the narrowest linear that is quantised: below, the packed width does not tell the bits."""
@@ -28,7 +33,10 @@ class Pass(Protocol):
     """A frozen set of options that knows how to apply itself."""
 
     stage: ClassVar[str]
-    needs_data: ClassVar[bool]
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether it runs calibration data through the model."""
 
     def check(self, place: str, layout: Layout, problems: Problems) -> None:
         """Report everything that can be known before weights load."""
@@ -43,33 +51,133 @@ class Pass(Protocol):
         """Do it; finished blocks go to the workspace."""
 
 
+FLOAT_FORMATS: dict[str, dict[str, Any]] = {
+    "fp8": {"bits": 8, "group_size": "channel", "symmetric": True},
+    "fp8-block": {"bits": 8, "group_size": 128, "symmetric": True, "scales": "minmax"},
+    "mxfp8": {"bits": 8, "group_size": 32, "symmetric": True},
+    "mxfp4": {"bits": 4, "group_size": 32, "symmetric": True},
+    "nvfp4": {"bits": 4, "group_size": 16, "symmetric": True},
+}
+"""What a format of small floats leaves no choice about."""
+LAYOUTS = {
+    "fp8": "float-quantized",
+    "fp8-block": "float-quantized",
+    "mxfp8": "mxfp8-quantized",
+    "mxfp4": "mxfp4-pack-quantized",
+    "nvfp4": "nvfp4-pack-quantized",
+}
+NVFP4_ROOM = 1.75
+"""How much wider than its largest weight needs a block's scale may become before E4M3 ends."""
+
+
 class Scheme(BaseModel):
-    """How one linear is stored."""
+    """How one linear is stored, and how its input is rounded before it is multiplied."""
 
     model_config = ConfigDict(frozen=True)
 
+    format: str = "int"
     bits: int
     group_size: int
     symmetric: bool
+    activations: str = "none"
+
+    @property
+    def layout(self) -> str:
+        """The name of the layout on disk."""
+        if self.format == "int":
+            return "int-quantized" if self.bits == 8 and self.symmetric and self.activations != "none" else "pack-quantized"
+        return LAYOUTS[self.format]
+
+    def stored_bytes(self, linear: Linear, dense_bytes: int) -> int:
+        """What `linear` takes on disk; ``dense_bytes`` per weight in the source."""
+        size = stored_bytes(
+            self.layout, linear.rows, linear.columns, self.bits, self.group_size,
+            symmetric=self.symmetric, scale_bytes=dense_bytes, scale_rows=self.scale_rows,
+        )  # fmt: skip
+        return size + (dense_bytes if self.activations == "static" else 0)
+
+    @property
+    def scale_rows(self) -> int:
+        """Outputs that share a scale."""
+        return self.group_size if self.format == "fp8-block" else 1
+
+    @property
+    def text(self) -> str:
+        """For people: `4 bits, group 128, asymmetric`."""
+        stored = f"{self.bits} bits, group {self.group_size}{'' if self.symmetric else ', asymmetric'}" if self.format == "int" else self.format
+        return stored + ("" if self.activations == "none" else f", inputs in 8 bits ({self.activations})")
+
+    def grid(self, peak: float) -> Grid:
+        """The points of a weight; ``peak`` is the largest magnitude among all linears that are fused with it."""
+        from compress.numerics.grid import E2M1, E4M3, E4M3_MAX, Integer
+
+        match self.format:
+            case "int":
+                return Integer(self.bits, self.symmetric)
+            case "nvfp4":
+                widest = NVFP4_ROOM * max(peak, 1e-30) / 6
+                return E2M1(2.0 ** math.floor(math.log2(E4M3_MAX / widest)))
+            case "mxfp4":
+                return E2M1()
+            case _:
+                return E4M3(self.scale_rows)
+
+    def stored(self, dense: torch.dtype) -> torch.dtype:
+        """The dtype of scales; ``dense`` that of the weight in the source."""
+        import torch
+
+        return {"nvfp4": torch.float8_e4m3fn, "mxfp4": torch.float8_e8m0fnu, "mxfp8": torch.float8_e8m0fnu}.get(self.format, dense)
+
+    def input_rounding(self, peak: float | None, dense: torch.dtype) -> Activations | None:
+        """How inputs are rounded; ``peak`` is the largest magnitude seen of them, needed where the scale is fixed beforehand."""
+        from compress.numerics.activations import Activations
+
+        if self.activations == "none":
+            return None
+        kind: Literal["int8", "fp8"] = "int8" if self.format == "int" else "fp8"
+        if self.activations == "dynamic":
+            return Activations(kind, self.group_size if self.format == "fp8-block" else None)
+        assert peak is not None
+        return Activations(kind, None, Activations.static_scale(kind, peak, dense))
 
 
 class Quantize(BaseModel):
-    """Options of every pass that rounds weights to an integer grid."""
+    """Options of every pass that rounds weights to a grid."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     stage: ClassVar[str] = "quantize"
 
+    format: Literal["int", "fp8", "fp8-block", "mxfp8", "mxfp4", "nvfp4"] = Field(
+        default="int",
+        description="`int`: whole numbers; `fp8`: E4M3, a scale per output; `fp8-block`: per 128 x 128; `mxfp8`, `mxfp4`: a power of two per 32 "
+        "inputs; `nvfp4`: an E4M3 scale per 16. All but `int` fix bits, group_size and symmetric",
+    )
     bits: int = Field(default=4, ge=2, le=8, description="bits per weight, 2 to 8")
     group_size: int | Literal["channel"] = Field(
         default=128, description="inputs that share a scale, at least 16 and a divisor of the width; `channel` for one scale per output"
     )
     symmetric: bool = Field(default=True, description="no zero points; the only form every engine reads, and required for experts")
+    activations: Literal["none", "dynamic", "static"] = Field(
+        default="none",
+        description="round inputs to 8 bits too (integers for `int`, E4M3 for `fp8`): `dynamic`, a scale per token; `static`, one for all, measured",
+    )
     include: tuple[str, ...] = Field(default=(), description="take only linears that match: shell patterns, or `re:` and a regular expression")
     exclude: tuple[str, ...] = Field(default=(), description="leave out linears that match, same patterns")
     indivisible: Literal["error", "keep", "channel"] = Field(
         default="error",
         description="what to do with a linear whose width the group does not divide: refuse, leave it as it is, or one scale per output",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, options: Any) -> Any:
+        if not isinstance(options, dict) or options.get("format") not in FLOAT_FORMATS:
+            return options
+        implied = {key: value for key, value in FLOAT_FORMATS[options["format"]].items() if key in cls.model_fields}
+        for key, value in implied.items():
+            if options.get(key, value) != value:
+                raise ValueError(f"format {options['format']} fixes {key} at {value}, but {key} is {options[key]!r}")
+        return implied | options
 
     @field_validator("include", "exclude")
     @classmethod
@@ -100,10 +208,18 @@ class Quantize(BaseModel):
         group = self._group(linear)
         return group if linear.columns % group == 0 else linear.columns
 
+    def scheme(self, linear: Linear) -> Scheme:
+        """How a linear this pass takes is stored."""
+        return Scheme(format=self.format, bits=self.bits, group_size=self.group_of(linear), symmetric=self.symmetric, activations=self.activations)
+
     def plan(self, layout: Layout) -> dict[str, Scheme]:
-        return {
-            name: Scheme(bits=self.bits, group_size=self.group_of(linear), symmetric=self.symmetric) for name, linear in self.takes(layout).items()
-        }
+        return {name: self.scheme(linear) for name, linear in self.takes(layout).items()}
+
+    def commit(self, block: Block, linear: Linear, weight: Quantized, record: dict[str, Any], peak: float | None = None) -> None:
+        """Give `block` what became of a linear; ``peak`` is the largest magnitude of its inputs, where their scale is fixed beforehand."""
+        scheme = self.scheme(linear)
+        rounding = scheme.input_rounding(peak, block.stored_dtype(linear.name))
+        block.set_quantized(linear.name, weight, {"format": scheme.format, **record}, scheme.layout, rounding)
 
     def check(self, place: str, layout: Layout, problems: Problems) -> None:
         if self.group_size != "channel" and self.group_size < 16:
@@ -117,6 +233,17 @@ class Quantize(BaseModel):
                         f"{pattern!r} matches none of the {len(layout.linears)} linears",
                         f"one of them is {_first(layout.linears)}",
                     )
+        if self.activations != "none":
+            if self.format not in ("int", "fp8", "fp8-block"):
+                problems.add(f"{place}: activations", f"{self.format} is for weights only here", "set activations: none, or format: fp8")
+            if self.format == "fp8-block" and self.activations == "static":
+                problems.add(f"{place}: activations", "engines round the inputs of fp8-block per token", "set activations: dynamic")
+            if not self.symmetric:
+                problems.add(f"{place}: activations", "no engine has a kernel for asymmetric weights with rounded inputs", "set symmetric: true")
+            if layout.arch.experts:
+                problems.add(f"{place}: activations", "rounding the inputs of experts is not supported", "set activations: none")
+        if self.format != "int" and self.indivisible == "channel":
+            problems.add(f"{place}: indivisible", f"{self.format} has no scale per output to fall back to", "set indivisible: error or keep")
         chosen = self.takes(layout)
         if not chosen:
             problems.add(place, "takes no linear at all", "loosen include and exclude")
@@ -144,7 +271,9 @@ class Quantize(BaseModel):
 class Calibrated(Quantize):
     """Options of every pass that rounds by what it saw of calibration data."""
 
-    needs_data: ClassVar[bool] = True
+    @property
+    def needs_data(self) -> bool:
+        return True
 
     fallback: Literal["error", "round"] = Field(
         default="error",

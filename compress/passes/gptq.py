@@ -53,16 +53,17 @@ class Pass(Calibrated):
         from compress.calibrate import sweep
 
         chosen = self.takes(model.layout)
-        for inputs in sweep(model, samples, workspace, lambda group: bool(split(group, chosen)), drift=self.qep > 0):
+        peaks = self.activations == "static"
+        for inputs in sweep(model, samples, workspace, lambda group: bool(split(group, chosen)), drift=self.qep > 0, peaks=peaks):
             self._quantize(inputs, [split(group, chosen) for group in inputs.groups])
 
     def _quantize(self, inputs: Inputs, members: list[tuple[Linear, ...]]) -> None:
         import torch
 
         from compress.numerics.feedback import factorize, round_with_feedback
-        from compress.numerics.grid import Grid, Scales, quantized, round_to_nearest
+        from compress.numerics.grid import Scales, quantized, round_to_nearest
 
-        block, grid = inputs.block, Grid(self.bits, self.symmetric)
+        block = inputs.block
         factor = factorize(inputs.hessian, self.damp, self.act_order, overwrite=True)
         for shape in sorted({tuple(linear.rows for linear in linears) for linears in members}):
             batch = [index for index, linears in enumerate(members) if tuple(linear.rows for linear in linears) == shape]
@@ -77,14 +78,19 @@ class Pass(Calibrated):
                 # What was lost before this linear, as far as its own inputs can make it good: section 4 of arXiv 2504.09629.
                 weight[0].add_(factor.solve(0, weight[0] @ inputs.drift), alpha=self.qep)
             first = members[batch[0]][0]
-            stored, group_size = block.stored_dtype(first.name), self.group_of(first)
+            scheme = self.scheme(first)
+            stored = scheme.stored(block.stored_dtype(first.name))
+            grids = [scheme.grid(float(each.abs().max())) for each in weight]
             importance = factor.importance()[batch]
-            found = [self._scales(each, grid, group_size, stored, importance[place]) for place, each in enumerate(weight)]
+            found = [
+                self._scales(each, grid, scheme.group_size, stored, importance[place], shape)
+                for place, (each, grid) in enumerate(zip(weight, grids, strict=True))
+            ]
             scales = Scales(torch.stack([each.scale for each in found]), torch.stack([each.zero for each in found]))
-            codes, cost = round_with_feedback(weight, factor.members(batch), scales, grid)
+            codes, cost = round_with_feedback(weight, factor.members(batch), scales, grids[0])
             for place, (index, reason) in enumerate(zip(batch, reasons, strict=True)):
                 if reason:
-                    codes[place] = round_to_nearest(weight[place], found[place], grid)
+                    codes[place] = round_to_nearest(weight[place], found[place], grids[place])
                 start = 0
                 for linear in members[index]:
                     rows = slice(start, start + linear.rows)
@@ -99,13 +105,17 @@ class Pass(Calibrated):
                         "error": None if reason else float(cost[place, sample].sum() / energy),
                         "fallback": reason,
                     }
-                    block.set_quantized(linear.name, quantized(codes[place, rows], part, grid, stored), record)
+                    self.commit(block, linear, quantized(codes[place, rows], part, grids[place], stored), record, inputs.peaks[index])
 
-    def _scales(self, weight: Tensor, grid: Grid, group_size: int, stored: torch.dtype, importance: Tensor) -> Scales:
-        from compress.numerics.grid import minmax_scales, search_scales
+    def _scales(self, weight: Tensor, grid: Grid, group_size: int, stored: torch.dtype, importance: Tensor, shape: tuple[int, ...]) -> Scales:
+        """Scales of ``weight``, which is several linears of so many rows."""
+        import torch
+
+        from compress.numerics.grid import Scales, minmax_scales, search_scales
 
         if self.scales == "minmax":
-            return minmax_scales(weight, grid, group_size, stored)
+            found = [minmax_scales(part, grid, group_size, stored) for part in torch.split(weight, list(shape))]
+            return Scales(torch.cat([each.scale for each in found]), torch.cat([each.zero for each in found]))
         weighted = self.scales == "hessian" and bool(importance.isfinite().all()) and float(importance.max()) > 0
         # Between equal weights, which ignore the data, and the full cost, which fits them too closely: docs/log.md.
         return search_scales(weight, grid, group_size, stored, importance.sqrt() if weighted else None)

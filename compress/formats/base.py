@@ -1,0 +1,31 @@
+"""How a linear is found on disk: every layout is one file beside this one, named after what compressed-tensors calls it.
+
+A layout has ``NAME``, ``holds`` (is this one of mine, by the dtypes of its parts), ``pack`` and ``unpack``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from functools import cache
+from types import ModuleType
+
+PARTS = ("weight_packed", "weight", "weight_scale", "weight_shape", "weight_zero_point", "weight_global_scale", "input_scale")
+"""What the tensors of a quantised linear are called, after its name."""
+
+
+@cache
+def layouts() -> tuple[ModuleType, ...]:
+    """Every layout, found by file name."""
+    names = [module.name for module in pkgutil.iter_modules(importlib.import_module("compress.formats").__path__)]
+    return tuple(importlib.import_module(f"compress.formats.{name}") for name in names if name not in ("base", "sizes"))
+
+
+def find(dtypes: dict[str, str]) -> ModuleType | None:
+    """The layout of a linear whose parts have these dtypes (safetensors names), or None if it is not quantised."""
+    return next((layout for layout in layouts() if layout.holds(dtypes)), None)
+
+
+def called(name: str) -> ModuleType:
+    """The layout of this `NAME`."""
+    return next(layout for layout in layouts() if name == layout.NAME)
