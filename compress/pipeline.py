@@ -282,7 +282,8 @@ class _Run:
         mode = self.recipe.verify if self.recipe.verify != "auto" else "full" if dense <= FULL_REOPEN_BYTES else "streamed"
         result["mode"] = mode
         if mode == "full":
-            result |= reopen.compare_logits(self.model, staging, self.tokenizer)
+            only = "bfloat16" in export_module(self.recipe.export[0]).verdicts(self.layout, self.schemes)["transformers"]
+            result |= reopen.compare_logits(self.model, staging, self.tokenizer, bfloat16_only=only)
         return result
 
     def _evaluate(self, staging: Path) -> dict[str, Any] | None:

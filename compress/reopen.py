@@ -17,17 +17,21 @@ PROBE = "The quick brown fox jumps over the lazy dog, and the model that was com
 TOLERANCE = 2.0**-7
 """Of the largest logit. Both sides compute in one dtype, but kernels may sum in another order; a wrong weight is far beyond it."""
 
+TOLERANCE_BFLOAT16 = 2.0**-4
+"""The same where one side computes in bfloat16 and the other need not."""
+
 
 @torch.no_grad()
-def compare_logits(model: Model, folder: Path, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Load `folder` with transformers alone and compare next-token logits with those of `model`.
+def compare_logits(model: Model, folder: Path, tokenizer: Tokenizer, *, bfloat16_only: bool) -> dict[str, Any]:
+    """Load `folder` with transformers alone and compare next-token logits with those of `model`; on request in bfloat16, whatever the model is in.
 
     Raises `InputError` if they differ by more than rounding, if a weight was not found or if one was invented.
     """
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     auto: Any = AutoModelForImageTextToText if model.layout.arch.image else AutoModelForCausalLM
-    opened, info = auto.from_pretrained(folder, dtype=model.dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True)
+    dtype, tolerance = (torch.bfloat16, TOLERANCE_BFLOAT16) if bfloat16_only else (model.dtype, TOLERANCE)
+    opened, info = auto.from_pretrained(folder, dtype=dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True)
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info.get(kind):
             raise InputError.one(str(folder), f"transformers reports {kind.replace('_', ' ')}: {sorted(map(str, info[kind]))[:3]}", "report this")
@@ -40,6 +44,6 @@ def compare_logits(model: Model, folder: Path, tokenizer: Tokenizer) -> dict[str
     difference = float(by_position.max())
     # Where two experts are nearly tied, rounding decides which is chosen, and that position differs; a wrong weight differs everywhere.
     decisive = float(by_position.median()) if model.layout.arch.experts else difference
-    if not decisive <= TOLERANCE:
+    if not decisive <= tolerance:
         raise InputError.one(str(folder), f"transformers computes other logits than meant (off by {decisive:.2e} of the largest)", "report this")
     return {"logits_max_difference": difference}

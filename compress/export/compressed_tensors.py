@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress.checkpoint import INDEX, SINGLE, Entry, entry, write_safetensors, write_text
 from compress.errors import InputError, Problems
-from compress.layout import Layout
+from compress.layout import Layout, Linear
 from compress.passes.base import Scheme
 
 if TYPE_CHECKING:
@@ -31,15 +31,19 @@ def check(place: str, layout: Layout, plan: dict[str, Scheme], problems: Problem
         schemes = set()
         for stage in block.stages:
             for group in stage.groups:
-                found = {plan.get(linear.name) for linear in group.linears}
+                found = {_kind(plan.get(linear.name), linear) for linear in group.linears}
                 if len(found) > 1:
                     problems.add(place, f"{group.name} is one matrix to serving engines, but its linears get different schemes", "treat them alike")
                 if group.expert is not None:
                     schemes |= found
         if len(schemes) > 1:
             problems.add(place, f"the experts of {block.prefix} get different schemes", "engines hold them in one tensor: treat them alike")
-        if any(scheme and not scheme.symmetric for scheme in schemes):
+        if any(kind and not kind[0].symmetric for kind in schemes):
             problems.add(place, f"the experts of {block.prefix} are asymmetric; transformers ignores zero points of experts", "set symmetric: true")
+
+    kinds = {_kind(scheme, layout.linears[name]) for name, scheme in plan.items()}
+    if len(kinds) > 1 and any(kind and not kind[0].symmetric for kind in kinds):
+        problems.add(place, "transformers opens asymmetric weights only where all linears share one scheme", "set symmetric: true")
 
 
 def verdicts(layout: Layout, plan: dict[str, Scheme]) -> dict[str, str]:
@@ -59,8 +63,14 @@ def verdicts(layout: Layout, plan: dict[str, Scheme]) -> dict[str, str]:
         vllm = sglang = f"GPU only: {', '.join(floats)}" + (" (unproven)" if any(name.startswith("mx") for name in floats) else "")
     elif narrow:
         vllm = "GPU only: its CPU kernel wants widths divisible by 32"
+    at_once = any(not scheme.symmetric or scheme.layout in BFLOAT16_ONLY for scheme in schemes)
+    mixed = len({_kind(scheme, layout.linears[name]) for name, scheme in plan.items()}) > 1
     return {
-        "transformers": "loads, decompresses on first use" if all(scheme.symmetric for scheme in schemes) else "loads, decompresses while loading",
+        "transformers": "loads in bfloat16, decompresses on first use"
+        if at_once and mixed
+        else "loads, decompresses while loading"
+        if at_once
+        else "loads, decompresses on first use",
         "vLLM": vllm,
         "SGLang": sglang,
     }
@@ -68,13 +78,13 @@ def verdicts(layout: Layout, plan: dict[str, Scheme]) -> dict[str, str]:
 
 def quantization_config(layout: Layout, plan: dict[str, Scheme]) -> dict[str, Any]:
     """The `quantization_config` of config.json for what `plan` says."""
-    by_scheme: dict[Scheme, list[str]] = {}
+    by_kind: dict[tuple[Scheme, bool], list[str]] = {}
     for name, scheme in plan.items():
-        by_scheme.setdefault(scheme, []).append(name)
+        if kind := _kind(scheme, layout.linears[name]):
+            by_kind.setdefault(kind, []).append(name)
     groups = {}
-    for index, (scheme, names) in enumerate(by_scheme.items()):
-        targets = ["Linear"] if len(by_scheme) == 1 else sorted({_target(layout, name) for name in names})
-        per_channel = scheme.format in ("int", "fp8") and all(layout.linears[name].columns == scheme.group_size for name in names)
+    for index, ((scheme, per_channel), names) in enumerate(by_kind.items()):
+        targets = ["Linear"] if len(by_kind) == 1 else sorted({_target(layout, name) for name in names})
         groups[f"group_{index}"] = {
             "targets": targets,
             "weights": _arguments(scheme, per_channel),
@@ -82,7 +92,7 @@ def quantization_config(layout: Layout, plan: dict[str, Scheme]) -> dict[str, An
             "output_activations": None,
             "format": scheme.layout,
         }
-    layouts = {scheme.layout for scheme in by_scheme}
+    layouts = {scheme.layout for scheme, _ in by_kind}
     config: dict[str, Any] = {
         "quant_method": "compressed-tensors",
         "format": layouts.pop() if len(layouts) == 1 else "mixed-precision",
@@ -93,12 +103,19 @@ def quantization_config(layout: Layout, plan: dict[str, Scheme]) -> dict[str, An
         "global_compression_ratio": None,
         "version": VERSION,
     }
-    if any(not scheme.symmetric or scheme.layout in BFLOAT16_ONLY for scheme in by_scheme):
+    if len(by_kind) == 1 and any(not scheme.symmetric or scheme.layout in BFLOAT16_ONLY for scheme, _ in by_kind):
         # It unpacks small floats to bfloat16, whatever the model is loaded in, so that any other dtype fails in the first product; and
         # compressed-tensors makes room for zero points in their unpacked shape, so transformers could not load packed ones (seen with
         # 0.20.0 under 5.23.0); unpacking while loading is sound, and engines that know nothing of this key ignore it.
         config["dequantize"] = True
     return config
+
+
+def _kind(scheme: Scheme | None, linear: Linear) -> tuple[Scheme, bool] | None:
+    """What engines tell schemes apart by: one scale per output is the same whatever the width."""
+    if scheme is None or scheme.format not in ("int", "fp8") or scheme.group_size != linear.columns:
+        return (scheme, False) if scheme else None
+    return scheme.model_copy(update={"group_size": 0}), True
 
 
 def _arguments(scheme: Scheme, per_channel: bool) -> dict[str, Any]:

@@ -171,7 +171,7 @@ class Quantize(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _fill_in(cls, options: Any) -> Any:
-        if not isinstance(options, dict) or options.get("format") not in FLOAT_FORMATS:
+        if not isinstance(options, dict) or str(options.get("format")) not in FLOAT_FORMATS:
             return options
         implied = {key: value for key, value in FLOAT_FORMATS[options["format"]].items() if key in cls.model_fields}
         for key, value in implied.items():
