@@ -18,7 +18,7 @@ from torch import Tensor
 
 from compress.checkpoint import entry, read_header, read_tensor, write_safetensors
 from compress.data import Samples
-from compress.drift import Drift
+from compress.drift import Drift, Moved
 from compress.hardware import return_freed_memory
 from compress.layout import EXPERTS_IN, EXPERTS_OUT, Group, Stage
 from compress.model import Block, Model, Reached
@@ -124,8 +124,8 @@ class Inputs:
     """Tokens of the whole calibration set."""
     peaks: tuple[float | None, ...]
     """Largest magnitude that each group read, on request."""
-    drift: Tensor | None = None
-    """[in, in] float32, mean of ``(x - y) y^T``, ``x`` the input before the pass began and ``y`` that of now; on request, never of experts."""
+    moved: Moved | None = None
+    """How far inputs are from what they were before the pass began; on request, never of experts."""
 
 
 def walk(model: Model, workspace: Workspace) -> Iterator[Block]:
@@ -187,6 +187,17 @@ class Trainable:
     targets: list[Tensor]
     kwargs: list[dict[str, Any]]
     seen: int
+
+    def loss(self, weights: dict[str, Tensor], batch: int, trim: float = 0.0) -> Tensor:
+        """Mean squared difference from the target with ``weights`` [out, in] of some linears, by name; differentiable in them.
+
+        A share `trim` of the squares, the largest, is left out.
+        """
+        given = self.block.forward_with(weights, self.inputs[batch], self.kwargs[batch])
+        squared = (given.float() - self.targets[batch].float()).square()
+        if trim:
+            squared = squared.flatten().topk(squared.numel() - int(trim * squared.numel()), largest=False, sorted=False).values
+        return squared.mean()
 
     def tokens(self) -> dict[str, int]:
         """How many tokens each linear of an expert sees, by name; every other linear sees all."""
@@ -266,15 +277,14 @@ def _turns(groups: tuple[Group, ...]) -> Iterator[tuple[Group, ...]]:
 def _measure(block: Block, stage: Stage, groups: tuple[Group, ...], replay: Replay, moment: SecondMoment, moved: Drift | None) -> Callable[[], None]:
     """Run all data through the block up to where `groups` read their input. Returns what to call once they are final."""
     if stage.name not in (EXPERTS_IN, EXPERTS_OUT):
-        if moved:
-            moved.begin(groups[0].columns, moment.total.device)
 
         def note(inputs: Tensor) -> None:
             moment.add(0, inputs)
             if moved:
-                moved.add(groups[0].linears[0].name, replay.batch, inputs)
+                moved.add(replay.batch, inputs, replay.hidden[replay.batch])
 
-        return replay.measure(block, groups[0], note)
+        with moved.following(block, groups[0].linears[0].name, groups[0].columns, moment.total.device) if moved else nullcontext():
+            return replay.measure(block, groups[0], note)
     member = {group.expert: index for index, group in enumerate(groups)}
 
     def record(expert: int, inputs: Tensor) -> None:

@@ -18,6 +18,8 @@ from compress.checkpoint import FLOATS, Checkpoint
 from compress.errors import InputError, Problem, Problems
 
 EXPERTS_IN, EXPERTS_OUT = "experts.gate_up", "experts.down"
+OUT, DOWN = "o", "down"
+"""Stages that end a submodule, attention or a dense MLP."""
 
 
 @dataclass(frozen=True)

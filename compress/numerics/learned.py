@@ -6,12 +6,17 @@ Both are trained through the rounding as if it were the identity, by the sign of
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from compress.numerics.grid import Grid, Scales, as_stored, minmax_scales, search_scales
+
+JUDGED_BATCHES = 4
+"""Batches that say which state was the best; fixed, so that states can be compared."""
+JUDGED_EVERY = 10
 
 
 class Rounding:
@@ -88,3 +93,34 @@ class Rounding:
 def _straight(exact: Tensor, rounding: Callable[[Tensor], Tensor]) -> Tensor:
     """``rounding(exact)``, with the gradient of ``exact``."""
     return exact + (rounding(exact) - exact).detach()
+
+
+def descend(
+    roundings: Sequence[Rounding], loss: Callable[[int], Tensor], batches: int, *, steps: int, rate: float, at_once: int, chooser: random.Random
+) -> tuple[float, float]:
+    """Leave every rounding in the best state found in so many `steps` of sign descent, with a step size that falls from `rate` to 0.
+
+    ``loss(batch)`` depends on what the roundings give; `at_once` of its batches, as `chooser` likes, make a step. Returns the loss before
+    and after, on the batches that judge.
+    """
+
+    def judge() -> float:
+        with torch.no_grad():
+            return sum(float(loss(batch)) for batch in judges) / len(judges)
+
+    judges = range(0, batches, -(-batches // JUDGED_BATCHES))
+    at_start = best = judge()
+    kept = [rounding.state() for rounding in roundings]
+    for step in range(steps):
+        with torch.enable_grad():
+            for batch in chooser.sample(range(batches), min(at_once, batches)):
+                loss(batch).backward()  # type: ignore[no-untyped-call]
+        for rounding in roundings:
+            rounding.step(rate * (1 - step / steps))
+        if (step + 1) % JUDGED_EVERY == 0 or step + 1 == steps:
+            now = judge()
+            if now < best:
+                best, kept = now, [rounding.state() for rounding in roundings]
+    for rounding, state in zip(roundings, kept, strict=True):
+        rounding.restore(state)
+    return at_start, best
