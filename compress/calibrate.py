@@ -22,6 +22,7 @@ from compress.drift import Drift, Moved
 from compress.hardware import return_freed_memory
 from compress.layout import EXPERTS_IN, EXPERTS_OUT, Group, Stage
 from compress.model import Block, Model, Reached
+from compress.probe import Probe
 from compress.replay import Replay
 
 TILE = 512
@@ -211,8 +212,8 @@ class Trainable:
     def _tokens_of_experts(self) -> dict[int | None, int]:
         counts: dict[int | None, int] = {}
 
-        def record(expert: int, inputs: Tensor) -> None:
-            counts[expert] = counts.get(expert, 0) + len(inputs)
+        def record(expert: int, token: Tensor, inputs: Tensor) -> None:
+            counts[expert] = counts.get(expert, 0) + len(token)
 
         with self.block.listening(record, after_gate=False), torch.no_grad():
             for hidden, kwargs in zip(self.inputs, self.kwargs, strict=True):
@@ -238,6 +239,24 @@ def train(model: Model, samples: Samples, workspace: Workspace) -> Iterator[Trai
                 with torch.no_grad():
                     block.advance(now, of_block)
                 _keep(workspace, layout.index + 1, [now, before])
+        workspace.progress.blocks(layout.index + 1, len(model.blocks))
+
+
+@torch.no_grad()
+def visit(model: Model, samples: Samples, workspace: Workspace) -> Iterator[Probe]:
+    """Every unfinished block with what it is given, in order; what the next one is given is what it gives once the receiver is done with it."""
+    start, (hidden,), kwargs = _begin(model, samples, workspace, 1)
+    members = [batch.members for batch in samples.batches()]
+    model.release()
+    workspace.progress.blocks(start, len(model.blocks))
+    for layout in model.blocks[start:]:
+        of_block = [each[layout.index] for each in kwargs]
+        with model.block(layout.index) as block:
+            yield Probe(block, hidden, of_block, members)
+            block.save(workspace.block_file(layout.index))
+            if layout.index + 1 < len(model.blocks):
+                block.advance(hidden, of_block)
+                _keep(workspace, layout.index + 1, [hidden])
         workspace.progress.blocks(layout.index + 1, len(model.blocks))
 
 
@@ -287,7 +306,7 @@ def _measure(block: Block, stage: Stage, groups: tuple[Group, ...], replay: Repl
             return replay.measure(block, groups[0], note)
     member = {group.expert: index for index, group in enumerate(groups)}
 
-    def record(expert: int, inputs: Tensor) -> None:
+    def record(expert: int, token: Tensor, inputs: Tensor) -> None:
         if expert in member:
             moment.add(member[expert], inputs)
 

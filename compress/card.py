@@ -5,14 +5,18 @@ from __future__ import annotations
 import yaml
 
 from compress import __version__
-from compress.passes.base import Scheme
+from compress.passes.base import Transform
 from compress.recipe import Recipe
+from compress.scheme import Scheme
 
 
 def write(model: str, recipe: Recipe, schemes: dict[str, Scheme]) -> str:
     """README.md of the artifact."""
     kinds = sorted({scheme.text for scheme in schemes.values()})
     passes = ", ".join(name for name, _ in recipe.instances())
+    rest = "Other tensors were rewritten without changing what the model computes, and rounded to the dtype they had."
+    if all(not isinstance(step, Transform) for _, step in recipe.instances()):
+        rest = "Everything else is as in the source, byte for byte."
     return f"""---
 library_name: transformers
 tags: [compress, compressed-tensors]
@@ -20,7 +24,7 @@ tags: [compress, compressed-tensors]
 
 # {model}, compressed
 
-{len(schemes)} linears are {"; ".join(kinds) or "unchanged"} ({passes}). Everything else is as in the source, byte for byte.
+{len(schemes)} linears are {"; ".join(kinds) or "unchanged"} ({passes}). {rest}
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -16,8 +16,8 @@ from compress.errors import Exit, InputError, Interrupted
 
 if TYPE_CHECKING:
     from compress.layout import Layout
-    from compress.passes.base import Scheme
     from compress.recipe import Recipe
+    from compress.scheme import Scheme
 
 app = typer.Typer(
     help="A compiler for LLM and VLM checkpoints: a recipe and a model in, a packed checkpoint and a report of what was lost out.",

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from compress.arch.base import Arch, InputGroup, find
+from compress.arch.base import Arch, Fold, InputGroup, find
 from compress.checkpoint import FLOATS, Checkpoint
 from compress.errors import InputError, Problem, Problems
 
@@ -53,12 +53,24 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class Edge:
+    """A `Fold` of the architecture's table in one block: ``producer`` and ``consumers`` are names on disk without ``.weight``."""
+
+    name: str
+    kind: str
+    producer: str
+    consumers: tuple[str, ...]
+    expert: int | None = None
+
+
+@dataclass(frozen=True)
 class BlockLayout:
     """One decoder block: tensors are named ``{prefix}.{local name}``."""
 
     index: int
     prefix: str
     stages: tuple[Stage, ...]
+    edges: tuple[Edge, ...]
     tensors: tuple[str, ...]
 
     @property
@@ -167,7 +179,8 @@ class Layout:
                     stages.append(Stage(name, tuple(group for group in groups if group)))
         if not stages:
             problems.add(prefix, f"has none of the linears a {self.arch.model_type} has", "is model_type right?")
-        return BlockLayout(index, prefix, tuple(stages), tuple(f"{prefix}.{name}" for name in locals_))
+        edges = tuple(edge for fold in self.arch.folds for edge in _edges(prefix, fold, locals_))
+        return BlockLayout(index, prefix, tuple(stages), edges, tuple(f"{prefix}.{name}" for name in locals_))
 
     def _group(self, prefix: str, table: InputGroup, suffix: str, problems: Problems, expert: int | None = None) -> Group | None:
         names = [f"{prefix}.{local}" for local in table.linears]
@@ -194,3 +207,22 @@ class Layout:
                 rows, columns = struct.unpack("<2q", file.read(16))
             return rows, columns
         return None
+
+
+def _edges(prefix: str, fold: Fold, locals_: list[str]) -> Iterator[Edge]:
+    """The edges that `fold` makes in a block with tensors of these local names."""
+    owners = dict.fromkeys(name.rpartition(".")[0] for name in locals_)
+    if "*" not in fold.producer:
+        consumers = tuple(f"{prefix}.{owner}" for pattern in fold.consumers for owner in owners if _fits(pattern, owner))
+        if consumers:
+            yield Edge(f"{prefix}.{fold.name}", fold.name, f"{prefix}.{fold.producer}", consumers)
+        return
+    before, _, after = fold.producer.partition("*")
+    numbers = sorted(int(owner.removeprefix(before).removesuffix(after)) for owner in owners if _fits(fold.producer, owner))
+    for number in numbers:
+        producer, *consumers_ = (f"{prefix}.{name}".replace("*", str(number)) for name in (fold.producer, *fold.consumers))
+        yield Edge(f"{prefix}.{fold.name}.{number}", fold.name, producer, tuple(consumers_), number)
+
+
+def _fits(pattern: str, owner: str) -> bool:
+    return re.fullmatch(re.escape(pattern).replace(r"\*", r"\d+"), owner) is not None

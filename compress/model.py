@@ -8,11 +8,11 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any, cast
 
 import torch
@@ -21,16 +21,17 @@ from torch import Tensor, nn
 
 from compress import hardware
 from compress.arch.base import Experts
-from compress.checkpoint import Checkpoint, TensorInfo, entry, read_header, read_tensor, write_safetensors
+from compress.checkpoint import Checkpoint, Entry, TensorInfo, entry, read_entry, read_header, read_tensor, write_safetensors
 from compress.errors import InputError, Problems
 from compress.formats import base as formats
 from compress.layout import BlockLayout, Layout
 from compress.numerics.activations import Activations
 from compress.numerics.grid import Quantized
+from compress.scheme import Scheme
 
 EXPERTS_FUNCTION = "compress"
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
-Recorder = Callable[[int, Tensor], None]
+Recorder = Callable[[int, Tensor, Tensor], None]
 
 
 CONFIG_ERRORS = (StrictDataclassError, OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError)
@@ -43,7 +44,10 @@ class Reached(Exception):
 
 @dataclass
 class Experts3D:
-    """Listens to the experts of one block: ``record(expert, inputs [tokens, in])`` before or after the gated product."""
+    """Listens to the experts of one block: ``record(expert, token [n], inputs [n, in])`` before or after the gated product.
+
+    ``token`` counts through the rows of a batch one after the other.
+    """
 
     record: Recorder
     after_gate: bool
@@ -61,11 +65,11 @@ def experts_forward(self: Any, hidden: Tensor, top_k_index: Tensor, top_k_weight
         token, place = torch.where(top_k_index == expert)
         inputs = hidden[token]
         if listener and not listener.after_gate:
-            listener.record(expert, inputs)
+            listener.record(expert, token, inputs)
             continue
         gated = self._apply_gate(nn.functional.linear(inputs, self.gate_up_proj[expert]))
         if listener:
-            listener.record(expert, gated)
+            listener.record(expert, token, gated)
             continue
         output = nn.functional.linear(gated, self.down_proj[expert]) * top_k_weights[token, place, None]
         result.index_add_(0, token, output.to(result.dtype))
@@ -136,6 +140,15 @@ class Block:
         """The dtype of the weight in the source, which scales are stored in."""
         return self._model.dense_dtype(linear)
 
+    def source_dtype(self, name: str) -> torch.dtype:
+        """The dtype a tensor has in the source and will have again."""
+        return DTYPES[self._model.checkpoint.tensors[name].dtype]
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one attention head."""
+        return self._model.head_dim
+
     def set_dense(self, name: str, value: Tensor) -> None:
         """From here on the tensor of this name on disk is ``value`` float32, kept so until it is quantised or exported."""
         slot = self._slots.get(name)
@@ -192,6 +205,19 @@ class Block:
             hidden[batch] = self.forward(each, kwargs[batch])
 
     @contextmanager
+    def trying(self, weights: dict[str, Tensor]) -> Iterator[None]:
+        """While inside, the block computes with ``weights`` [out, in] in place of those of some linears, by name."""
+        views = {linear: self._slots[f"{linear}.weight"].view(self.module) for linear in weights}
+        before = {linear: view.clone() for linear, view in views.items()}
+        try:
+            for linear, view in views.items():
+                view.copy_(weights[linear])
+            yield
+        finally:
+            for linear, view in views.items():
+                view.copy_(before[linear])
+
+    @contextmanager
     def listening(self, record: Recorder, *, after_gate: bool) -> Iterator[None]:
         """While inside, a forward ends at the experts, which tell `record` what each is given."""
         self.experts.listener = Experts3D(record, after_gate)
@@ -232,11 +258,13 @@ class Model:
     """A checkpoint opened for streaming.
 
     `tensors` maps every name of the model as it is now to where its bytes lie: the source, or a block file of a finished pass.
+    `schemes` says how each linear will be stored in the end, by name; those not in it stay as they are.
     Memory holds the parts outside the blocks and the block in use.
     """
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: Layout, schemes: Mapping[str, Scheme] = MappingProxyType({})) -> None:
         self.layout = layout
+        self.schemes = schemes
         self.checkpoint: Checkpoint = layout.checkpoint
         self.tensors: dict[str, TensorInfo] = dict(self.checkpoint.tensors)
         self.device = hardware.device()
@@ -252,6 +280,12 @@ class Model:
     @property
     def blocks(self) -> list[BlockLayout]:
         return self.layout.blocks
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one attention head."""
+        text = self._config.get_text_config()
+        return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
 
     # What transformers holds in memory ------------------------------------------------------------------------------------------
 
@@ -427,12 +461,10 @@ class Model:
         names = (f"{linear}.weight", f"{linear}.weight_scale")
         return next(DTYPES[info.dtype] for name in names if (info := self.checkpoint.tensors.get(name)) and info.dtype in DTYPES)
 
-    def final(self, name: str) -> TensorInfo | Tensor:
-        """A tensor as it goes into the artifact: where it lies, or, if a pass changed it, rounded to the dtype it has in the source."""
-        source = self.checkpoint.tensors.get(name)
-        if source is None or self.tensors[name].dtype not in DTYPES or self.tensors[name].dtype == source.dtype:
-            return self.tensors[name]
-        return read_tensor(self.tensors[name]).to(DTYPES[source.dtype])
+    def final(self, name: str) -> Entry:
+        """A tensor as it goes into the artifact; if a pass changed it, in the dtype it has in the source."""
+        source, now = self.checkpoint.tensors.get(name), self.tensors[name]
+        return Entry(name, source.dtype if source and now.dtype in DTYPES else now.dtype, now.shape, now)
 
     @contextmanager
     def block(self, index: int, *, beside: bool = False) -> Iterator[Block]:
@@ -445,7 +477,10 @@ class Model:
             module.get_submodule(owner)._parameters[leaf] = nn.Parameter(empty, requires_grad=False)
         for name, slot in slots.items():
             linear = name.removesuffix(".weight")
-            slot.view(module).copy_(self.dense(linear) if linear in self.layout.linears else read_tensor(self.tensors[name]))
+            if linear in self.layout.linears and (linear in self.schemes or self.packed_as(linear)):
+                slot.view(module).copy_(self.dense(linear))
+            else:  # nobody will round it, so it computes as it will be stored
+                slot.view(module).copy_(read_entry(self.final(name)))
         block = Block(layout, module, slots, self)
         try:
             for each in layout.linears:

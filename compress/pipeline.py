@@ -25,8 +25,9 @@ from compress.checkpoint import Checkpoint, copy_file, sha256, sync_folder, writ
 from compress.errors import InputError
 from compress.formats.base import PARTS
 from compress.layout import Layout
-from compress.passes.base import Pass, Scheme
+from compress.passes.base import Pass, Transform
 from compress.recipe import Recipe, check, export_module
+from compress.scheme import Scheme
 from compress.source import locate_model
 
 WORK_NAME = re.compile("run-[0-9a-f]{16}")
@@ -106,10 +107,11 @@ def _check_target(request: Request, layout: Layout) -> None:
 
 
 def _check_disk(request: Request, layout: Layout, plan: dict[str, Scheme]) -> None:
-    from compress.planning import output_bytes
+    from compress.planning import output_bytes, rewritten_bytes
 
     # Blocks of each pass, then the artifact beside them; activations are small change beside the margin.
-    needed = int(2.1 * output_bytes(layout, plan)) + (64 << 20)
+    rewritten = sum(rewritten_bytes(layout) for _, step in request.recipe.instances() if isinstance(step, Transform))
+    needed = int(2.1 * output_bytes(layout, plan)) + rewritten + (64 << 20)
     free = shutil.disk_usage(request.out.absolute().parent).free
     if free < needed:
         raise InputError.one(
@@ -155,11 +157,13 @@ class _Run:
         self.plan = plan
         self.schemes = {name: scheme for name, (_, scheme) in plan.items()}
         self.steps: list[tuple[str, Pass]] = self.recipe.instances()
-        self.model = Model(layout)
+        self.model = Model(layout, self.schemes)
         self.tokenizer = Tokenizer(layout.checkpoint.folder)
         self.passes: list[dict[str, Any]] = []
         self.records: list[dict[str, Any]] = []
         self.transforms: list[dict[str, Any]] = []
+        self.rewritten: dict[str, dict[str, str]] = {}
+        """By tensor of the source that passes changed without quantising it: which did, and what they call it."""
 
     def go(self) -> dict[str, Any]:
         from compress import report
@@ -181,7 +185,7 @@ class _Run:
         evaluation = self._evaluate(staging)
         ledger = self._ledger()
         size = self._size(staging)
-        fallbacks = [record for record in self.records if record.get("fallback")]
+        fallbacks = [record for record in (*self.records, *self.transforms) if record.get("fallback")]
         gates = judge(self.recipe, evaluation, size, len(fallbacks))
         accepted = all(gate["passed"] for gate in gates)
         self._manifest(staging, sources, samples, accepted)
@@ -259,6 +263,9 @@ class _Run:
         for layout in self.layout.blocks:
             for record in self.model.adopt(workspace.block_file(layout.index)):
                 (self.records if "bits" in record else self.transforms).append(record)
+        for tensor in self.layout.checkpoint.tensors.keys() & self.model.tensors.keys():
+            if self.model.tensors[tensor].file.parent == folder and not self.model.packed_as(tensor.removesuffix(".weight")):
+                self.rewritten.setdefault(tensor, {})[name] = step.verb if isinstance(step, Transform) else "changed"
         self.passes.append({"name": name, "seconds": time.monotonic() - began, "peak_bytes": peak_bytes()})
         missing = sorted(step.plan(self.layout).keys() - {record["name"] for record in self.records})
         if missing:
@@ -307,6 +314,11 @@ class _Run:
             elif linear in self.plan and self.model.packed_as(linear):
                 by, scheme = self.plan[linear]
                 item |= {"action": "quantized", "why": f"{by}: {scheme.text}"}
+                if before := self.rewritten.get(name):
+                    item["why"] += f", {' and '.join(f'{verb} by {step}' for step, verb in before.items())} before"
+            elif name in self.rewritten and name in self.model.tensors:
+                verbs = self.rewritten[name]
+                item |= {"action": " and ".join(dict.fromkeys(verbs.values())), "why": f"by {' and '.join(verbs)}, stored in its own dtype again"}
             elif linear in self.layout.linears and linear not in self.plan:
                 item |= {"action": "kept", "why": "no pass takes this linear"}
             elif name in self.layout.in_blocks:

@@ -5,11 +5,13 @@ Memory is counted; time is counted in operations and divided by a speed that is 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from compress.layout import BlockLayout, Group, Layout
-from compress.passes.base import Scheme
+from compress.passes.base import Transform
 from compress.recipe import Recipe, export_module
+from compress.scheme import Scheme
 
 RUNTIME_BYTES = 600 << 20
 """Python with torch and transformers, before any tensor."""
@@ -28,6 +30,11 @@ def output_bytes(layout: Layout, plan: dict[str, Scheme]) -> int:
     return total
 
 
+def rewritten_bytes(layout: Layout) -> int:
+    """Bytes of all tensors in blocks in float32, as a pass that changes them without quantising leaves them."""
+    return sum(4 * math.prod(layout.checkpoint.tensors[name].shape) for name in layout.in_blocks)
+
+
 def plan(recipe: Recipe, layout: Layout, schemes: dict[str, tuple[str, Scheme]]) -> dict[str, Any]:
     """Per pass peak memory, disk and time; size and bits per weight of the artifact; a verdict per engine."""
     per_linear = {name: scheme for name, (_, scheme) in schemes.items()}
@@ -40,8 +47,10 @@ def plan(recipe: Recipe, layout: Layout, schemes: dict[str, tuple[str, Scheme]])
         passes.append(
             {
                 "name": name,
-                "peak_bytes": _peak(layout, mine, tokens),
-                "disk_bytes": sum(_packed(layout, linear, scheme) for linear, scheme in mine.items()) + 2 * tokens * _hidden(layout),
+                "peak_bytes": _peak(layout, mine, tokens, isinstance(step, Transform)),
+                "disk_bytes": rewritten_bytes(layout) * isinstance(step, Transform)
+                + sum(_packed(layout, linear, scheme) for linear, scheme in mine.items())
+                + 2 * tokens * _hidden(layout),
                 "seconds": _operations(layout, mine, tokens) / ASSUMED_FLOPS,
             }
         )
@@ -69,7 +78,7 @@ def _block_bytes(layout: Layout, block: BlockLayout) -> int:
     return sum(layout.checkpoint.tensors[name].nbytes for name in block.tensors)
 
 
-def _peak(layout: Layout, mine: dict[str, Scheme], tokens: int) -> int:
+def _peak(layout: Layout, mine: dict[str, Scheme], tokens: int, rewrites: bool) -> int:
     """The largest block, everything outside the blocks, the activations between two blocks, and the largest group's statistics and weights."""
     outside = sum(info.nbytes for name, info in layout.checkpoint.tensors.items() if name not in layout.in_blocks)
     block = max(_block_bytes(layout, block) for block in layout.blocks)
@@ -77,6 +86,8 @@ def _peak(layout: Layout, mine: dict[str, Scheme], tokens: int) -> int:
     groups = [group for block in layout.blocks for stage in block.stages for group in stage.groups if group.linears[0].name in mine]
     # Second moment and its factor; weights in float32 with their targets, errors and codes.
     work = max((2 * 4 * group.columns**2 * bool(tokens) + 14 * _elements(group) for group in groups), default=0)
+    # A block that is rewritten is there in float32 as it was and as it is to be.
+    work += 8 * max(sum(math.prod(layout.checkpoint.tensors[name].shape) for name in block.tensors) for block in layout.blocks) * rewrites
     return RUNTIME_BYTES + outside + block + activations + work
 
 

@@ -17,7 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from compress.errors import InputError, Problems
 from compress.layout import Layout
-from compress.passes.base import STAGES, Pass, Scheme
+from compress.passes.base import STAGES, Pass, Transform
+from compress.scheme import Scheme
 
 
 class Section(BaseModel):
@@ -321,6 +322,9 @@ def check(recipe: Recipe, layout: Layout, place: str) -> dict[str, tuple[str, Sc
                 )
                 break
             plan[linear] = (name, scheme)
+    for index, (name, step) in enumerate(recipe.instances()):
+        if isinstance(step, Transform) and not len(problems):  # a plan with a fault in it says little
+            step.check_plan(f"{place}: passes[{index}].{name}", {linear: scheme for linear, (_, scheme) in plan.items()}, problems)
     for target in recipe.export:
         export_module(target).check(f"{place}: export", layout, {name: scheme for name, (_, scheme) in plan.items()}, problems)
     _check_data(recipe, layout, place, problems)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -18,11 +18,13 @@ from markupsafe import Markup
 from compress import plots
 from compress.checkpoint import write_text
 
-DASH, TIMES, SPACE, MINUS = "\u2013", "\u00d7", "\u00a0", "\u2212"
+DASH, TIMES, SPACE, MINUS, ARROW = "\u2013", "\u00d7", "\u00a0", "\u2212", "\u2192"
 DTYPE_BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16}
 """Bits of an element, by safetensors' names; every other type it knows has 8."""
 LISTED, AT_ONCE = 200, 8
 """Fallbacks that the page lists one by one, and those of them that are seen without a click; `report.json` has all."""
+FEW = 8
+"""So many values of one kind are named one by one."""
 GATE_NAMES = {
     "perplexity_ratio": "perplexity, after / before",
     "kl": "KL divergence",
@@ -39,6 +41,7 @@ PARTS = {
 """Name and colour of what stays as it was, by the ledger's reason."""
 EXPERTS = "experts "
 KEPT_IN_BLOCKS = ("kept: norms, biases and routers", "c2")
+REWRITTEN = ("rewritten, as large as before", "c3")
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,7 @@ def page(result: dict[str, Any]) -> str:
         gates=[_gate(gate) for gate in result.get("gates") or []],
         figure_groups=_plots(result),
         tasks=_tasks(result.get("evaluation") or {}),
+        transforms=_transforms(result.get("transforms") or []),
         passes=_passes(result),
         engines=[(name, verdict, _verdict_state(verdict)) for name, verdict in (result.get("engines") or {}).items()],
         fallbacks=_fallbacks(result.get("fallbacks") or []),
@@ -267,6 +271,37 @@ def _tasks(evaluation: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     ]
 
 
+def _transforms(records: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """What passes did to tensors that they did not quantise, a row per pass and kind."""
+    rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for record in records:
+        rows.setdefault((record["pass"], record.get("kind") or ""), []).append(record)
+    return [
+        {
+            "pass": step,
+            "kind": kind,
+            "count": f"{len(members):,}",
+            "alpha": _spread([record["alpha"] for record in members if record.get("alpha") is not None], lambda value: f"{value:g}"),
+            "error": f" {ARROW} ".join(
+                _spread([record["error"][end] for record in members if record.get("error")], percent_text, middle_only=True) for end in (0, 1)
+            ).strip(f"{ARROW} "),
+            "clipped": _spread([record["clipped"] for record in members if record.get("clipped") is not None], percent_text),
+        }
+        for (step, kind), members in rows.items()
+    ]
+
+
+def _spread(values: list[float], text: Callable[[float], str], *, middle_only: bool = False) -> str:
+    """A few values in order, or the ends and the middle of many."""
+    if not values:
+        return ""
+    if middle_only:
+        return text(median(values))
+    if len(values) <= FEW:
+        return ", ".join(map(text, values))
+    return f"{text(min(values))} to {text(max(values))}, median {text(median(values))}"
+
+
 def _passes(result: dict[str, Any]) -> list[dict[str, Any]]:
     """Time and memory of each pass, and the time of all the rest."""
     passes, total = result.get("passes") or [], result.get("seconds")
@@ -433,8 +468,8 @@ def _size_plot(result: dict[str, Any]) -> dict[str, Any] | None:
     kept: dict[tuple[str, str], float] = {}
     dropped = 0
     for item in result.get("ledger") or []:
-        if item["action"] == "kept":
-            part = PARTS.get(item["why"], KEPT_IN_BLOCKS)
+        if item["action"] not in ("quantized", "dropped"):
+            part = PARTS.get(item["why"], KEPT_IN_BLOCKS) if item["action"] == "kept" else REWRITTEN
             kept[part] = kept.get(part, 0) + _tensor_bytes(item)
         elif item["action"] == "dropped" and item.get("shape") is not None:
             dropped += _tensor_bytes(item)

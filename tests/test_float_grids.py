@@ -22,7 +22,7 @@ from compress.layout import Linear
 from compress.numerics.feedback import factorize, round_with_feedback
 from compress.numerics.grid import E2M1, E4M3, Grid, Quantized, Scales, minmax_scales, quantized, round_to_nearest, search_scales
 from compress.numerics.learned import Rounding
-from compress.passes.base import FLOAT_FORMATS, Scheme
+from compress.scheme import FLOAT_FORMATS, Scheme
 
 GRIDS = [(E2M1(), oracle.E2M1), (E4M3(), oracle.E4M3)]
 E8M0, SCALE8 = torch.float8_e8m0fnu, torch.float8_e4m3fn

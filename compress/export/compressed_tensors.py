@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.checkpoint import INDEX, SINGLE, Entry, entry, write_safetensors, write_text
+from compress.checkpoint import INDEX, SINGLE, Entry, write_safetensors, write_text
 from compress.errors import InputError, Problems
 from compress.layout import Layout, Linear
-from compress.passes.base import Scheme
+from compress.scheme import Scheme
 
 if TYPE_CHECKING:
     from compress.model import Model
@@ -203,7 +203,7 @@ def _shards(model: Model) -> Iterator[list[Entry]]:
     entries: list[Entry] = []
     size = 0
     for name in sorted((name for name in model.tensors if not is_dropped(model, name)), key=position):
-        item = entry(name, model.final(name))
+        item = model.final(name)
         if entries and size + item.nbytes > SHARD_BYTES:
             yield entries
             entries, size = [], 0
@@ -226,7 +226,7 @@ def compare(model: Model, folder: Path) -> int:
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationScheme
 
-    from compress.checkpoint import Checkpoint, read_tensor
+    from compress.checkpoint import Checkpoint, read_entry, read_tensor
 
     written = Checkpoint(folder)
     expected = {name for name in model.tensors if not is_dropped(model, name)}
@@ -236,9 +236,7 @@ def compare(model: Model, folder: Path) -> int:
     groups = [QuantizationScheme.model_validate(group) for group in config["config_groups"].values()]
     compared = 0
     for name in sorted(expected):
-        meant_bits = model.final(name)
-        meant_bits = meant_bits if isinstance(meant_bits, torch.Tensor) else read_tensor(meant_bits)
-        if not torch.equal(_bits(read_tensor(written.tensors[name])), _bits(meant_bits)):
+        if not torch.equal(_bits(read_tensor(written.tensors[name])), _bits(read_entry(model.final(name)))):
             raise InputError.one(name, "reads back differently from what was written", "is the disk sound?")
     for linear in model.layout.linears:
         if meant := model.quantized(linear):

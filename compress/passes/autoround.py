@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from compress.passes.base import Calibrated, Scheme
+from compress.passes.base import Calibrated
+from compress.scheme import Scheme
 
 if TYPE_CHECKING:
     import torch
