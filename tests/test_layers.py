@@ -31,7 +31,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "probe": ("layout", "model"),
     "objective": ("layout", "probe"),
     "replay": ("errors", "layout", "model"),
-    "drift": ("model",),
+    "drift": ("layout", "model"),
     "calibrate": ("errors", "hardware", "numerics", "checkpoint", "layout", "data", "model", "replay", "drift", "probe"),
     "passes": ("errors", "numerics", "layout", "data", "model", "folding", "probe", "objective", "calibrate", "scheme", "passes.base"),
     "recipe": ("errors", "source", "layout", "scheme", "passes.base"),
