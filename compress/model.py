@@ -30,6 +30,8 @@ from compress.numerics.grid import Quantized
 from compress.scheme import Scheme
 
 EXPERTS_FUNCTION = "compress"
+EXACT = "weight_exact"
+"""Part of a linear in a block file: its dense weight, if one pass both changed and quantised it."""
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 Recorder = Callable[[int, Tensor, Tensor], None]
 
@@ -136,6 +138,14 @@ class Block:
             found = self._model.dense(linear) if linear in self._model.layout.linears else read_tensor(self._model.tensors[name])
         return found.to(self._model.device, torch.float32)
 
+    def exact(self, linear: str) -> Tensor:
+        """[out, in] float32, the weight of a quantised linear as it was just before that; a copy."""
+        return read_tensor(self._model.exact[linear]).to(self._model.device, torch.float32)
+
+    def coded(self, linear: str) -> Quantized | None:
+        """The codes that a finished pass has found for a linear, or None."""
+        return self._model.quantized(linear)
+
     def stored_dtype(self, linear: str) -> torch.dtype:
         """The dtype of the weight in the source, which scales are stored in."""
         return self._model.dense_dtype(linear)
@@ -179,6 +189,14 @@ class Block:
             {"bits": weight.bits, "group_size": weight.group_size, "symmetric": weight.symmetric,
              "activations": inputs.arguments() if inputs else None, **record},
         )  # fmt: skip
+
+    def set_codes(self, linear: str, weight: Quantized, record: dict[str, Any]) -> None:
+        """Replace the codes of a linear that is quantised; how it lies on disk and how its inputs are rounded stays."""
+        layout = self._model.packed_as(linear)
+        assert layout
+        self._slots[f"{linear}.weight"].view(self.module).copy_(self._model.computed(linear, weight))
+        self._quantized[linear] = layout.pack(linear, weight)
+        self.add_record(linear, record)
 
     def round_inputs(self, linear: str, inputs: Activations) -> None:
         """From here on, until the block is left, what `linear` is given is rounded."""
@@ -248,8 +266,10 @@ class Block:
 
     def save(self, path: Path) -> None:
         """Write what changed, durably: codes in the layout of the final artifact, the rest in float32."""
-        tensors = {name: tensor for name, tensor in self._changed.items() if name.removesuffix(".weight") not in self._quantized}
-        for packed in self._quantized.values():
+        tensors = dict(self._changed)
+        for linear, packed in self._quantized.items():
+            if (changed := tensors.pop(f"{linear}.weight", None)) is not None:
+                tensors[f"{linear}.{EXACT}"] = changed
             tensors |= packed
         write_safetensors(path, [entry(name, tensor) for name, tensor in tensors.items()], {"records": json.dumps(self.records)})
 
@@ -257,7 +277,8 @@ class Block:
 class Model:
     """A checkpoint opened for streaming.
 
-    `tensors` maps every name of the model as it is now to where its bytes lie: the source, or a block file of a finished pass.
+    `tensors` maps every name of the model as it is now to where its bytes lie: the source, or a block file of a finished pass. `exact` maps
+    every linear that a pass has quantised to the weight it had just before.
     `schemes` says how each linear will be stored in the end, by name; those not in it stay as they are.
     Memory holds the parts outside the blocks and the block in use.
     """
@@ -267,6 +288,7 @@ class Model:
         self.schemes = schemes
         self.checkpoint: Checkpoint = layout.checkpoint
         self.tensors: dict[str, TensorInfo] = dict(self.checkpoint.tensors)
+        self.exact: dict[str, TensorInfo] = {}
         self.device = hardware.device()
         stored = {str(info.dtype) for name, info in self.tensors.items() if name.endswith("norm.weight")} or {"BF16"}
         self.dtype = hardware.compute_dtype(torch.bfloat16 if stored == {"BF16"} else torch.float16 if stored == {"F16"} else torch.float32)
@@ -454,7 +476,20 @@ class Model:
     def dense(self, linear: str) -> Tensor:
         """The weight of a linear as stored, or as its codes say."""
         weight = self.quantized(linear)
-        return weight.dequantize(torch.float32 if linear in self._inputs else None) if weight else read_tensor(self.tensors[f"{linear}.weight"])
+        return self.computed(linear, weight) if weight else read_tensor(self.tensors[f"{linear}.weight"])
+
+    def computed(self, linear: str, weight: Quantized) -> Tensor:
+        """What a linear with these codes computes with, [out, in]."""
+        return weight.dequantize(torch.float32 if linear in self._inputs else None)
+
+    def before_quantizing(self) -> Model:
+        """The model as it would be had no pass quantised anything. It shares the memory of its blocks with this one."""
+        model = copy.copy(self)
+        parts = {f"{linear}.{part}" for linear in self.exact for part in formats.PARTS}
+        model.tensors = {name: info for name, info in self.tensors.items() if name not in parts}
+        model.tensors |= {f"{linear}.weight": info for linear, info in self.exact.items()}
+        model._inputs = {}
+        return model
 
     def dense_dtype(self, linear: str) -> torch.dtype:
         """The dtype of a linear's weight in the source, or of its scales if it was packed there."""
@@ -494,13 +529,15 @@ class Model:
     def adopt(self, path: Path) -> list[dict[str, Any]]:
         """Take the tensors of a finished block from its file, and return its records."""
         tensors, metadata = read_header(path)
+        for linear in [name.removesuffix(".weight_scale") for name in tensors if name.endswith(".weight_scale")]:
+            before = self.tensors.pop(f"{linear}.weight", None)
+            if before and linear not in self.exact:
+                self.exact[linear] = tensors.pop(f"{linear}.{EXACT}", before)
+        self.tensors |= tensors
         records = cast(list[dict[str, Any]], json.loads(metadata["records"]))
         for record in records:
-            if f"{record['name']}.weight" not in tensors and f"{record['name']}.weight_scale" in tensors:
-                self.tensors.pop(f"{record['name']}.weight", None)
             if record.get("activations"):
                 self._inputs[record["name"]] = record["activations"]
-        self.tensors |= tensors
         return records
 
     # Running --------------------------------------------------------------------------------------------------------------------

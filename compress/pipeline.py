@@ -262,7 +262,7 @@ class _Run:
         step.run(self.model, samples, workspace)
         for layout in self.layout.blocks:
             for record in self.model.adopt(workspace.block_file(layout.index)):
-                (self.records if "bits" in record else self.transforms).append(record)
+                self._take(record)
         for tensor in self.layout.checkpoint.tensors.keys() & self.model.tensors.keys():
             if self.model.tensors[tensor].file.parent == folder and not self.model.packed_as(tensor.removesuffix(".weight")):
                 self.rewritten.setdefault(tensor, {})[name] = step.verb if isinstance(step, Transform) else "changed"
@@ -270,6 +270,14 @@ class _Run:
         missing = sorted(step.plan(self.layout).keys() - {record["name"] for record in self.records})
         if missing:
             raise AssertionError(f"{name} left {len(missing)} linears alone that it should have taken: {missing[:3]}")
+
+    def _take(self, record: dict[str, Any]) -> None:
+        """A linear has one record, which later passes add to."""
+        known = next((each for each in self.records if each["name"] == record["name"]), None)
+        if known:
+            known |= record | {"pass": f"{known['pass']} + {record['pass']}"}
+        else:
+            (self.records if "bits" in record else self.transforms).append(record)
 
     def _export(self, staging: Path) -> None:
         self.progress.step("export", 1)

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from compress.errors import InputError, Problems
 from compress.layout import Layout
-from compress.passes.base import STAGES, Pass, Transform
+from compress.passes.base import STAGES, Pass, Refining, Transform
 from compress.scheme import Scheme
 
 
@@ -322,6 +322,9 @@ def check(recipe: Recipe, layout: Layout, place: str) -> dict[str, tuple[str, Sc
                 )
                 break
             plan[linear] = (name, scheme)
+        if isinstance(step, Refining):
+            refined = step.refine(where, {linear: scheme for linear, (_, scheme) in plan.items()}, problems)
+            plan |= {linear: (plan[linear][0], scheme) for linear, scheme in refined.items()}
     for index, (name, step) in enumerate(recipe.instances()):
         if isinstance(step, Transform) and not len(problems):  # a plan with a fault in it says little
             step.check_plan(f"{place}: passes[{index}].{name}", {linear: scheme for linear, (_, scheme) in plan.items()}, problems)

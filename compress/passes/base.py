@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -173,6 +173,14 @@ class Quantize(BaseModel):
                 f"{self.group_size} does not divide the width {width} of {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else ""),
                 f"widths that work: {', '.join(map(str, works)) or 'none'}, or channel; or set indivisible: keep or channel",
             )
+
+
+@runtime_checkable
+class Refining(Protocol):
+    """A pass that changes how linears are stored that passes before it have quantised."""
+
+    def refine(self, place: str, schemes: dict[str, Scheme], problems: Problems) -> dict[str, Scheme]:
+        """What becomes of the linears quantised so far, where that changes."""
 
 
 class Transform(BaseModel):
