@@ -202,7 +202,10 @@ class Block:
         """From here on, until the block is left, what `linear` is given is rounded."""
 
         def before(_: Any, arguments: tuple[Tensor]) -> tuple[Tensor]:
-            return (inputs.round(arguments[0]),)
+            exact = arguments[0]
+            rounded = inputs.round(exact.detach())
+            # Gradients pass as if nothing had been rounded.
+            return (rounded + (exact - exact.detach()) if exact.requires_grad else rounded,)
 
         self._hooks.append(self.submodule(linear).register_forward_pre_hook(before))
 

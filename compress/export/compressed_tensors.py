@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress.checkpoint import INDEX, SINGLE, Entry, write_safetensors, write_text
 from compress.errors import InputError, Problems
-from compress.layout import Layout, Linear
+from compress.layout import Layout
 from compress.scheme import Scheme
 
 if TYPE_CHECKING:
@@ -28,21 +28,20 @@ VERSION = "0.18.0"
 def check(place: str, layout: Layout, plan: dict[str, Scheme], problems: Problems) -> None:
     """Report what this layout or its readers cannot express."""
     for block in layout.blocks:
-        schemes = set()
+        experts: dict[str, Scheme | None] = {}
         for stage in block.stages:
             for group in stage.groups:
-                found = {_kind(plan.get(linear.name), linear) for linear in group.linears}
-                if len(found) > 1:
+                found = {linear.name: plan.get(linear.name) for linear in group.linears}
+                if len(set(found.values())) > 1:
                     problems.add(place, f"{group.name} is one matrix to serving engines, but its linears get different schemes", "treat them alike")
                 if group.expert is not None:
-                    schemes |= found
-        if len(schemes) > 1:
+                    experts |= found
+        taken = {name: scheme for name, scheme in experts.items() if scheme}
+        if len(_kinds(layout, taken)) > 1 or 0 < len(taken) < len(experts):
             problems.add(place, f"the experts of {block.prefix} get different schemes", "engines hold them in one tensor: treat them alike")
-        if any(kind and not kind[0].symmetric for kind in schemes):
+        if any(not scheme.symmetric for scheme in taken.values()):
             problems.add(place, f"the experts of {block.prefix} are asymmetric; transformers ignores zero points of experts", "set symmetric: true")
-
-    kinds = {_kind(scheme, layout.linears[name]) for name, scheme in plan.items()}
-    if len(kinds) > 1 and any(kind and not kind[0].symmetric for kind in kinds):
+    if len(_kinds(layout, plan)) > 1 and any(not scheme.symmetric for scheme in plan.values()):
         problems.add(place, "transformers opens asymmetric weights only where all linears share one scheme", "set symmetric: true")
 
 
@@ -64,7 +63,7 @@ def verdicts(layout: Layout, plan: dict[str, Scheme]) -> dict[str, str]:
     elif narrow:
         vllm = "GPU only: its CPU kernel wants widths divisible by 32"
     at_once = any(not scheme.symmetric or scheme.layout in BFLOAT16_ONLY for scheme in schemes)
-    mixed = len({_kind(scheme, layout.linears[name]) for name, scheme in plan.items()}) > 1
+    mixed = len(_kinds(layout, plan)) > 1
     return {
         "transformers": "loads in bfloat16, decompresses on first use"
         if at_once and mixed
@@ -78,10 +77,7 @@ def verdicts(layout: Layout, plan: dict[str, Scheme]) -> dict[str, str]:
 
 def quantization_config(layout: Layout, plan: dict[str, Scheme]) -> dict[str, Any]:
     """The `quantization_config` of config.json for what `plan` says."""
-    by_kind: dict[tuple[Scheme, bool], list[str]] = {}
-    for name, scheme in plan.items():
-        if kind := _kind(scheme, layout.linears[name]):
-            by_kind.setdefault(kind, []).append(name)
+    by_kind = _kinds(layout, plan)
     groups = {}
     for index, ((scheme, per_channel), names) in enumerate(by_kind.items()):
         targets = ["Linear"] if len(by_kind) == 1 else sorted({_target(layout, name) for name in names})
@@ -111,11 +107,16 @@ def quantization_config(layout: Layout, plan: dict[str, Scheme]) -> dict[str, An
     return config
 
 
-def _kind(scheme: Scheme | None, linear: Linear) -> tuple[Scheme, bool] | None:
-    """What engines tell schemes apart by: one scale per output is the same whatever the width."""
-    if scheme is None or scheme.format not in ("int", "fp8") or scheme.group_size != linear.columns:
-        return (scheme, False) if scheme else None
-    return scheme.model_copy(update={"group_size": 0}), True
+def _kinds(layout: Layout, plan: dict[str, Scheme]) -> dict[tuple[Scheme, bool], list[str]]:
+    """Linears by what engines tell apart: the scheme, and whether there is one scale per output, which is the same for any width."""
+    by_scheme: dict[Scheme, list[str]] = {}
+    for name, scheme in plan.items():
+        by_scheme.setdefault(scheme, []).append(name)
+    kinds: dict[tuple[Scheme, bool], list[str]] = {}
+    for scheme, names in by_scheme.items():
+        per_output = scheme.format in ("int", "fp8") and all(layout.linears[name].columns == scheme.group_size for name in names)
+        kinds.setdefault((scheme.model_copy(update={"group_size": 0}) if per_output else scheme, per_output), []).extend(names)
+    return kinds
 
 
 def _arguments(scheme: Scheme, per_channel: bool) -> dict[str, Any]:
