@@ -6,6 +6,7 @@ turned into a recipe, checked against the model like any other, weighed and judg
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 import textwrap
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from compress import recipe
 from compress.errors import InputError, Problem, Problems
@@ -72,13 +73,13 @@ class Engine(Section):
 
 
 class Candidate(Section):
-    """A way to store the weights."""
+    """A way to store the weights; ``uses`` are those it is offered for, none meaning all."""
 
     name: str
     format: str
     method: str
     text: str
-    uses: tuple[Literal["chat", "reasoning"], ...] = USES
+    uses: tuple[Literal["chat", "reasoning"], ...] = ()
     passes: tuple[dict[str, dict[str, Any]], ...]
     for_experts: dict[str, Any] = {}
 
@@ -127,12 +128,19 @@ class Gate(Section):
 
 
 class Rule(Section):
-    """A verdict, for what it holds, why, and how to find out."""
+    """A verdict, for what it holds, why, and how to find out; where it is a refusal, what to do instead."""
 
     when: When
     verdict: Literal["safe", "warn", "experimental", "refuse"]
     why: str
-    gate: Gate
+    gate: Gate | None = None
+    instead: str | None = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> Rule:
+        if (self.gate is None) != (self.verdict == "refuse") or (self.instead is None) == (self.verdict == "refuse"):
+            raise ValueError("a refusal says what to do instead, every other verdict names its gate")
+        return self
 
 
 class Note(Section):
@@ -226,6 +234,12 @@ class Offer:
     against: str | None
 
     @property
+    def gate(self) -> Gate:
+        """How to find out, of an offer that may be taken."""
+        assert self.rules[0].gate
+        return self.rules[0].gate
+
+    @property
     def needs(self) -> int:
         return self.weight_bytes + self.cache_bytes
 
@@ -244,13 +258,22 @@ def advise(layout: Layout, model: str, wished: Wish, file: str) -> dict[str, Any
     Raises `InputError` with every reason if nothing suits.
     """
     layout.refuse_quantized()
-    candidates = [candidate for candidate in book().candidates if wished.use in candidate.uses]
-    offers = [_offer(layout, candidate, bits, wished) for candidate in candidates for bits in book().engines[wished.engine].cache]
+    candidates = [candidate for candidate in book().candidates if not candidate.uses or wished.use in candidate.uses]
+    offers = [offer for candidate in candidates for offer in _offers(layout, candidate, wished)]
     left = [offer for offer in offers if offer.against is None and offer.needs <= wished.memory]
     if not left:
         raise InputError(_refusal(offers, wished))
     chosen = min(left, key=lambda offer: offer.needs) if wished.goal == "smallest" else left[0]
     return _result(layout, model, wished, offers, chosen, file)
+
+
+def _offers(layout: Layout, candidate: Candidate, wished: Wish) -> list[Offer]:
+    """A candidate with each cache that the engine has; only with the first if it cannot be taken anyway."""
+    offers: list[Offer] = []
+    for bits in book().engines[wished.engine].cache:
+        if not offers or offers[0].against is None:
+            offers.append(_offer(layout, candidate, bits, wished))
+    return offers
 
 
 def _offer(layout: Layout, candidate: Candidate, bits: int, wished: Wish) -> Offer:
@@ -261,9 +284,11 @@ def _offer(layout: Layout, candidate: Candidate, bits: int, wished: Wish) -> Off
     )  # fmt: skip
     rule, cache_rule = (next(rule for rule in rules if rule.when.fits(case)) for rules in (book().weights, book().cache))
     verdict = max(_lowered(rule.verdict, candidate, layout), cache_rule.verdict, key=VERDICTS.index)
-    plain, schemes = _plain(layout, candidate, bits, rule), {}
+    plain: dict[str, Any] = {}
+    schemes: dict[str, Scheme] = {}
     against = _too_risky(verdict, rule, wished.goal)
-    if against is None:
+    if against is None and rule.gate:
+        plain = _plain(layout, candidate, bits, rule.gate)
         try:
             checked = recipe.validate(plain, candidate.name)
             schemes = {name: scheme for name, (_, scheme) in recipe.check(checked, layout, candidate.name).items()}
@@ -289,13 +314,13 @@ def _lowered(verdict: str, candidate: Candidate, layout: Layout) -> str:
 
 def _too_risky(verdict: str, rule: Rule, goal: str) -> str | None:
     if verdict == "refuse":
-        return f"{rule.why}: refused"
+        return f"{rule.why}; take {rule.instead or 'more bits, as this model was trained for long'}"
     if verdict == "experimental" and goal != "smallest":
         return f"{rule.why}: an experiment, which only --goal smallest makes"
     return None
 
 
-def _plain(layout: Layout, candidate: Candidate, bits: int, rule: Rule) -> dict[str, Any]:
+def _plain(layout: Layout, candidate: Candidate, bits: int, gate: Gate) -> dict[str, Any]:
     """The recipe of a candidate as plain data, fitted to the widths and the kind of the model."""
     longest = layout.text_config.get("max_position_embeddings")
     length = min(512, longest) if isinstance(longest, int) else 512
@@ -307,7 +332,7 @@ def _plain(layout: Layout, candidate: Candidate, bits: int, rule: Rule) -> dict[
         "calibration": {"data": "demo:shapes-train" if images else "demo:text", "samples": 128, "length": length},
         "passes": passes,
         "evaluate": {"data": "demo:shapes-heldout", "windows": None} if images else {"data": "demo:heldout", "context": length},
-        "gates": {name: bound.model_dump(exclude_none=True) for name, bound in rule.gate.bounds.items()},
+        "gates": {name: bound.model_dump(exclude_none=True) for name, bound in gate.bounds.items()},
     }
     if candidate.method == "rtn" and bits == 16:
         del plain["calibration"]
@@ -327,20 +352,22 @@ def _fitted(layout: Layout, candidate: Candidate, options: dict[str, Any]) -> di
 
 def parts(layout: Layout) -> list[dict[str, Any]]:
     """Parameters and bytes of the model by what they are for, the largest first."""
-    experts = {f"{linear.name}.weight" for block in layout.blocks for stage in block.stages for group in stage.groups if group.expert is not None for linear in group.linears}  # fmt: skip
     found: dict[str, dict[str, Any]] = {}
     for name, info in layout.checkpoint.tensors.items():
-        part = (
-            "experts" if name in experts
-            else "linears of the blocks" if name.removesuffix(".weight") in layout.linears
-            else "norms, biases and routers" if name in layout.in_blocks
-            else "embeddings and output head" if re.search(r"(embed_tokens|lm_head)\.weight$", name)
-            else "everything else"
-        )  # fmt: skip
+        part = _part(layout, name)
         item = found.setdefault(part, {"part": part, "parameters": 0, "bytes": 0})
-        item["parameters"] += info.elements
+        item["parameters"] += math.prod(info.shape)
         item["bytes"] += info.nbytes
     return sorted(found.values(), key=lambda item: -item["bytes"])
+
+
+def _part(layout: Layout, name: str) -> str:
+    linear = name.removesuffix(".weight")
+    if linear in layout.linears:
+        return "experts" if linear in layout.of_experts else "linears of the blocks"
+    if name in layout.in_blocks or linear.endswith("norm"):
+        return "norms, biases and routers"
+    return "embeddings and output head" if linear.endswith(("embed_tokens", "lm_head")) else "everything else"
 
 
 def expected(layout: Layout, offer: Offer) -> dict[str, tuple[float, float]]:
@@ -348,32 +375,30 @@ def expected(layout: Layout, offer: Offer) -> dict[str, tuple[float, float]]:
 
     Empty where nothing was measured, or where it collapsed.
     """
-    counts: dict[str, int] = {}
+    weights: dict[str, float] = {}
     for name, scheme in offer.schemes.items():
-        counts[kind(scheme)] = counts.get(kind(scheme), 0) + layout.linears[name].rows * layout.linears[name].columns
-    whole = sum(counts.values())
-    terms = [(format_, count / whole * _left(offer.candidate.method, format_)) for format_, count in counts.items()]
-    changes = [(_evidence(format_, offer.case.parameters), factor) for format_, factor in terms]
-    if any(change is None for change, _ in changes):
-        return {}
-    tasks = [task for task in changes[0][0].change if all(task in change.change for change, _ in changes)]
-    of_cache = _evidence(f"kv{offer.case.cache}", offer.case.parameters)
-    return {
-        task: tuple(
-            sum(change.change[task][side] * factor for change, factor in changes) + (of_cache.change.get(task, (0, 0))[side] if of_cache else 0)
-            for side in (0, 1)
-        )
-        for task in tasks
-    }
+        weights[kind(scheme)] = weights.get(kind(scheme), 0) + layout.linears[name].rows * layout.linears[name].columns
+    whole = sum(weights.values())
+    terms = {format_: count / whole * _left(offer.candidate.method, format_) for format_, count in weights.items()}
+    if offer.case.cache < 16:
+        terms[f"kv{offer.case.cache}"] = 1.0
+    changes = {format_: _change(format_, offer.case.parameters) for format_ in terms}
+    known = [task for task in changes[next(iter(weights))] if all(task in changes[format_] for format_ in weights)]
+
+    def total(task: str, side: int) -> float:
+        return sum(factor * changes[format_].get(task, (0.0, 0.0))[side] for format_, factor in terms.items())
+
+    return {task: (total(task, 0), total(task, 1)) for task in known}
+
+
+def _change(format_: str, parameters: float) -> dict[str, tuple[float, float]]:
+    """What rounding to nearest changed, by task."""
+    return next((each.change for each in book().evidence if each.format == format_ and _between(parameters, each.above, each.to)), {})
 
 
 def kind(scheme: Scheme) -> str:
     """A scheme as the evidence calls it."""
     return scheme.format if scheme.format != "int" else f"w{scheme.bits}" + ("a8" if scheme.activations != "none" else "")
-
-
-def _evidence(format_: str, parameters: float) -> Evidence | None:
-    return next((each for each in book().evidence if each.format == format_ and _between(parameters, each.above, each.to)), None)
 
 
 def _left(method: str, format_: str) -> float:
@@ -398,8 +423,10 @@ def _refusal(offers: list[Offer], wished: Wish) -> list[Problem]:
         ways.append("a shorter --context")
     if not book().engines[wished.engine].keeps_packed:
         ways.append("an engine that keeps weights packed, which this one does not")
-    elif wished.goal != "smallest":
-        ways.append("--goal smallest" if wished.goal == "balanced" else "--goal balanced")
+    if wished.goal == "lossless":
+        ways.append("--goal balanced")
+    elif wished.goal == "balanced" and any(offer.verdict == "experimental" for offer in offers):
+        ways.append("--goal smallest")
     what = f"{_size(wished.memory)} does not hold the least that may be taken: {least.name} needs {_size(least.needs)}, {_split(least)}"
     return [*found, Problem("--memory", what, "take more memory, " + " or ".join(ways))]
 
@@ -407,7 +434,7 @@ def _refusal(offers: list[Offer], wished: Wish) -> list[Problem]:
 def _result(layout: Layout, model: str, wished: Wish, offers: list[Offer], chosen: Offer, file: str) -> dict[str, Any]:
     rule, cache_rule = chosen.rules
     artifact = f"{model.rstrip('/').replace(':', '-').rpartition('/')[2]}-{Path(file).stem}"
-    tasks = [word for task in rule.gate.tasks for word in ("--tasks", task)]
+    tasks = [word for task in chosen.gate.tasks for word in ("--tasks", task)]
     commands = [["compress", "run", file, model, "--out", artifact]]
     commands += [["compress", "eval", folder, *tasks] for folder in (model, artifact)] if tasks else []
     result: dict[str, Any] = {
@@ -424,7 +451,7 @@ def _result(layout: Layout, model: str, wished: Wish, offers: list[Offer], chose
             "cache_bytes": chosen.cache_bytes,
         },
         "expected": expected(layout, chosen),
-        "gate": {"commands": [shlex.join(command) for command in commands], "look_for": rule.gate.look_for},
+        "gate": {"commands": [shlex.join(command) for command in commands], "look_for": chosen.gate.look_for},
         "considered": [
             {"name": offer.name, "verdict": offer.verdict, "needs": None if offer.against else offer.needs, "against": _against(offer, wished)}
             for offer in offers

@@ -84,7 +84,7 @@ def page(result: dict[str, Any]) -> str:
         gates=[_gate(gate) for gate in result.get("gates") or []],
         figure_groups=_plots(result),
         tasks=_tasks(result.get("evaluation") or {}),
-        transforms=_transforms(result.get("transforms") or []),
+        transforms=_transforms([record for record in result.get("transforms") or [] if record not in _caches(result)]),
         passes=_passes(result),
         engines=[(name, verdict, _verdict_state(verdict)) for name, verdict in (result.get("engines") or {}).items()],
         fallbacks=_fallbacks(result.get("fallbacks") or []),
