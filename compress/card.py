@@ -6,13 +6,15 @@ import yaml
 
 from compress import __version__
 from compress.passes.base import Transform
-from compress.recipe import Recipe
+from compress.recipe import Recipe, cache_scheme
 from compress.scheme import Scheme
 
 
 def write(model: str, recipe: Recipe, schemes: dict[str, Scheme]) -> str:
     """README.md of the artifact."""
     kinds = sorted({scheme.text for scheme in schemes.values()})
+    cache = cache_scheme(recipe)
+    of_cache = f" Keys and values are cached as {cache.text}." if cache else ""
     passes = ", ".join(name for name, _ in recipe.instances())
     rest = "Other tensors were rewritten without changing what the model computes, and rounded to the dtype they had."
     if all(not isinstance(step, Transform) for _, step in recipe.instances()):
@@ -24,7 +26,7 @@ tags: [compress, compressed-tensors]
 
 # {model}, compressed
 
-{len(schemes)} linears are {"; ".join(kinds) or "unchanged"} ({passes}). {rest}
+{len(schemes)} linears are {"; ".join(kinds) or "unchanged"} ({passes}).{of_cache} {rest}
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -109,9 +109,40 @@ class Layout:
         return "quantization_config" in self.checkpoint.config
 
     @cached_property
+    def cache_scales(self) -> frozenset[str]:
+        """Names of the scales that a checkpoint with a quantised KV cache must have."""
+        declared = self.checkpoint.config.get("quantization_config")
+        if not isinstance(declared, dict) or not declared.get("kv_cache_scheme"):
+            return frozenset()
+        return frozenset(f"{block.prefix}.{name}" for block in self.blocks for name in self.arch.cache_scales)
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values."""
+        return int(self.text_config.get("num_key_value_heads") or self.text_config["num_attention_heads"])
+
+    @property
+    def windows(self) -> list[int | None]:
+        """For each block, how many tokens back its attention looks, None for all."""
+        config = self.text_config
+        window, types = config.get("sliding_window"), config.get("layer_types")
+        # Qwen says with a key of its own whether the window is used, and from which block on; others that have one use it everywhere.
+        if not window or not config.get("use_sliding_window", "max_window_layers" not in config):
+            return [None] * len(self.blocks)
+        if types:
+            return [window if kind == "sliding_attention" else None for kind in types]
+        return [window if block.index >= config.get("max_window_layers", 0) else None for block in self.blocks]
+
+    @cached_property
     def linears(self) -> dict[str, Linear]:
         """Every linear in a block, by name."""
         return {linear.name: linear for block in self.blocks for linear in block.linears}
+
+    @cached_property
+    def of_experts(self) -> frozenset[str]:
+        """Names of the linears of routed experts."""
+        groups = (group for block in self.blocks for stage in block.stages for group in stage.groups)
+        return frozenset(linear.name for group in groups if group.expert is not None for linear in group.linears)
 
     @cached_property
     def in_blocks(self) -> frozenset[str]:

@@ -21,11 +21,12 @@ from torch import Tensor, nn
 
 from compress import hardware
 from compress.arch.base import Experts
-from compress.checkpoint import Checkpoint, Entry, TensorInfo, entry, read_entry, read_header, read_tensor, write_safetensors
+from compress.checkpoint import FLOATS, Checkpoint, Entry, TensorInfo, entry, read_entry, read_header, read_tensor, write_safetensors
 from compress.errors import InputError, Problems
 from compress.formats import base as formats
 from compress.layout import BlockLayout, Layout
 from compress.numerics.activations import Activations
+from compress.numerics.cache import as_cached
 from compress.numerics.grid import Quantized
 from compress.scheme import Scheme
 
@@ -80,6 +81,31 @@ def experts_forward(self: Any, hidden: Tensor, top_k_index: Tensor, top_k_weight
     return result
 
 
+@dataclass
+class Cache:
+    """Stands where attention expects its cache, for forwards over whole sequences.
+
+    `listener` is told what the cache is given: keys, after rotation, and values, [rows, heads, tokens, head size]. With `scales`, one for
+    keys and one for values, attention gets both back as `as_cached` says.
+    """
+
+    scales: tuple[Tensor, Tensor] | None = None
+    listener: Callable[[Tensor, Tensor], None] | None = None
+
+    @property
+    def idle(self) -> bool:
+        """Whether attention may as well do without."""
+        return self.scales is None and self.listener is None
+
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """What attention of transformers calls."""
+        if self.listener:
+            self.listener(keys, values)
+        if self.scales is None:
+            return keys, values
+        return as_cached(keys, self.scales[0]), as_cached(values, self.scales[1])
+
+
 @dataclass(frozen=True)
 class Slot:
     """Where a tensor on disk lives in memory: a parameter of the block's module, or the rows of one expert in it."""
@@ -108,6 +134,7 @@ class Block:
         self._quantized: dict[str, dict[str, Tensor]] = {}
         self._changed: dict[str, Tensor] = {}
         self._hooks: list[Any] = []
+        self._cache = Cache(model.cache_scales(layout))
         self.records: list[dict[str, Any]] = []
 
     def submodule(self, linear: str) -> nn.Module:
@@ -215,9 +242,29 @@ class Block:
             hook.remove()
         self.module.to("meta")
 
+    def set_cache_scales(self, keys: Tensor, values: Tensor, record: dict[str, Any]) -> None:
+        """From here on attention reads its cache as FP8 under these scales, float32 [1] or [heads, 1, 1]; `record` goes into the report."""
+        self._cache.scales = keys, values
+        for local, scale in zip(self._model.layout.arch.cache_scales, (keys, values), strict=True):
+            self.set_dense(f"{self.layout.prefix}.{local}", scale)
+        self.add_record(f"{self.layout.prefix}.{self._model.layout.arch.attention}", record)
+
+    @contextmanager
+    def hearing_cache(self, listener: Callable[[Tensor, Tensor], None]) -> Iterator[None]:
+        """While inside, `listener` is told the keys and values of every forward."""
+        self._cache.listener = listener
+        try:
+            yield
+        finally:
+            self._cache.listener = None
+
+    def _arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """``kwargs`` of a forward, with the cache among them if it does anything."""
+        return kwargs if self._cache.idle else kwargs | {"past_key_values": self._cache}
+
     def forward(self, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """[batch, tokens, hidden] through the block."""
-        output = self.module(hidden, **kwargs)
+        output = self.module(hidden, **self._arguments(kwargs))
         return cast(Tensor, output[0] if isinstance(output, tuple) else output)
 
     def advance(self, hidden: list[Tensor], kwargs: list[dict[str, Any]]) -> None:
@@ -264,7 +311,7 @@ class Block:
             halves = sorted({half for _, half in members}, key=lambda half: half or 0)
             experts = sorted({expert for expert, _ in members})
             replaced[parameter] = torch.stack([torch.cat([members[expert, half] for half in halves]) for expert in experts])
-        output = torch.func.functional_call(self.module, replaced, (hidden,), kwargs)
+        output = torch.func.functional_call(self.module, replaced, (hidden,), self._arguments(kwargs))
         return cast(Tensor, output[0] if isinstance(output, tuple) else output)
 
     def save(self, path: Path) -> None:
@@ -298,6 +345,8 @@ class Model:
         self._inputs: dict[str, dict[str, Any]] = {}
         """How inputs of linears are rounded, as `Activations.arguments` says it, by name."""
         self._declared_inputs()
+        self._unpacked: torch.dtype | None = None
+        self._exact_cache = False
         self._skeleton: Any = None
         self._config, self._modules = self._empty_blocks()
         self._slots = self._all_slots()
@@ -386,12 +435,13 @@ class Model:
     def _all_slots(self) -> list[dict[str, Slot]]:
         """For each block, tensor name to slot. Raises `InputError` for tensors missing from disk or unknown to transformers."""
         problems = Problems()
+        self._check_cache_scales(problems)
         slots = []
         for block, module in zip(self.blocks, self._modules, strict=True):
             parameters = dict(module.named_parameters())
             needed = self._needed(parameters)
             found = {}
-            for name in dict.fromkeys(map(_dense_name, block.tensors)):
+            for name in dict.fromkeys(_dense_name(name) for name in block.tensors if name not in self.layout.cache_scales):
                 slot = self._slot(name.removeprefix(block.prefix + "."), module)
                 if slot not in needed:
                     problems.add(name, f"is not accounted for: a {type(module).__name__} has no such weight", "this variant is not supported")
@@ -408,6 +458,14 @@ class Model:
             slots.append(found)
         problems.raise_if_any()
         return slots
+
+    def _check_cache_scales(self, problems: Problems) -> None:
+        for name in sorted(self.layout.cache_scales):
+            info = self.tensors.get(name)
+            if info is None:
+                problems.add(name, "is missing from the checkpoint, though config.json says that the cache is quantised", "is the download complete?")
+            elif info.dtype not in FLOATS or info.shape not in ((1,), (self.layout.kv_heads, 1, 1)):
+                problems.add(name, f"is {info.dtype} {list(info.shape)}, which is no scale of a tensor or of heads", "this variant is not supported")
 
     def _needed(self, parameters: dict[str, nn.Parameter]) -> dict[Slot, str]:
         """Everything a block must be given: slot to local name on disk."""
@@ -460,6 +518,19 @@ class Model:
         scale = self.tensors.get(f"{linear}.input_scale")
         return Activations.from_arguments(self._inputs[linear], read_tensor(scale).to(self.device) if scale else None)
 
+    @contextmanager
+    def as_transformers(self, unpacked: torch.dtype | None, *, exact_cache: bool) -> Iterator[None]:
+        """While inside, blocks that are entered compute as transformers does with the artifact.
+
+        Weights, but for those of experts, are unpacked in the dtype `unpacked`, None for that of engines; with `exact_cache`, keys and values are
+        left as they are.
+        """
+        self._unpacked, self._exact_cache = unpacked, exact_cache
+        try:
+            yield
+        finally:
+            self._unpacked, self._exact_cache = None, False
+
     def parts(self, linear: str) -> dict[str, TensorInfo]:
         """The tensors of a linear, by what follows its name."""
         return {part: info for part in formats.PARTS if (info := self.tensors.get(f"{linear}.{part}"))}
@@ -483,7 +554,8 @@ class Model:
 
     def computed(self, linear: str, weight: Quantized) -> Tensor:
         """What a linear with these codes computes with, [out, in]."""
-        return weight.dequantize(torch.float32 if linear in self._inputs else None)
+        unpacked = None if linear in self.layout.of_experts else self._unpacked
+        return weight.dequantize(torch.float32 if linear in self._inputs else unpacked)
 
     def before_quantizing(self) -> Model:
         """The model as it would be had no pass quantised anything. It shares the memory of its blocks with this one."""
@@ -498,6 +570,14 @@ class Model:
         """The dtype of a linear's weight in the source, or of its scales if it was packed there."""
         names = (f"{linear}.weight", f"{linear}.weight_scale")
         return next(DTYPES[info.dtype] for name in names if (info := self.checkpoint.tensors.get(name)) and info.dtype in DTYPES)
+
+    def cache_scales(self, block: BlockLayout) -> tuple[Tensor, Tensor] | None:
+        """Scales of a block's keys and values, or None if its cache is exact."""
+        names = [f"{block.prefix}.{local}" for local in self.layout.arch.cache_scales]
+        if self._exact_cache or names[0] not in self.tensors:
+            return None
+        keys, values = (read_tensor(self.tensors[name]).to(self.device, torch.float32) for name in names)
+        return keys, values
 
     def final(self, name: str) -> Entry:
         """A tensor as it goes into the artifact; if a pass changed it, in the dtype it has in the source."""

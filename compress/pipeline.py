@@ -26,7 +26,7 @@ from compress.errors import InputError
 from compress.formats.base import PARTS
 from compress.layout import Layout
 from compress.passes.base import Pass, Transform
-from compress.recipe import Recipe, check, export_module
+from compress.recipe import Recipe, cache_scheme, check, export_module
 from compress.scheme import Scheme
 from compress.source import locate_model
 
@@ -156,6 +156,7 @@ class _Run:
         self.request, self.recipe, self.layout, self.progress, self.began = request, request.recipe, layout, progress, began
         self.plan = plan
         self.schemes = {name: scheme for name, (_, scheme) in plan.items()}
+        self.cache = cache_scheme(request.recipe)
         self.steps: list[tuple[str, Pass]] = self.recipe.instances()
         self.model = Model(layout, self.schemes)
         self.tokenizer = Tokenizer(layout.checkpoint.folder)
@@ -202,7 +203,7 @@ class _Run:
             else None,
             "passes": self.passes,
             "size": size,
-            "engines": export_module(self.recipe.export[0]).verdicts(self.layout, self.schemes),
+            "engines": export_module(self.recipe.export[0]).verdicts(self.layout, self.schemes, self.cache),
             "verification": verification,
             "evaluation": evaluation,
             "fallbacks": fallbacks,
@@ -281,7 +282,7 @@ class _Run:
 
     def _export(self, staging: Path) -> None:
         self.progress.step("export", 1)
-        export_module(self.recipe.export[0]).write(self.model, self.schemes, staging)
+        export_module(self.recipe.export[0]).write(self.model, self.schemes, self.cache, staging)
         for relative in self.layout.checkpoint.extra_files:
             target = relative.with_suffix(f".source{relative.suffix}") if str(relative) in OURS else relative
             copy_file(self.layout.checkpoint.folder / relative, staging / target)
@@ -359,7 +360,7 @@ class _Run:
         files = {
             str(path.relative_to(staging)): sha256(path) for path in sorted(staging.rglob("*")) if path.is_file() and path.name not in NOT_IN_MANIFEST
         }
-        verdicts = export_module(self.recipe.export[0]).verdicts(self.layout, self.schemes)
+        verdicts = export_module(self.recipe.export[0]).verdicts(self.layout, self.schemes, self.cache)
         manifest = {
             "accepted": accepted,
             "loadable_by": sorted(engine for engine, verdict in verdicts.items() if not verdict.startswith("refuses")),

@@ -10,8 +10,8 @@ from typing import Any
 
 from compress.layout import BlockLayout, Group, Layout
 from compress.passes.base import Transform
-from compress.recipe import Recipe, export_module
-from compress.scheme import Scheme
+from compress.recipe import Recipe, cache_scheme, export_module
+from compress.scheme import CacheScheme, Scheme
 
 RUNTIME_BYTES = 600 << 20
 """Python with torch and transformers, before any tensor."""
@@ -20,9 +20,11 @@ ASSUMED_FLOPS = 2.5e11
 """Sustained, on a small CPU with wide vectors; see bench/ for what is measured."""
 
 
-def output_bytes(layout: Layout, plan: dict[str, Scheme]) -> int:
+def output_bytes(layout: Layout, plan: dict[str, Scheme], cache: CacheScheme | None = None) -> int:
     """Bytes of all tensors of the artifact."""
     total = layout.checkpoint.nbytes
+    if cache:
+        total += 4 * len(layout.blocks) * len(layout.arch.cache_scales) * (1 if cache.granularity == "tensor" else layout.kv_heads)
     for name, scheme in plan.items():
         linear, info = layout.linears[name], layout.checkpoint.tensors[f"{name}.weight"]
         total += _packed(layout, name, scheme) - info.nbytes
@@ -33,6 +35,13 @@ def output_bytes(layout: Layout, plan: dict[str, Scheme]) -> int:
 def rewritten_bytes(layout: Layout) -> int:
     """Bytes of all tensors in blocks in float32, as a pass that changes them without quantising leaves them."""
     return sum(4 * math.prod(layout.checkpoint.tensors[name].shape) for name in layout.in_blocks)
+
+
+def cache_bytes(layout: Layout, tokens: int, bits: int) -> int:
+    """Bytes of the keys and values of one sequence; where attention has a window, of no more tokens than that."""
+    config = layout.text_config
+    size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    return sum(2 * layout.kv_heads * size * bits * min(tokens, window or tokens) // 8 for window in layout.windows)
 
 
 def plan(recipe: Recipe, layout: Layout, schemes: dict[str, tuple[str, Scheme]]) -> dict[str, Any]:
@@ -58,10 +67,10 @@ def plan(recipe: Recipe, layout: Layout, schemes: dict[str, tuple[str, Scheme]])
         "passes": passes,
         "size": {
             "before_bytes": layout.checkpoint.nbytes,
-            "after_bytes": output_bytes(layout, per_linear),
+            "after_bytes": output_bytes(layout, per_linear, cache_scheme(recipe)),
             "bits_per_weight": 8 * stored / weights if weights else None,
         },
-        "engines": export_module(recipe.export[0]).verdicts(layout, per_linear),
+        "engines": export_module(recipe.export[0]).verdicts(layout, per_linear, cache_scheme(recipe)),
     }
 
 

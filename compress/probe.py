@@ -136,6 +136,19 @@ class Probe:
         with self.block.listening(record, after_gate=True):
             self._run(batch)
 
+    def of_cache(self, measure: Callable[[Tensor, Tensor], Tensor]) -> list[Tensor]:
+        """``measure(keys, values)`` of each batch. Both are [rows, heads, tokens, head size], keys after rotation."""
+        found: list[Tensor] = []
+
+        def record(keys: Tensor, values: Tensor) -> None:
+            found.append(measure(keys, values))
+            raise Reached
+
+        with self.block.hearing_cache(record):
+            for batch in range(len(self.hidden)):
+                self._run(batch)
+        return found
+
     def _run(self, batch: int) -> None:
         with suppress(Reached):
             self.block.forward(self.hidden[batch], self.kwargs[batch])

@@ -17,8 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from compress.errors import InputError, Problems
 from compress.layout import Layout
-from compress.passes.base import STAGES, Pass, Refining, Transform
-from compress.scheme import Scheme
+from compress.passes.base import STAGES, Pass, QuantizesCache, Refining, Transform
+from compress.scheme import CacheScheme, Scheme
 
 
 class Section(BaseModel):
@@ -309,6 +309,9 @@ def check(recipe: Recipe, layout: Layout, place: str) -> dict[str, tuple[str, Sc
         layout.refuse_quantized()
     except InputError as error:
         problems.absorb(error)
+    of_cache = [index for index, (_, step) in enumerate(recipe.instances()) if isinstance(step, QuantizesCache)]
+    for index in of_cache[1:]:
+        problems.add(f"{place}: passes[{index}]", f"the cache is already quantised by passes[{of_cache[0]}]", "keep one of them")
     for index, (name, step) in enumerate(recipe.instances()):
         where = f"{place}: passes[{index}].{name}"
         before = len(problems)
@@ -333,6 +336,11 @@ def check(recipe: Recipe, layout: Layout, place: str) -> dict[str, tuple[str, Sc
     _check_data(recipe, layout, place, problems)
     problems.raise_if_any()
     return plan
+
+
+def cache_scheme(recipe: Recipe) -> CacheScheme | None:
+    """How the KV cache is stored, or None if it stays as it is."""
+    return next((step.cache() for _, step in recipe.instances() if isinstance(step, QuantizesCache)), None)
 
 
 def _check_data(recipe: Recipe, layout: Layout, place: str, problems: Problems) -> None:

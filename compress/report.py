@@ -84,7 +84,7 @@ def page(result: dict[str, Any]) -> str:
         gates=[_gate(gate) for gate in result.get("gates") or []],
         figure_groups=_plots(result),
         tasks=_tasks(result.get("evaluation") or {}),
-        transforms=_transforms(result.get("transforms") or []),
+        transforms=_transforms([record for record in result.get("transforms") or [] if record not in _caches(result)]),
         passes=_passes(result),
         engines=[(name, verdict, _verdict_state(verdict)) for name, verdict in (result.get("engines") or {}).items()],
         fallbacks=_fallbacks(result.get("fallbacks") or []),
@@ -180,10 +180,17 @@ def _interval_text(name: str, interval: Iterable[float | None] | None) -> str | 
 def _summary(result: dict[str, Any]) -> str:
     """What was done, in a sentence."""
     records = result.get("linears") or []
+    caches = {record["granularity"] for record in _caches(result)}
+    cache = f" Keys and values cached in FP8, a scale per {'head' if 'head' in caches else 'block'}." if caches else ""
     if not records:
-        return "No linear was quantised."
+        return f"No linear was quantised.{cache}"
     ways = sorted({f"{_treatment(record)} by {record['pass']}" for record in records})
-    return f"{len(records):,} linear{'s' if len(records) > 1 else ''} quantised: {'; '.join(ways[:4])}{' and more' if len(ways) > 4 else ''}."
+    return f"{len(records):,} linear{'s' if len(records) > 1 else ''} quantised: {'; '.join(ways[:4])}{' and more' if len(ways) > 4 else ''}.{cache}"
+
+
+def _caches(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Records of blocks whose keys and values are quantised."""
+    return [record for record in result.get("transforms") or [] if "key_error" in record]
 
 
 def _treatment(record: dict[str, Any]) -> str:
@@ -419,7 +426,20 @@ def _plots(result: dict[str, Any]) -> list[dict[str, Any]]:
         numbers = [where.block for where, _ in records]
         blocks = range(min(numbers), max(numbers) + 1)
         drawn = [*_error_plots(records, blocks), *drawn, _tokens_plot(records, blocks, result), _damp_plot(records, blocks, result)]
-    return [each for each in drawn if each]
+    return [each for each in [*drawn, _cache_plot(_caches(result))] if each]
+
+
+def _cache_plot(records: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """What rounding takes from keys and values in each block."""
+    if not records:
+        return None
+    blocks = [record["block"] for record in records]
+    series = [_series(side, {record["block"]: [record[f"{side[:-1]}_error"]] for record in records}) for side in ("keys", "values")]
+    domain = plots.round_domain(value for each in series for value in each.lows.values())
+    title = "Relative error of cached keys and values"
+    label = "relative squared error" + (", log scale" if domain[2] else "")
+    svg = plots.along_blocks(series, range(min(blocks), max(blocks) + 1), domain, label, share_text, title)
+    return _plot(title, svg, "Squared error of keys, after rotation, and values on calibration data, as a share of their sum of squares.")
 
 
 def _plot(title: str, svg: Markup, caption: str, legend: Iterable[tuple[str, str]] = ()) -> dict[str, Any]:

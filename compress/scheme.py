@@ -104,3 +104,17 @@ class Scheme(BaseModel):
             return Activations(kind, self.group_size if self.format == "fp8-block" else None)
         assert peak is not None
         return Activations(kind, None, Activations.static_scale(kind, peak, dense))
+
+
+class CacheScheme(BaseModel):
+    """How keys and values are stored: E4M3 with a scale for all heads of a block, or for each."""
+
+    model_config = ConfigDict(frozen=True)
+
+    format: Literal["fp8"]
+    granularity: Literal["tensor", "head"]
+
+    @property
+    def text(self) -> str:
+        """For people."""
+        return f"{self.format}, a scale per {'block' if self.granularity == 'tensor' else 'head'}"

@@ -55,6 +55,7 @@ class Arch:
     `groups` are in the order in which data flows through a block, so that each is measured with everything before it already
     compressed. A group none of whose linears a block has is skipped (dense and sparse blocks may alternate), and so is an edge of `folds`
     without consumers. ``scores`` are the linears behind attention scores, where an error is raised to an exponent.
+    `attention` is the module that has a cache of keys and values.
     """
 
     model_type: str
@@ -64,11 +65,17 @@ class Arch:
     blocks: str = "model.layers"
     module_blocks: str = "model.layers"
     text_config: str | None = None
+    attention: str = "self_attn"
     experts: Experts | None = None
     rename: tuple[tuple[str, str], ...] = ()
     image: bool = False
     unquantized: tuple[str, ...] = ()
     dropped: tuple[tuple[str, str], ...] = ((r".*rotary_emb\.inv_freq", "a buffer that the config determines"),)
+
+    @property
+    def cache_scales(self) -> tuple[str, str]:
+        """Where a block keeps the scales of its keys and values, if its cache is quantised; the names are those engines look for."""
+        return f"{self.attention}.k_scale", f"{self.attention}.v_scale"
 
 
 ATTENTION = (

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 from compress.checkpoint import INDEX, SINGLE, Entry, write_safetensors, write_text
 from compress.errors import InputError, Problems
 from compress.layout import Layout
-from compress.scheme import Scheme
+from compress.scheme import CacheScheme, Scheme
 
 if TYPE_CHECKING:
     from compress.model import Model
 
 SHARD_BYTES = 5_000_000_000
 BFLOAT16_ONLY = ("nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized")
+WHILE_LOADING = "loads, decompresses while loading"
 VERSION = "0.18.0"
 """The layout's version, as compressed-tensors counts; it wrote these tensors the same way ever since."""
 
@@ -45,11 +46,24 @@ def check(place: str, layout: Layout, plan: dict[str, Scheme], problems: Problem
         problems.add(place, "transformers opens asymmetric weights only where all linears share one scheme", "set symmetric: true")
 
 
-def verdicts(layout: Layout, plan: dict[str, Scheme]) -> dict[str, str]:
+def verdicts(layout: Layout, plan: dict[str, Scheme], cache: CacheScheme | None = None) -> dict[str, str]:
     """For each serving engine, whether and how it reads the artifact, as far as its loader's rules tell."""
+    found = _weight_verdicts(layout, plan)
+    if cache is None:
+        return found
+    ignored = "ignores the scales of the cache"
+    of_cache = {
+        "transformers": ignored if found["transformers"] == WHILE_LOADING else "rounds the cache, but does not store it smaller",
+        "vLLM": "FP8 cache",
+        "SGLang": "FP8 cache" if cache.granularity == "tensor" else f"{ignored}: only one for all heads",
+    }
+    return {engine: f"{verdict}; {of_cache[engine]}" for engine, verdict in found.items()}
+
+
+def _weight_verdicts(layout: Layout, plan: dict[str, Scheme]) -> dict[str, str]:
     schemes = set(plan.values())
     if not schemes:
-        return dict.fromkeys(("transformers", "vLLM", "SGLang"), "loads: nothing is quantised")
+        return dict.fromkeys(("transformers", "vLLM", "SGLang"), "loads: no weight is quantised")
     odd = "/".join(map(str, sorted({scheme.bits for scheme in schemes} - {4, 8})))
     narrow = any(linear.rows % 32 or linear.columns % 32 for name, linear in layout.linears.items() if name in plan)
     floats = sorted({scheme.format for scheme in schemes if scheme.format != "int"})
@@ -62,21 +76,23 @@ def verdicts(layout: Layout, plan: dict[str, Scheme]) -> dict[str, str]:
         vllm = sglang = f"GPU only: {', '.join(floats)}" + (" (unproven)" if any(name.startswith("mx") for name in floats) else "")
     elif narrow:
         vllm = "GPU only: its CPU kernel wants widths divisible by 32"
-    at_once = any(not scheme.symmetric or scheme.layout in BFLOAT16_ONLY for scheme in schemes)
-    mixed = len(_kinds(layout, plan)) > 1
-    return {
-        "transformers": "loads in bfloat16, decompresses on first use"
-        if at_once and mixed
-        else "loads, decompresses while loading"
-        if at_once
-        else "loads, decompresses on first use",
-        "vLLM": vllm,
-        "SGLang": sglang,
-    }
+    return {"transformers": _transformers(layout, plan), "vLLM": vllm, "SGLang": sglang}
 
 
-def quantization_config(layout: Layout, plan: dict[str, Scheme]) -> dict[str, Any]:
-    """The `quantization_config` of config.json for what `plan` says."""
+def _transformers(layout: Layout, plan: dict[str, Scheme]) -> str:
+    """How transformers loads the weights.
+
+    It unpacks small floats to bfloat16, whatever the model is loaded in, so that any other dtype fails in the first product; and
+    compressed-tensors makes room for zero points in their unpacked shape, so transformers could not load packed ones (seen with 0.20.0 under
+    5.23.0). Unpacking while loading is sound, but it knows only one scheme.
+    """
+    if all(scheme.symmetric and scheme.layout not in BFLOAT16_ONLY for scheme in plan.values()):
+        return "loads, decompresses on first use"
+    return WHILE_LOADING if len(_kinds(layout, plan)) == 1 else "loads in bfloat16, decompresses on first use"
+
+
+def quantization_config(layout: Layout, plan: dict[str, Scheme], cache: CacheScheme | None = None) -> dict[str, Any]:
+    """The `quantization_config` of config.json for what `plan` and `cache` say."""
     by_kind = _kinds(layout, plan)
     groups = {}
     for index, ((scheme, per_channel), names) in enumerate(by_kind.items()):
@@ -91,18 +107,15 @@ def quantization_config(layout: Layout, plan: dict[str, Scheme]) -> dict[str, An
     layouts = {scheme.layout for scheme, _ in by_kind}
     config: dict[str, Any] = {
         "quant_method": "compressed-tensors",
-        "format": layouts.pop() if len(layouts) == 1 else "mixed-precision",
+        "format": layouts.pop() if len(layouts) == 1 else "mixed-precision" if layouts else "dense",
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": _ignored(layout, plan),
-        "kv_cache_scheme": None,
+        "ignore": _ignored(layout, plan) if plan else [],
+        "kv_cache_scheme": _cache_arguments(cache) if cache else None,
         "global_compression_ratio": None,
         "version": VERSION,
     }
-    if len(by_kind) == 1 and any(not scheme.symmetric or scheme.layout in BFLOAT16_ONLY for scheme, _ in by_kind):
-        # It unpacks small floats to bfloat16, whatever the model is loaded in, so that any other dtype fails in the first product; and
-        # compressed-tensors makes room for zero points in their unpacked shape, so transformers could not load packed ones (seen with
-        # 0.20.0 under 5.23.0); unpacking while loading is sound, and engines that know nothing of this key ignore it.
+    if _transformers(layout, plan) == WHILE_LOADING:  # engines that know nothing of this key ignore it
         config["dequantize"] = True
     return config
 
@@ -135,6 +148,11 @@ def _arguments(scheme: Scheme, per_channel: bool) -> dict[str, Any]:
     if kind := {"nvfp4": "torch.float8_e4m3fn", "mxfp4": "torch.uint8", "mxfp8": "torch.uint8"}.get(scheme.format):
         arguments |= {"scale_dtype": kind, "zp_dtype": kind}
     return arguments
+
+
+def _cache_arguments(cache: CacheScheme) -> dict[str, Any]:
+    strategy = "tensor" if cache.granularity == "tensor" else "attn_head"
+    return {"num_bits": 8, "type": "float", "symmetric": True, "strategy": strategy, "group_size": None, "dynamic": False}
 
 
 def _input_arguments(scheme: Scheme) -> dict[str, Any] | None:
@@ -173,7 +191,7 @@ def _renamed(layout: Layout, local: str) -> str:
     return local
 
 
-def write(model: Model, plan: dict[str, Scheme], folder: Path) -> None:
+def write(model: Model, plan: dict[str, Scheme], cache: CacheScheme | None, folder: Path) -> None:
     """Write weights and config.json into `folder`; tensors stream from where they lie."""
     shards = list(_shards(model))
     if len(shards) == 1:
@@ -187,8 +205,8 @@ def write(model: Model, plan: dict[str, Scheme], folder: Path) -> None:
         total = sum(item.nbytes for entries in shards for item in entries)
         write_text(folder / INDEX, json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n")
     config = dict(model.checkpoint.config)
-    if plan:
-        config["quantization_config"] = quantization_config(model.layout, plan)
+    if plan or cache:
+        config["quantization_config"] = quantization_config(model.layout, plan, cache)
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from compress.errors import InputError, Problems
 from compress.layout import Group, Layout, Linear
-from compress.scheme import FLOAT_FORMATS, Scheme
+from compress.scheme import FLOAT_FORMATS, CacheScheme, Scheme
 
 if TYPE_CHECKING:
     from compress.calibrate import Workspace
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 NARROWEST = 32
 """Inputs of the narrowest linear that is quantised: below, the packed width does not tell the bits."""
-STAGES = ("restructure", "sparsify", "transform", "quantize")
+STAGES = ("restructure", "sparsify", "transform", "quantize", "cache")
 """The order in which passes may stand in a recipe."""
 
 
@@ -46,6 +46,14 @@ class Pass(Protocol):
 
     def run(self, model: Model, samples: Samples, workspace: Workspace) -> None:
         """Do it; finished blocks go to the workspace."""
+
+
+@runtime_checkable
+class QuantizesCache(Protocol):
+    """A pass that decides how the KV cache is stored."""
+
+    def cache(self) -> CacheScheme:
+        """What becomes of keys and values."""
 
 
 class Quantize(BaseModel):
