@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress.checkpoint import INDEX, SINGLE, Entry, write_safetensors, write_text
 from compress.errors import InputError, Problems
-from compress.layout import Layout, Linear
+from compress.layout import Layout
 from compress.scheme import CacheScheme, Scheme
 
 if TYPE_CHECKING:
@@ -28,11 +28,12 @@ VERSION = "0.18.0"
 
 def check(place: str, layout: Layout, plan: dict[str, Scheme], problems: Problems) -> None:
     """Report what this layout or its readers cannot express."""
+    kinds = _kinds(layout, plan)
     for block in layout.blocks:
         schemes = set()
         for stage in block.stages:
             for group in stage.groups:
-                found = {_kind(plan.get(linear.name), linear) for linear in group.linears}
+                found = {kinds.get(linear.name) for linear in group.linears}
                 if len(found) > 1:
                     problems.add(place, f"{group.name} is one matrix to serving engines, but its linears get different schemes", "treat them alike")
                 if group.expert is not None:
@@ -42,8 +43,7 @@ def check(place: str, layout: Layout, plan: dict[str, Scheme], problems: Problem
         if any(kind and not kind[0].symmetric for kind in schemes):
             problems.add(place, f"the experts of {block.prefix} are asymmetric; transformers ignores zero points of experts", "set symmetric: true")
 
-    kinds = {_kind(scheme, layout.linears[name]) for name, scheme in plan.items()}
-    if len(kinds) > 1 and any(kind and not kind[0].symmetric for kind in kinds):
+    if len(set(kinds.values())) > 1 and any(not scheme.symmetric for scheme, _ in kinds.values()):
         problems.add(place, "transformers opens asymmetric weights only where all linears share one scheme", "set symmetric: true")
 
 
@@ -89,16 +89,14 @@ def _transformers(layout: Layout, plan: dict[str, Scheme]) -> str:
     """
     if all(scheme.symmetric and scheme.layout not in BFLOAT16_ONLY for scheme in plan.values()):
         return "loads, decompresses on first use"
-    kinds = {_kind(scheme, layout.linears[name]) for name, scheme in plan.items()}
-    return WHILE_LOADING if len(kinds) == 1 else "loads in bfloat16, decompresses on first use"
+    return WHILE_LOADING if len(set(_kinds(layout, plan).values())) == 1 else "loads in bfloat16, decompresses on first use"
 
 
 def quantization_config(layout: Layout, plan: dict[str, Scheme], cache: CacheScheme | None = None) -> dict[str, Any]:
     """The `quantization_config` of config.json for what `plan` and `cache` say."""
     by_kind: dict[tuple[Scheme, bool], list[str]] = {}
-    for name, scheme in plan.items():
-        if kind := _kind(scheme, layout.linears[name]):
-            by_kind.setdefault(kind, []).append(name)
+    for name, kind in _kinds(layout, plan).items():
+        by_kind.setdefault(kind, []).append(name)
     groups = {}
     for index, ((scheme, per_channel), names) in enumerate(by_kind.items()):
         targets = ["Linear"] if len(by_kind) == 1 else sorted({_target(layout, name) for name in names})
@@ -125,11 +123,14 @@ def quantization_config(layout: Layout, plan: dict[str, Scheme], cache: CacheSch
     return config
 
 
-def _kind(scheme: Scheme | None, linear: Linear) -> tuple[Scheme, bool] | None:
-    """What engines tell schemes apart by: one scale per output is the same whatever the width."""
-    if scheme is None or scheme.format not in ("int", "fp8") or scheme.group_size != linear.columns:
-        return (scheme, False) if scheme else None
-    return scheme.model_copy(update={"group_size": 0}), True
+def _kinds(layout: Layout, plan: dict[str, Scheme]) -> dict[str, tuple[Scheme, bool]]:
+    """What engines tell schemes apart by, for each linear: its scheme, and whether it has one scale per output.
+
+    One scale per output is the same whatever the width; a group that happens to be as wide as some linears, but not as all, is a group.
+    """
+    grouped = {scheme for name, scheme in plan.items() if scheme.group_size < layout.linears[name].columns}
+    per_output = {scheme for scheme in plan.values() if scheme.format in ("int", "fp8")} - grouped
+    return {name: (scheme.model_copy(update={"group_size": 0}), True) if scheme in per_output else (scheme, False) for name, scheme in plan.items()}
 
 
 def _arguments(scheme: Scheme, per_channel: bool) -> dict[str, Any]:
