@@ -36,6 +36,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "passes": ("errors", "numerics", "layout", "data", "model", "folding", "probe", "objective", "calibrate", "scheme", "passes.base"),
     "recipe": ("errors", "source", "layout", "scheme", "passes.base"),
     "planning": ("errors", "hardware", "formats", "checkpoint", "layout", "scheme", "passes.base", "recipe"),
+    "advice": ("errors", "layout", "scheme", "recipe", "planning"),
     "export": ("errors", "formats", "checkpoint", "layout", "model", "scheme"),
     "evaluate": ("errors", "hardware", "checkpoint", "layout", "data", "model", "recipe", "evaluate"),
     "reopen": ("errors", "hardware", "checkpoint", "layout", "data", "model", "evaluate"),
@@ -57,6 +58,7 @@ LIGHT = (
     "passes",
     "recipe",
     "planning",
+    "advice",
     "export",
     "report",
     "card",
@@ -153,6 +155,7 @@ def test_a_light_module_imports_nothing_heavy_at_its_top(module: str) -> None:
         "import compress.recipe, compress.layout, compress.planning",
         "import compress.cli",
         "import compress.pipeline",
+        "from compress import advice; advice.book()",
         "import compress.passes.gptq, compress.export.compressed_tensors",
     ],
 )

@@ -28,21 +28,22 @@ VERSION = "0.18.0"
 
 def check(place: str, layout: Layout, plan: dict[str, Scheme], problems: Problems) -> None:
     """Report what this layout or its readers cannot express."""
+    kinds = _kinds(layout, plan)
     for block in layout.blocks:
-        experts: dict[str, Scheme | None] = {}
+        schemes = set()
         for stage in block.stages:
             for group in stage.groups:
-                found = {linear.name: plan.get(linear.name) for linear in group.linears}
-                if len(set(found.values())) > 1:
+                found = {kinds.get(linear.name) for linear in group.linears}
+                if len(found) > 1:
                     problems.add(place, f"{group.name} is one matrix to serving engines, but its linears get different schemes", "treat them alike")
                 if group.expert is not None:
-                    experts |= found
-        taken = {name: scheme for name, scheme in experts.items() if scheme}
-        if len(_kinds(layout, taken)) > 1 or 0 < len(taken) < len(experts):
+                    schemes |= found
+        if len(schemes) > 1:
             problems.add(place, f"the experts of {block.prefix} get different schemes", "engines hold them in one tensor: treat them alike")
-        if any(not scheme.symmetric for scheme in taken.values()):
+        if any(kind and not kind[0].symmetric for kind in schemes):
             problems.add(place, f"the experts of {block.prefix} are asymmetric; transformers ignores zero points of experts", "set symmetric: true")
-    if len(_kinds(layout, plan)) > 1 and any(not scheme.symmetric for scheme in plan.values()):
+
+    if len(set(kinds.values())) > 1 and any(not scheme.symmetric for scheme, _ in kinds.values()):
         problems.add(place, "transformers opens asymmetric weights only where all linears share one scheme", "set symmetric: true")
 
 
@@ -88,12 +89,14 @@ def _transformers(layout: Layout, plan: dict[str, Scheme]) -> str:
     """
     if all(scheme.symmetric and scheme.layout not in BFLOAT16_ONLY for scheme in plan.values()):
         return "loads, decompresses on first use"
-    return WHILE_LOADING if len(_kinds(layout, plan)) == 1 else "loads in bfloat16, decompresses on first use"
+    return WHILE_LOADING if len(set(_kinds(layout, plan).values())) == 1 else "loads in bfloat16, decompresses on first use"
 
 
 def quantization_config(layout: Layout, plan: dict[str, Scheme], cache: CacheScheme | None = None) -> dict[str, Any]:
     """The `quantization_config` of config.json for what `plan` and `cache` say."""
-    by_kind = _kinds(layout, plan)
+    by_kind: dict[tuple[Scheme, bool], list[str]] = {}
+    for name, kind in _kinds(layout, plan).items():
+        by_kind.setdefault(kind, []).append(name)
     groups = {}
     for index, ((scheme, per_channel), names) in enumerate(by_kind.items()):
         targets = ["Linear"] if len(by_kind) == 1 else sorted({_target(layout, name) for name in names})
@@ -120,16 +123,14 @@ def quantization_config(layout: Layout, plan: dict[str, Scheme], cache: CacheSch
     return config
 
 
-def _kinds(layout: Layout, plan: dict[str, Scheme]) -> dict[tuple[Scheme, bool], list[str]]:
-    """Linears by what engines tell apart: the scheme, and whether there is one scale per output, which is the same for any width."""
-    by_scheme: dict[Scheme, list[str]] = {}
-    for name, scheme in plan.items():
-        by_scheme.setdefault(scheme, []).append(name)
-    kinds: dict[tuple[Scheme, bool], list[str]] = {}
-    for scheme, names in by_scheme.items():
-        per_output = scheme.format in ("int", "fp8") and all(layout.linears[name].columns == scheme.group_size for name in names)
-        kinds.setdefault((scheme.model_copy(update={"group_size": 0}) if per_output else scheme, per_output), []).extend(names)
-    return kinds
+def _kinds(layout: Layout, plan: dict[str, Scheme]) -> dict[str, tuple[Scheme, bool]]:
+    """What engines tell schemes apart by, for each linear: its scheme, and whether it has one scale per output.
+
+    One scale per output is the same whatever the width; a group that happens to be as wide as some linears, but not as all, is a group.
+    """
+    grouped = {scheme for name, scheme in plan.items() if scheme.group_size < layout.linears[name].columns}
+    per_output = {scheme for scheme in plan.values() if scheme.format in ("int", "fp8")} - grouped
+    return {name: (scheme.model_copy(update={"group_size": 0}), True) if scheme in per_output else (scheme, False) for name, scheme in plan.items()}
 
 
 def _arguments(scheme: Scheme, per_channel: bool) -> dict[str, Any]:
