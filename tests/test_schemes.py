@@ -10,14 +10,16 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from oracles import statistics as oracle
 from test_run import QUICK, compress, weights
 
-from compress import inspection, planning, recipe
+from compress import data, inspection, planning, recipe
 from compress.checkpoint import Checkpoint
 from compress.data import Tokenizer
 from compress.errors import InputError
 from compress.layout import Layout
 from compress.model import Model
+from compress.numerics.grid import Integer, search_scales
 from compress.recipe import Evaluation
 
 PASSES = ("rtn", "gptq", "autoround")
@@ -108,6 +110,28 @@ def test_fixed_scales_of_inputs_cover_the_largest_that_was_seen(checkpoint: Call
     block = "model.layers.0.self_attn."
     assert found[f"{block}q_proj.input_scale"] == found[f"{block}k_proj.input_scale"]
     assert Model(Layout(Checkpoint(tmp_path / "out"))).inputs(f"{block}q_proj") is not None
+
+
+def test_errors_are_weighted_by_the_mean_square_of_what_is_read(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    folder = checkpoint("llama")
+    options = {"bits": 3, "group_size": 32, "scales": "imatrix"}
+    plain = QUICK | {"passes": [{"rtn": options}], "calibration": {"samples": 4, "length": 48}}
+    compress(plain, folder, tmp_path / "out")
+    samples = data.calibration("demo:text", 4, 48, 0, Tokenizer(folder))
+    read = oracle.inputs_of_linears(tiny.plain(folder), [batch.inputs for batch in samples.batches()])
+    name = "model.layers.0.self_attn.v_proj"  # of the first group, before anything was rounded
+    importance = oracle.second_moment(read[name]).diagonal().float()
+    weight = Checkpoint(folder).read(f"{name}.weight").float()
+    scales = search_scales(weight, Integer(3, True), 32, torch.float32, importance)
+    found = weights(tmp_path / "out")
+    assert torch.allclose(found[f"{name}.weight_scale"], scales.scale)
+    assert not torch.allclose(scales.scale, search_scales(weight, Integer(3, True), 32, torch.float32).scale)
+
+
+def test_an_expert_that_saw_nothing_cannot_be_weighted(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    plain = QUICK | {"passes": [{"rtn": {"bits": 4, "group_size": 32, "scales": "imatrix"}}], "calibration": {"samples": 1, "length": 2}}
+    with pytest.raises(InputError, match="saw no calibration token"):
+        compress(plain, checkpoint("qwen3_moe"), tmp_path / "out")
 
 
 def test_fused_linears_share_the_global_scale_of_nvfp4(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
