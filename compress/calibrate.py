@@ -47,6 +47,11 @@ class Workspace:
         return self.folder / f"block-{index:05d}.safetensors"
 
     @property
+    def outside_file(self) -> Path:
+        """What a pass changes outside the blocks."""
+        return self.folder / "outside.safetensors"
+
+    @property
     def activations(self) -> Path:
         return self.folder / "activations.safetensors"
 

@@ -60,6 +60,7 @@ class Edge:
     kind: str
     producer: str
     consumers: tuple[str, ...]
+    heads: bool = False
     expert: int | None = None
 
 
@@ -246,13 +247,13 @@ def _edges(prefix: str, fold: Fold, locals_: list[str]) -> Iterator[Edge]:
     if "*" not in fold.producer:
         consumers = tuple(f"{prefix}.{owner}" for pattern in fold.consumers for owner in owners if _fits(pattern, owner))
         if consumers:
-            yield Edge(f"{prefix}.{fold.name}", fold.name, f"{prefix}.{fold.producer}", consumers)
+            yield Edge(f"{prefix}.{fold.name}", fold.name, f"{prefix}.{fold.producer}", consumers, fold.heads)
         return
     before, _, after = fold.producer.partition("*")
     numbers = sorted(int(owner.removeprefix(before).removesuffix(after)) for owner in owners if _fits(fold.producer, owner))
     for number in numbers:
         producer, *consumers_ = (f"{prefix}.{name}".replace("*", str(number)) for name in (fold.producer, *fold.consumers))
-        yield Edge(f"{prefix}.{fold.name}.{number}", fold.name, producer, tuple(consumers_), number)
+        yield Edge(f"{prefix}.{fold.name}.{number}", fold.name, producer, tuple(consumers_), expert=number)
 
 
 def _fits(pattern: str, owner: str) -> bool:

@@ -187,11 +187,11 @@ class Block:
         return self._model.head_dim
 
     def set_dense(self, name: str, value: Tensor) -> None:
-        """From here on the tensor of this name on disk is ``value`` float32, kept so until it is quantised or exported."""
+        """From here on the tensor of this name on disk is ``value``, kept in float32 until it is quantised or exported."""
         slot = self._slots.get(name)
         if slot is not None:
             slot.view(self.module).copy_(value)
-        self._changed[name] = value
+        self._changed[name] = value.float()
 
     def add_record(self, name: str, record: dict[str, Any]) -> None:
         """Put what became of `name` into the report."""
@@ -348,12 +348,31 @@ class Model:
         self._unpacked: torch.dtype | None = None
         self._exact_cache = False
         self._skeleton: Any = None
+        self._settings: dict[str, Any] = {}
         self._config, self._modules = self._empty_blocks()
         self._slots = self._all_slots()
 
     @property
     def blocks(self) -> list[BlockLayout]:
         return self.layout.blocks
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The source's `config.json` with what passes changed of it."""
+        changed = self.checkpoint.config | self._settings
+        if nested := self.layout.arch.text_config:
+            changed[nested] = self.layout.text_config | self._settings
+        return changed
+
+    @property
+    def tied(self) -> bool:
+        """Whether the head is the embedding."""
+        return bool(self._settings.get("tie_word_embeddings", getattr(self._config, "tie_word_embeddings", False)))
+
+    @property
+    def hidden_size(self) -> int:
+        """Channels of the residual stream."""
+        return int(self._config.get_text_config().hidden_size)
 
     @property
     def head_dim(self) -> int:
@@ -421,6 +440,7 @@ class Model:
             local_files_only=True, trust_remote_code=False, use_safetensors=True,
         )  # fmt: skip
         hollow.to(self.device).eval().requires_grad_(False)
+        outside = self.layout.arch.outside
         parent, _, name = self.layout.arch.module_blocks.rpartition(".")
         holder = hollow.get_submodule(parent)
         setattr(holder, name, self._modules)
@@ -430,6 +450,12 @@ class Model:
             held.layer_types = types
         if hasattr(holder, "has_sliding_layers"):  # taken from the layer types when the model was made, of which there were none
             holder.has_sliding_layers = "sliding_attention" in (types or ())
+        for disk, module in (outside.embedding, outside.norm, outside.head, *outside.writers):
+            for leaf in ("weight", "bias"):
+                name = f"{disk}.{leaf}"
+                if (now := self.tensors.get(name)) and now != self.checkpoint.tensors.get(name):
+                    value = read_entry(self.final(name)).to(self.device, self.dtype)
+                    setattr(hollow.get_submodule(module), leaf, nn.Parameter(value, requires_grad=False))  # a head of its own is tied no more
         return hollow.eval()
 
     def _all_slots(self) -> list[dict[str, Slot]]:
@@ -539,6 +565,10 @@ class Model:
         """The layout of a linear, or None if it is not quantised."""
         return formats.find({part: info.dtype for part, info in self.parts(linear).items()})
 
+    def read(self, name: str) -> Tensor:
+        """A tensor that is not quantised, as it is stored, on the CPU."""
+        return read_tensor(self.tensors[name])
+
     def quantized(self, linear: str) -> Quantized | None:
         """The codes of a linear, or None if it is not quantised."""
         layout = self.packed_as(linear)
@@ -609,8 +639,13 @@ class Model:
             block.release()
             hardware.return_freed_memory()
 
+    def write_outside(self, path: Path, tensors: dict[str, Tensor], settings: dict[str, Any], records: list[dict[str, Any]]) -> None:
+        """Write, durably, tensors outside the blocks as a pass makes them, in the dtype they are to have, and what it changes of the config."""
+        metadata = {"records": json.dumps(records), "settings": json.dumps(settings)}
+        write_safetensors(path, [entry(name, tensor) for name, tensor in tensors.items()], metadata)
+
     def adopt(self, path: Path) -> list[dict[str, Any]]:
-        """Take the tensors of a finished block from its file, and return its records."""
+        """Take the tensors of a finished block, or those outside the blocks, from their file, and return its records."""
         tensors, metadata = read_header(path)
         for linear in [name.removesuffix(".weight_scale") for name in tensors if name.endswith(".weight_scale")]:
             before = self.tensors.pop(f"{linear}.weight", None)
@@ -621,6 +656,9 @@ class Model:
         for record in records:
             if record.get("activations"):
                 self._inputs[record["name"]] = record["activations"]
+        if "settings" in metadata:
+            self._settings |= json.loads(metadata["settings"])
+            self.release()
         return records
 
     # Running --------------------------------------------------------------------------------------------------------------------

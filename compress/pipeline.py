@@ -107,11 +107,11 @@ def _check_target(request: Request, layout: Layout) -> None:
 
 
 def _check_disk(request: Request, layout: Layout, plan: dict[str, Scheme]) -> None:
-    from compress.planning import output_bytes, rewritten_bytes
+    from compress.planning import added_bytes, output_bytes, rewritten_bytes
 
     # Blocks of each pass, then the artifact beside them; activations are small change beside the margin.
     rewritten = sum(rewritten_bytes(layout) for _, step in request.recipe.instances() if isinstance(step, Transform))
-    needed = int(2.1 * output_bytes(layout, plan)) + rewritten + (64 << 20)
+    needed = int(2.1 * (output_bytes(layout, plan) + added_bytes(request.recipe, layout))) + rewritten + (64 << 20)
     free = shutil.disk_usage(request.out.absolute().parent).free
     if free < needed:
         raise InputError.one(
@@ -164,7 +164,7 @@ class _Run:
         self.records: list[dict[str, Any]] = []
         self.transforms: list[dict[str, Any]] = []
         self.rewritten: dict[str, dict[str, str]] = {}
-        """By tensor of the source that passes changed without quantising it: which did, and what they call it."""
+        """By tensor that passes changed, or added, without quantising it: which did, and what they call it."""
 
     def go(self) -> dict[str, Any]:
         from compress import report
@@ -261,11 +261,12 @@ class _Run:
         workspace = Workspace(folder, self.progress)
         began = time.monotonic()
         step.run(self.model, samples, workspace)
-        for layout in self.layout.blocks:
-            for record in self.model.adopt(workspace.block_file(layout.index)):
+        files = [workspace.outside_file] * workspace.outside_file.exists() + [workspace.block_file(layout.index) for layout in self.layout.blocks]
+        for file in files:
+            for record in self.model.adopt(file):
                 self._take(record)
-        for tensor in self.layout.checkpoint.tensors.keys() & self.model.tensors.keys():
-            if self.model.tensors[tensor].file.parent == folder and not self.model.packed_as(tensor.removesuffix(".weight")):
+        for tensor, info in self.model.tensors.items():
+            if info.file.parent == folder and not self.model.packed_as(tensor.rpartition(".")[0]):
                 self.rewritten.setdefault(tensor, {})[name] = step.verb if isinstance(step, Transform) else "changed"
         self.passes.append({"name": name, "seconds": time.monotonic() - began, "peak_bytes": peak_bytes()})
         missing = sorted(step.plan(self.layout).keys() - {record["name"] for record in self.records})
@@ -312,7 +313,7 @@ class _Run:
         return measure.against_source(self.layout, staging, self.recipe.evaluate, self.tokenizer, self.progress)
 
     def _ledger(self) -> list[dict[str, Any]]:
-        """What became of every tensor of the source. Raises AssertionError if one is not accounted for: a bug, not a warning."""
+        """What became of every tensor of the source, and what is new. Raises AssertionError if one is not accounted for: a bug, not a warning."""
         exporter = export_module(self.recipe.export[0])
         ledger = []
         for name, info in sorted(self.layout.checkpoint.tensors.items()):
@@ -337,6 +338,10 @@ class _Run:
             else:
                 raise AssertionError(f"{name} is not accounted for")
             ledger.append(item)
+        added = sorted(self.rewritten.keys() - self.layout.checkpoint.tensors.keys())
+        for name in added:
+            info, by = self.model.tensors[name], " and ".join(self.rewritten[name])
+            ledger.append({"name": name, "shape": list(info.shape), "dtype": info.dtype, "action": "added", "why": f"by {by}"})
         ledger += [{"name": name, "action": "dropped", "why": "in a shard, but not in the index"} for name in self.layout.checkpoint.unlisted]
         ledger += [{"name": name, "action": "dropped", "why": "weights in another format"} for name in self.layout.checkpoint.left_behind]
         return ledger

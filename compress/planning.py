@@ -21,7 +21,7 @@ ASSUMED_FLOPS = 2.5e11
 
 
 def output_bytes(layout: Layout, plan: dict[str, Scheme], cache: CacheScheme | None = None) -> int:
-    """Bytes of all tensors of the artifact."""
+    """Bytes of all tensors of the artifact, but for `added_bytes`."""
     total = layout.checkpoint.nbytes
     if cache:
         total += 4 * len(layout.blocks) * len(layout.arch.cache_scales) * (1 if cache.granularity == "tensor" else layout.kv_heads)
@@ -30,6 +30,11 @@ def output_bytes(layout: Layout, plan: dict[str, Scheme], cache: CacheScheme | N
         total += _packed(layout, name, scheme) - info.nbytes
         assert info.shape == (linear.rows, linear.columns)
     return total
+
+
+def added_bytes(recipe: Recipe, layout: Layout) -> int:
+    """Bytes of tensors that a recipe's transforms add."""
+    return sum(step.added_bytes(layout) for _, step in recipe.instances() if isinstance(step, Transform))
 
 
 def rewritten_bytes(layout: Layout) -> int:
@@ -67,7 +72,7 @@ def plan(recipe: Recipe, layout: Layout, schemes: dict[str, tuple[str, Scheme]])
         "passes": passes,
         "size": {
             "before_bytes": layout.checkpoint.nbytes,
-            "after_bytes": output_bytes(layout, per_linear, cache_scheme(recipe)),
+            "after_bytes": output_bytes(layout, per_linear, cache_scheme(recipe)) + added_bytes(recipe, layout),
             "bits_per_weight": 8 * stored / weights if weights else None,
         },
         "engines": export_module(recipe.export[0]).verdicts(layout, per_linear, cache_scheme(recipe)),

@@ -486,20 +486,22 @@ def _size_plot(result: dict[str, Any]) -> dict[str, Any] | None:
     if not before or not after:
         return None
     kept: dict[tuple[str, str], float] = {}
-    dropped = 0
+    away = {"dropped": 0, "added": 0}
     for item in result.get("ledger") or []:
-        if item["action"] not in ("quantized", "dropped"):
-            part = PARTS.get(item["why"], KEPT_IN_BLOCKS) if item["action"] == "kept" else REWRITTEN
+        action = item["action"]
+        if action in away:
+            away[action] += _tensor_bytes(item) if item.get("shape") is not None else 0
+        elif action != "quantized":
+            part = PARTS.get(item["why"], KEPT_IN_BLOCKS) if action == "kept" else REWRITTEN
             kept[part] = kept.get(part, 0) + _tensor_bytes(item)
-        elif item["action"] == "dropped" and item.get("shape") is not None:
-            dropped += _tensor_bytes(item)
     same = sum(kept.values())
-    if same > after:
-        kept, same, dropped = {}, 0, 0
+    if same + away["added"] > after:
+        kept, same, away = {}, 0, dict.fromkeys(away, 0)
     quantised = ("quantised linears" if kept else "all weights", "c0")
+    ends = (("before", before, ("dropped", "away")), ("after", after, ("added", "c4")))
     rows = [
-        (name, [(*part, value) for part, value in [(quantised, total - same - away), *kept.items(), (("dropped", "away"), away)] if value > 0])
-        for name, total, away in (("before", before, dropped), ("after", after, 0))
+        (name, [(*part, value) for part, value in [(quantised, total - same - away[one[0]]), *kept.items(), (one, away[one[0]])] if value > 0])
+        for name, total, one in ends
     ]
     legend = list(dict.fromkeys((shade, part) for _, parts in rows for part, shade, _ in parts))
     return _plot("Size before and after", plots.stacked(rows, size_text, "Size before and after"), "Bytes of all tensors.", legend)

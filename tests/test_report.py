@@ -285,6 +285,18 @@ def test_sizes_are_split_by_what_happened() -> None:
         assert expected in text
 
 
+def test_what_is_rewritten_or_added_is_not_taken_for_quantised() -> None:
+    ledger = [
+        tensor("model.layers.0.mlp.up_proj.weight", [1000, 1000]),
+        tensor("model.embed_tokens.weight", [500, 1000], "rotated", "by rotate, stored in its own dtype again"),
+        tensor("lm_head.weight", [500, 1000], "added", "by rotate"),
+    ]
+    size = {"before_bytes": 3_000_000, "after_bytes": 2_500_000, "bits_per_weight": 4.0, "quantized_weights": 1_000_000}
+    text = read(run_result([linear("mlp.up_proj", 0)], ledger, size=size)).text
+    for expected in ("quantised linears: 2.00 MB", "quantised linears: 500 kB", "rewritten, as large as before: 1.00 MB", "added: 1.00 MB"):
+        assert expected in text.replace("\u00a0", " ")
+
+
 def test_kept_linears_are_on_the_map_of_bits() -> None:
     ledger = [tensor("model.layers.1.mlp.up_proj.weight", [8, 8], "kept", "no pass takes this linear")]
     assert "up_proj, block 1: bf16, kept" in read(run_result([linear("mlp.up_proj", 0)], ledger)).text

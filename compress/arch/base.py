@@ -29,12 +29,29 @@ class Fold:
     Dividing a channel where it is produced and multiplying it in everything that reads it cancels, provided that nothing but a product
     stands between the two. ``producer`` is a norm, whose weight is divided, or a linear, whose rows (and bias) are; the columns of
     ``consumers`` are multiplied, and these are **all** that read the channels, routers too. ``*`` stands for each expert; in the producer
-    it makes one edge per expert. Where the consumer has more columns than the producer rows, each group of query heads reads one head.
+    it makes one edge per expert. With ``heads`` the channels are those of attention heads, and where the consumer has more columns than
+    the producer rows, each group of query heads reads one head.
+
+    Norms give what they read of the residual stream, and whoever reads another linear's channels writes to the stream.
     """
 
     name: str
     producer: str
     consumers: tuple[str, ...]
+    heads: bool = False
+
+
+@dataclass(frozen=True)
+class Outside:
+    """Who writes to the residual stream and reads from it outside the blocks: each the name on disk and that in memory.
+
+    ``writers`` are linears beside the embedding, such as a projector of images; the ``head`` reads what the ``norm`` gives.
+    """
+
+    embedding: tuple[str, str] = ("model.embed_tokens", "model.embed_tokens")
+    norm: tuple[str, str] = ("model.norm", "model.norm")
+    head: tuple[str, str] = ("lm_head", "lm_head")
+    writers: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -61,6 +78,7 @@ class Arch:
     model_type: str
     groups: tuple[InputGroup, ...]
     folds: tuple[Fold, ...] = ()
+    outside: Outside = Outside()
     scores: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj")
     blocks: str = "model.layers"
     module_blocks: str = "model.layers"
@@ -89,7 +107,7 @@ GATED_MLP = (
 
 ATTENTION_FOLDS = (
     Fold("qkv", "input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-    Fold("o", "self_attn.v_proj", ("self_attn.o_proj",)),
+    Fold("o", "self_attn.v_proj", ("self_attn.o_proj",), heads=True),
 )
 GATED_MLP_FOLDS = (
     Fold("gate_up", "post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),

@@ -205,7 +205,7 @@ def write(model: Model, plan: dict[str, Scheme], cache: CacheScheme | None, fold
             weight_map |= {item.name: file for item in entries}
         total = sum(item.nbytes for entries in shards for item in entries)
         write_text(folder / INDEX, json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n")
-    config = dict(model.checkpoint.config)
+    config = model.config
     if plan or cache:
         config["quantization_config"] = quantization_config(model.layout, plan, cache)
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")

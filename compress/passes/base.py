@@ -207,6 +207,10 @@ class Transform(BaseModel):
     def plan(self, layout: Layout) -> dict[str, Scheme]:
         return {}
 
+    def added_bytes(self, layout: Layout) -> int:
+        """Bytes of the tensors it adds to the artifact."""
+        return 0
+
     def check_plan(self, place: str, plan: Mapping[str, Scheme], problems: Problems) -> None:
         """Report what does not fit what the whole recipe makes of the linears."""
 
