@@ -8,39 +8,37 @@ that read it are divided, by a power of two, which every floating-point format h
 """
 
 import argparse
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 FACTOR = 32
 CHANNELS = 3
-READERS = {
-    "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
-}
-"""The linears that read each norm of a block of the Llama kind."""
+FAMILIES = ("llama", "mistral", "qwen2")
+"""Model types whose blocks have the names below, and nothing else that reads the norms."""
+NORMS = ("input_layernorm", "post_attention_layernorm")
+READERS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 
 
 def plant(model: Path, out: Path) -> dict[str, Any]:
-    """Write a copy of the checkpoint in `model` with outliers to `out`; returns what was planted. Other families are refused."""
-    from safetensors.torch import load_file, save_file
+    """Write a copy of the checkpoint in `model` with outliers to `out`, and return what was planted; other families are refused."""
+    from safetensors.torch import load_file, save_file  # here, so that quality.py's --help answers at once
 
+    family = json.loads((model / "config.json").read_text())["model_type"]
+    if family not in FAMILIES:
+        raise SystemExit(f"{model} is a {family}; outliers are planted in {', '.join(FAMILIES)} only")
     shutil.copytree(model, out)
-    planted = 0
-    for file in sorted(out.glob("*.safetensors")):
+    for file in out.glob("*.safetensors"):
         tensors = load_file(file)
-        for name in [name for name in tensors if name.split(".")[-2] in READERS and name.endswith(".weight")]:
-            block, norm, _ = name.rsplit(".", 2)
-            width = tensors[name].numel()
-            channels = [width * (index + 1) // (CHANNELS + 1) for index in range(CHANNELS)]
-            tensors[name][channels] *= FACTOR
-            for linear in READERS[norm]:
-                tensors[f"{block}.{linear}.weight"][:, channels] /= FACTOR  # KeyError: another family, or split between files
-            planted += 1
+        for name, tensor in tensors.items():
+            owner = name.removesuffix(".weight").rpartition(".")[2]
+            if name.endswith(".weight") and owner in NORMS + READERS:
+                width = tensor.shape[-1]
+                channels = [width * (index + 1) // (CHANNELS + 1) for index in range(CHANNELS)]
+                tensor[..., channels] *= FACTOR if owner in NORMS else 1 / FACTOR
         save_file(tensors, file, metadata={"format": "pt"})
-    if not planted:
-        raise SystemExit(f"{model}: no norm named {' or '.join(READERS)}")
-    return {"factor": FACTOR, "channels": CHANNELS, "norms": planted}
+    return {"factor": FACTOR, "channels": CHANNELS, "norms": list(NORMS)}
 
 
 def main() -> None:
@@ -48,7 +46,7 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("out", type=Path)
     arguments = parser.parse_args()
-    print(plant(arguments.model, arguments.out))
+    print(json.dumps(plant(arguments.model, arguments.out)))
 
 
 if __name__ == "__main__":

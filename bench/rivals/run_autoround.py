@@ -2,7 +2,8 @@
 
 Methods: ``rtn`` is its rounding to nearest with a searched grid (no iterations); ``light``, ``default`` and ``best`` are its presets
 of 50, 200 and 1000 iterations, the last with as many windows as there are instead of the preset's 512; ``best-ext`` adds the
-extension it recommends at 2 bits and for 4-bit floats, which on asymmetric grids changes nothing. On the mixed grid its AutoScheme chooses each linear's bits.
+extension it recommends at 2 bits and for 4-bit floats, which changes nothing on asymmetric grids. On the mixed grid its AutoScheme
+chooses each linear's bits.
 """
 
 import json
