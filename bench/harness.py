@@ -24,7 +24,7 @@ from typing import Any
 
 import psutil
 import yaml
-from rivals.protocol import Grid
+from rivals.protocol import PACKAGES, Grid
 
 BENCH = Path(__file__).resolve().parent
 SAMPLE_SECONDS = 0.25
@@ -279,6 +279,6 @@ def stamp(rivals: dict[str, Path | None]) -> dict[str, Any]:
         "omp_wait_policy": environment()["OMP_WAIT_POLICY"],
         "versions": {
             "ours": _versions(sys.executable, common),
-            **{tool: _versions(python, (tool, *common)) if python else None for tool, python in rivals.items()},
+            **{tool: _versions(python, (PACKAGES[tool], *common)) if python else None for tool, python in rivals.items()},
         },
     }

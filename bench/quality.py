@@ -9,6 +9,7 @@ written after every run, and what they hold already is not run again, so a kille
 
 import argparse
 import fnmatch
+import itertools
 import json
 import os
 import shutil
@@ -61,7 +62,7 @@ class Cell:
         return f"{self.grid}/{self.tool}/{self.method}"
 
     @property
-    def draws(self) -> bool:
+    def calibrated(self) -> bool:
         """Whether other calibration tokens can give another result."""
         return (self.tool, self.method) not in DATA_FREE and not (self.tool == OURS and self.method.startswith(BASELINE))
 
@@ -208,6 +209,12 @@ def opened(path: Path, protocol: dict[str, Any]) -> dict[str, Any]:
     return document
 
 
+def renewed(before: dict[str, Any] | None, now: dict[str, Any]) -> dict[str, Any]:
+    """The stamp of this run, with the versions of rivals that only an earlier one found; each result has its own commit."""
+    earlier = before["versions"] if before else {}
+    return now | {"versions": {tool: found or earlier.get(tool) for tool, found in now["versions"].items()}}
+
+
 def write(path: Path, document: dict[str, Any], rows: dict[Cell, dict[str, Any]]) -> None:
     """Write the document with `rows`, in the order of the table, in one step, so that a kill leaves the one or the other."""
     order = {cell: place for place, cell in enumerate(CELLS)}
@@ -226,68 +233,83 @@ def updated(row: dict[str, Any] | None, cell: Cell, run: dict[str, Any] | None, 
     """The row of `cell` with one more run, which replaces a failed one of the same seed; None: the tool is not installed."""
     runs = [kept for kept in (row or {"runs": []})["runs"] if run is None or kept["seed"] != run["seed"]] + ([run] if run else [])
     status = next((kept["error"] for kept in runs if "error" in kept), "done") if runs else "not installed"
-    return {"cell": asdict(cell), "status": status, "summary": summarise(runs, baseline), "runs": sorted(runs, key=lambda kept: kept["seed"])}
+    return {
+        "cell": asdict(cell),
+        "calibrated": cell.calibrated,
+        "status": status,
+        "summary": summarise(runs, baseline),
+        "runs": sorted(runs, key=lambda kept: kept["seed"]),
+    }
+
+
+def windows_of(arguments: argparse.Namespace, model: Path, work: Path) -> tuple[list[Path], list[Path], dict[str, str]]:
+    """Files of evaluation windows by text and of calibration windows by seed, written to `work`, and the hashes of both."""
+    from transformers import AutoTokenizer  # here, so that --help answers at once
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    texts = [(work / f"{text.name.split('.')[0]}.jsonl", text) for text in arguments.eval]
+    draws = [work / f"calibration-{seed}.jsonl" for seed in range(arguments.seeds)]
+    hashes = {}
+    for path, text in texts:
+        cut = harness.consecutive_windows(harness.read_text(text), tokenizer, arguments.length, arguments.windows)
+        hashes[path.stem] = harness.write_windows(path, cut)
+    calibration = harness.read_text(arguments.calibration)
+    for seed, path in enumerate(draws):
+        drawn = harness.random_windows(calibration, tokenizer, arguments.samples, arguments.length, seed)
+        hashes[path.stem] = harness.write_windows(path, drawn)
+    return [path for path, _ in texts], draws, hashes
+
+
+def protocol_of(arguments: argparse.Namespace, model: Path, planted: dict[str, Any] | None, hashes: dict[str, str]) -> dict[str, Any]:
+    """All that two results have to share to be compared."""
+    return {
+        "model": model.name,
+        "planted_outliers": planted,
+        "context": arguments.length,
+        "stride": arguments.length,
+        "bos": False,
+        "arithmetic": "float32",
+        "rival_dtype": arguments.rival_dtype,
+        "calibration": {
+            "text": arguments.calibration.name,
+            "samples": arguments.samples,
+            "length": arguments.length,
+            "windows": "random places by seed, whole words, no BOS",
+        },
+        "windows_sha256": hashes,
+    }
 
 
 def main() -> None:
-    from transformers import AutoTokenizer  # here, so that --help answers at once
-
     arguments = parse_arguments()
     cells = chosen(arguments.only)
     demo = arguments.model.removeprefix("demo:")
     model = harness.BENCH.parent / "compress" / "demo" / demo if demo != arguments.model else Path(arguments.model).absolute()
-    pythons = {tool: harness.venv_python(arguments.venvs, tool) for tool in METHODS}
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    pythons = {tool: harness.venv_python(arguments.venvs, tool) for tool in METHODS} | {OURS: Path(sys.executable)}
     with tempfile.TemporaryDirectory(prefix="quality-") as name:
         work = Path(name)
-        hashes, windows = {}, []
-        for text in arguments.eval:
-            windows.append(work / f"{text.name.split('.')[0]}.jsonl")
-            cut = harness.consecutive_windows(harness.read_text(text), tokenizer, arguments.length, arguments.windows)
-            hashes[windows[-1].stem] = harness.write_windows(windows[-1], cut)
-        calibration, draws = harness.read_text(arguments.calibration), {}
-        for seed in range(arguments.seeds):
-            draws[seed] = work / f"calibration-{seed}.jsonl"
-            drawn = harness.random_windows(calibration, tokenizer, arguments.samples, arguments.length, seed)
-            hashes[draws[seed].stem] = harness.write_windows(draws[seed], drawn)
-        protocol = {
-            "model": model.name,
-            "planted_outliers": plant(model, work / "planted") if arguments.plant_outliers else None,
-            "context": arguments.length,
-            "stride": arguments.length,
-            "bos": False,
-            "arithmetic": "float32",
-            "rival_dtype": arguments.rival_dtype,
-            "calibration": {
-                "text": arguments.calibration.name,
-                "samples": arguments.samples,
-                "length": arguments.length,
-                "windows": "random places by seed, whole words, no BOS",
-            },
-            "windows_sha256": hashes,
-        }
-        source = work / "planted" if arguments.plant_outliers else model
-        document = opened(arguments.json, protocol)
-        document["stamp"] = harness.stamp(pythons)
+        windows, draws, hashes = windows_of(arguments, model, work)
+        planted = plant(model, work / "planted") if arguments.plant_outliers else None
+        source = work / "planted" if planted else model
+        document = opened(arguments.json, protocol_of(arguments, model, planted, hashes))
+        document["stamp"] = stamp = renewed(document.get("stamp"), harness.stamp({tool: pythons[tool] for tool in METHODS}))
         if "baseline" not in document:
             first = evaluate(sys.executable, source, windows)
             if "error" in first:
                 raise SystemExit(f"baseline: {first['error']}")
             document["baseline"] = first["losses"]
         rows = {Cell(**row["cell"]): row for row in document["results"]}
-        for seed, tokens in draws.items():
-            for cell in cells:
-                python = sys.executable if cell.tool == OURS else pythons[cell.tool]
-                result = None
-                if python is not None:
-                    if not missing(rows.get(cell), seed, arguments.retry) or (seed and not cell.draws):
-                        continue
-                    out = work / "out"
-                    result = {"seed": seed} | measure(cell, command(cell, python, source, out, tokens, arguments), python, out, windows)
-                    shutil.rmtree(out, ignore_errors=True)
-                    print(f"seed {seed} {cell.name}: {result.get('error', 'done')}", file=sys.stderr, flush=True)
-                rows[cell] = updated(rows.get(cell), cell, result, document["baseline"])
-                write(arguments.json, document, rows)
+        for (seed, tokens), cell in itertools.product(enumerate(draws), cells):
+            python, result = pythons[cell.tool], None
+            if python is not None:
+                if not missing(rows.get(cell), seed, arguments.retry) or (seed and not cell.calibrated):
+                    continue
+                quantise = command(cell, python, source, work / "out", tokens, arguments)
+                result = {"seed": seed, "commit": stamp["commit"]} | measure(cell, quantise, python, work / "out", windows)
+                shutil.rmtree(work / "out", ignore_errors=True)
+                print(f"seed {seed} {cell.name}: {result.get('error', 'done')}", file=sys.stderr, flush=True)
+            rows[cell] = updated(rows.get(cell), cell, result, document["baseline"])
+            write(arguments.json, document, rows)
     show(document["results"], document["baseline"])
 
 

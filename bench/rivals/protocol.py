@@ -74,11 +74,16 @@ METHODS: dict[str, dict[str, tuple[str, ...]]] = {
         "default": (*INTEGER, *FLOAT4, *EIGHT, "mixed-2.5"),
         "best": (*INTEGER, *FLOAT4, "mixed-2.5"),
         "best-ext": (*SYMMETRIC, *FLOAT4, "mixed-2.5"),
+        "default-attention": ("mixed-2.5",),
+        "default-down": ("mixed-2.5",),
     },
     "hqq": {"hqq": ASYMMETRIC},
     "torchao": {"rtn": (*INTEGER, *EIGHT, "nvfp4"), "hqq": SYMMETRIC},
 }
 """The grids for which each tool's own methods are rows of the table, its default first; what they mean stands in the tool's script."""
+
+PACKAGES = {tool: tool for tool in METHODS} | {"autoround": "auto-round"}
+"""What each tool's package is called."""
 
 DATA_FREE = {("hqq", "hqq"), ("torchao", "rtn"), ("torchao", "hqq")}
 """Methods that read no calibration tokens, so that one draw of them is all there is."""
@@ -131,7 +136,7 @@ def measure(tool: str, work: Callable[[], None]) -> None:
     work()
     cost = {
         "tool": tool,
-        "version": version(tool),
+        "version": version(PACKAGES[tool]),
         "seconds": round(time.perf_counter() - started, 3),
         "cpu_seconds": round(_cpu_seconds() - cpu_started, 3),
         "peak_rss_bytes": _peak_rss_bytes(),
