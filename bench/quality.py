@@ -42,8 +42,11 @@ RECIPES: dict[str, tuple[tuple[str, ...], Passes]] = {
     BASELINE: ((*INTEGER, *EIGHT, *WEIGHTS_IN_4_BITS), [{"rtn": {}}]),
     "rtn mse": ((*INTEGER, *WEIGHTS_IN_4_BITS), [{"rtn": {"scales": "mse"}}]),
     "gptq": ((*INTEGER, *WEIGHTS_IN_4_BITS), [{"gptq": {}}]),
-    "gptq qep": ((*INTEGER, *WEIGHTS_IN_4_BITS), [{"gptq": {"qep": 0.5}}]),
+    "gptq qep": ((*INTEGER, *WEIGHTS_IN_4_BITS), [{"gptq": {"qep": 1.0}}]),
+    "awq": (INTEGER, [{"smooth": {"method": "awq"}}, {"rtn": {}}]),
+    "smoothquant": (("w8a8",), [{"smooth": {"method": "smoothquant"}}, {"rtn": {}}]),
     "autoround": ((*INTEGER, *WEIGHTS_IN_4_BITS), [{"autoround": {}}]),
+    "refine": ((*INTEGER, *WEIGHTS_IN_4_BITS), [{"gptq": {"qep": 1.0}}, {"refine": {}}]),
 }
 """Ours: by name, the grids it is a row of and the recipe's passes; those that round are told the grid beside what stands here."""
 
