@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -493,6 +493,11 @@ class Model:
             for module in self._modules:
                 del module.forward
         return hidden[0], noted
+
+    def embed_all(self, batches: Iterable[dict[str, Tensor]]) -> tuple[list[Tensor], list[list[dict[str, Any]]]]:
+        """`embed` of each batch: what the first block is given, by batch, and keyword arguments by batch and block."""
+        embedded = [self.embed(inputs) for inputs in batches]
+        return [hidden for hidden, _ in embedded], [kwargs for _, kwargs in embedded]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., vocabulary] float32 from the output of the last block [..., hidden]."""
