@@ -24,11 +24,15 @@ from compress.arch.base import Experts
 from compress.checkpoint import Checkpoint, TensorInfo, entry, read_header, read_tensor, write_safetensors
 from compress.errors import InputError, Problems
 from compress.formats import base as formats
+from compress.formats import sparse_residual
+from compress.formats.sparse_residual import Residual
 from compress.layout import BlockLayout, Layout
 from compress.numerics.activations import Activations
 from compress.numerics.grid import Quantized
 
 EXPERTS_FUNCTION = "compress"
+EXACT = "weight_exact"
+"""Part of a linear in a block file: its dense weight, if one pass both changed and quantised it."""
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 Recorder = Callable[[int, Tensor], None]
 
@@ -102,6 +106,7 @@ class Block:
         self._quantized: dict[str, dict[str, Tensor]] = {}
         self._changed: dict[str, Tensor] = {}
         self._hooks: list[Any] = []
+        self._residuals: dict[str, Residual] = {}
         self.records: list[dict[str, Any]] = []
 
     def submodule(self, linear: str) -> nn.Module:
@@ -131,6 +136,15 @@ class Block:
         else:
             found = self._model.dense(linear) if linear in self._model.layout.linears else read_tensor(self._model.tensors[name])
         return found.to(self._model.device, torch.float32)
+
+    def exact(self, linear: str) -> Tensor:
+        """[out, in] float32, the weight of a quantised linear as it was just before that; a copy."""
+        return read_tensor(self._model.exact[linear]).to(self._model.device, torch.float32)
+
+    def restored(self, linear: str, positions: Tensor) -> Tensor:
+        """[out, in] float32, the weight of a quantised linear with residuals stored at ``positions`` [out, in] bool."""
+        coded, residual = self._residual(linear, positions)
+        return residual.add_to(coded).float()
 
     def stored_dtype(self, linear: str) -> torch.dtype:
         """The dtype of the weight in the source, which scales are stored in."""
@@ -181,6 +195,19 @@ class Block:
             hook.remove()
         self.module.to("meta")
 
+    def set_residual(self, linear: str, positions: Tensor, record: dict[str, Any]) -> None:
+        """From here on the block computes with `restored`; the codes stay. `record` goes into the report."""
+        coded, residual = self._residual(linear, positions)
+        self._slots[f"{linear}.weight"].view(self.module).copy_(residual.add_to(coded))
+        self._residuals[linear] = residual
+        self.add_record(linear, {"residuals": len(residual.values), **record})
+
+    def _residual(self, linear: str, positions: Tensor) -> tuple[Tensor, Residual]:
+        coded = self._model.coded(linear)
+        assert coded is not None
+        coded = coded.to(self._model.device)
+        return coded, sparse_residual.residual(self.exact(linear), coded, positions, self.stored_dtype(linear))
+
     def forward(self, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """[batch, tokens, hidden] through the block."""
         output = self.module(hidden, **kwargs)
@@ -222,23 +249,28 @@ class Block:
 
     def save(self, path: Path) -> None:
         """Write what changed, durably: codes in the layout of the final artifact, the rest in float32."""
-        tensors = {name: tensor for name, tensor in self._changed.items() if name.removesuffix(".weight") not in self._quantized}
-        for packed in self._quantized.values():
+        tensors = dict(self._changed)
+        for linear, packed in self._quantized.items():
+            if (changed := tensors.pop(f"{linear}.weight", None)) is not None:
+                tensors[f"{linear}.{EXACT}"] = changed
             tensors |= packed
+        for linear, residual in self._residuals.items():
+            tensors |= sparse_residual.pack(linear, residual)
         write_safetensors(path, [entry(name, tensor) for name, tensor in tensors.items()], {"records": json.dumps(self.records)})
 
 
 class Model:
     """A checkpoint opened for streaming.
 
-    `tensors` maps every name of the model as it is now to where its bytes lie: the source, or a block file of a finished pass.
-    Memory holds the parts outside the blocks and the block in use.
+    `tensors` maps every name of the model as it is now to where its bytes lie: the source, or a block file of a finished pass. `exact` maps
+    every linear that a pass has quantised to the weight it had just before. Memory holds the parts outside the blocks and the block in use.
     """
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
         self.checkpoint: Checkpoint = layout.checkpoint
         self.tensors: dict[str, TensorInfo] = dict(self.checkpoint.tensors)
+        self.exact: dict[str, TensorInfo] = {}
         self.device = hardware.device()
         stored = {str(info.dtype) for name, info in self.tensors.items() if name.endswith("norm.weight")} or {"BF16"}
         self.dtype = hardware.compute_dtype(torch.bfloat16 if stored == {"BF16"} else torch.float16 if stored == {"F16"} else torch.float32)
@@ -417,10 +449,31 @@ class Model:
         unpacked: Quantized = layout.unpack(linear, {f"{linear}.{part}": read_tensor(info) for part, info in self.parts(linear).items()})
         return unpacked
 
+    def residual(self, linear: str) -> Residual | None:
+        """What is stored of a linear beside its codes, or None if nothing is."""
+        names = [f"{linear}.{part}" for part in sparse_residual.PARTS]
+        if names[0] not in self.tensors:
+            return None
+        shape = self.layout.linears[linear]
+        return sparse_residual.unpack(linear, {name: read_tensor(self.tensors[name]) for name in names}, (shape.rows, shape.columns))
+
     def dense(self, linear: str) -> Tensor:
-        """The weight of a linear as stored, or as its codes say."""
+        """The weight of a linear as stored, or as its codes and residuals say."""
+        weight, residual = self.coded(linear), self.residual(linear)
+        if weight is None:
+            return read_tensor(self.tensors[f"{linear}.weight"])
+        return residual.add_to(weight) if residual else weight
+
+    def coded(self, linear: str) -> Tensor | None:
+        """The weight of a linear as its codes alone say, or None if it is not quantised."""
         weight = self.quantized(linear)
-        return weight.dequantize(torch.float32 if linear in self._inputs else None) if weight else read_tensor(self.tensors[f"{linear}.weight"])
+        return weight.dequantize(torch.float32 if linear in self._inputs else None) if weight else None
+
+    def without_residuals(self) -> Model:
+        """The model that an engine computes with that knows nothing of residuals."""
+        model = copy.copy(self)
+        model.tensors = {name: info for name, info in self.tensors.items() if name.rpartition(".")[2] not in sparse_residual.PARTS}
+        return model
 
     def dense_dtype(self, linear: str) -> torch.dtype:
         """The dtype of a linear's weight in the source, or of its scales if it was packed there."""
@@ -459,13 +512,14 @@ class Model:
     def adopt(self, path: Path) -> list[dict[str, Any]]:
         """Take the tensors of a finished block from its file, and return its records."""
         tensors, metadata = read_header(path)
+        for linear in [name.removesuffix(".weight_scale") for name in tensors if name.endswith(".weight_scale")]:
+            before = self.tensors.pop(f"{linear}.weight")
+            self.exact[linear] = tensors.pop(f"{linear}.{EXACT}", before)
+        self.tensors |= tensors
         records = cast(list[dict[str, Any]], json.loads(metadata["records"]))
         for record in records:
-            if f"{record['name']}.weight" not in tensors and f"{record['name']}.weight_scale" in tensors:
-                self.tensors.pop(f"{record['name']}.weight", None)
             if record.get("activations"):
                 self._inputs[record["name"]] = record["activations"]
-        self.tensors |= tensors
         return records
 
     # Running --------------------------------------------------------------------------------------------------------------------
@@ -509,4 +563,4 @@ class Model:
 def _dense_name(name: str) -> str:
     """The source name of a tensor that may be one of several that replaced it."""
     head, _, part = name.rpartition(".")
-    return f"{head}.weight" if part in formats.PARTS else name
+    return f"{head}.weight" if part in (*formats.PARTS, *sparse_residual.PARTS) else name

@@ -18,7 +18,7 @@ PARTS = ("weight_packed", "weight", "weight_scale", "weight_shape", "weight_zero
 def layouts() -> tuple[ModuleType, ...]:
     """Every layout, found by file name."""
     names = [module.name for module in pkgutil.iter_modules(importlib.import_module("compress.formats").__path__)]
-    return tuple(importlib.import_module(f"compress.formats.{name}") for name in names if name not in ("base", "sizes"))
+    return tuple(importlib.import_module(f"compress.formats.{name}") for name in names if name not in ("base", "sizes", "sparse_residual"))
 
 
 def find(dtypes: dict[str, str]) -> ModuleType | None:
