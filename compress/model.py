@@ -137,6 +137,10 @@ class Block:
             found = self._model.dense(linear) if linear in self._model.layout.linears else read_tensor(self._model.tensors[name])
         return found.to(self._model.device, torch.float32)
 
+    def is_quantized(self, linear: str) -> bool:
+        """Whether a pass that is finished has quantised it."""
+        return linear in self._model.exact
+
     def exact(self, linear: str) -> Tensor:
         """[out, in] float32, the weight of a quantised linear as it was just before that; a copy."""
         return read_tensor(self._model.exact[linear]).to(self._model.device, torch.float32)
@@ -451,7 +455,7 @@ class Model:
 
     def residual(self, linear: str) -> Residual | None:
         """What is stored of a linear beside its codes, or None if nothing is."""
-        names = [f"{linear}.{part}" for part in sparse_residual.PARTS]
+        names = [f"{linear}.{part}" for part in formats.RESIDUAL_PARTS]
         if names[0] not in self.tensors:
             return None
         shape = self.layout.linears[linear]
@@ -469,10 +473,15 @@ class Model:
         weight = self.quantized(linear)
         return weight.dequantize(torch.float32 if linear in self._inputs else None) if weight else None
 
+    @property
+    def has_residuals(self) -> bool:
+        """Whether any linear has residuals beside its codes."""
+        return any(name.endswith(formats.RESIDUAL_PARTS) for name in self.tensors)
+
     def without_residuals(self) -> Model:
         """The model that an engine computes with that knows nothing of residuals."""
         model = copy.copy(self)
-        model.tensors = {name: info for name, info in self.tensors.items() if name.rpartition(".")[2] not in sparse_residual.PARTS}
+        model.tensors = {name: info for name, info in self.tensors.items() if not name.endswith(formats.RESIDUAL_PARTS)}
         return model
 
     def dense_dtype(self, linear: str) -> torch.dtype:
@@ -563,4 +572,4 @@ class Model:
 def _dense_name(name: str) -> str:
     """The source name of a tensor that may be one of several that replaced it."""
     head, _, part = name.rpartition(".")
-    return f"{head}.weight" if part in (*formats.PARTS, *sparse_residual.PARTS) else name
+    return f"{head}.weight" if part in (*formats.PARTS, *formats.RESIDUAL_PARTS) else name

@@ -23,7 +23,7 @@ import yaml
 from compress import __version__
 from compress.checkpoint import Checkpoint, copy_file, sha256, sync_folder, write_text
 from compress.errors import InputError
-from compress.formats.base import PARTS
+from compress.formats.base import PARTS, RESIDUAL_PARTS
 from compress.layout import Layout
 from compress.passes.base import Pass, Scheme
 from compress.recipe import Recipe, check, export_module
@@ -173,6 +173,7 @@ class _Run:
         work = self._work_folder(sources, samples.digest if samples else "")
         for index, (name, step) in enumerate(self.steps):
             self._pass(index, name, step, samples, work)
+        self._settle()
         staging = work / "artifact"
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir()
@@ -181,7 +182,7 @@ class _Run:
         evaluation = self._evaluate(staging)
         ledger = self._ledger()
         size = self._size(staging)
-        fallbacks = [record for record in self.records if record.get("fallback")]
+        fallbacks = [record for record in self.records + self.transforms if record.get("fallback")]
         gates = judge(self.recipe, evaluation, size, len(fallbacks))
         accepted = all(gate["passed"] for gate in gates)
         self._manifest(staging, sources, samples, accepted)
@@ -264,6 +265,12 @@ class _Run:
         if missing:
             raise AssertionError(f"{name} left {len(missing)} linears alone that it should have taken: {missing[:3]}")
 
+    def _settle(self) -> None:
+        """A pass may have found that the model is better off without residuals; then nothing may claim that there are some."""
+        if not self.model.has_residuals:
+            self.plan = {name: (by, scheme.coded) for name, (by, scheme) in self.plan.items()}
+            self.schemes = {name: scheme for name, (_, scheme) in self.plan.items()}
+
     def _export(self, staging: Path) -> None:
         self.progress.step("export", 1)
         export_module(self.recipe.export[0]).write(self.model, self.schemes, staging)
@@ -282,7 +289,9 @@ class _Run:
         mode = self.recipe.verify if self.recipe.verify != "auto" else "full" if dense <= FULL_REOPEN_BYTES else "streamed"
         result["mode"] = mode
         if mode == "full":
-            result |= reopen.compare_logits(self.model, staging, self.tokenizer)
+            result |= reopen.compare_logits(self.model.without_residuals(), staging, self.tokenizer)
+            if self.model.has_residuals:
+                result["residuals_left_out"] = True
         return result
 
     def _evaluate(self, staging: Path) -> dict[str, Any] | None:
@@ -292,7 +301,12 @@ class _Run:
             return None
         self.progress.step("evaluate", 2 * len(self.layout.blocks))
         self.model.release()
-        return measure.against_source(self.layout, staging, self.recipe.evaluate, self.tokenizer, self.progress)
+        result = measure.against_source(self.layout, staging, self.recipe.evaluate, self.tokenizer, self.progress)
+        if self.model.has_residuals:
+            self.progress.step("evaluate without residuals", 2 * len(self.layout.blocks))
+            coded = measure.against_source(self.layout, staging, self.recipe.evaluate, self.tokenizer, self.progress, residuals=False)
+            result["without_residuals"] = coded["compressed"]
+        return result
 
     def _ledger(self) -> list[dict[str, Any]]:
         """What became of every tensor of the source. Raises AssertionError if one is not accounted for: a bug, not a warning."""
@@ -322,7 +336,7 @@ class _Run:
     def _size(self, staging: Path) -> dict[str, Any]:
         after = Checkpoint(staging)
         quantized = sum(linear.rows * linear.columns for name, linear in self.layout.linears.items() if name in self.plan)
-        parts = [f"{name}.{part}" for name in self.plan for part in PARTS if part != "weight_shape"]
+        parts = [f"{name}.{part}" for name in self.plan for part in (*PARTS, *RESIDUAL_PARTS) if part != "weight_shape"]
         stored = sum(after.tensors[part].nbytes for part in parts if part in after.tensors)
         return {
             "before_bytes": self.layout.checkpoint.nbytes,
@@ -341,7 +355,8 @@ class _Run:
         verdicts = export_module(self.recipe.export[0]).verdicts(self.layout, self.schemes)
         manifest = {
             "accepted": accepted,
-            "loadable_by": sorted(engine for engine, verdict in verdicts.items() if not verdict.startswith("refuses")),
+            "loadable_by": sorted(engine for engine, verdict in verdicts.items() if not verdict.startswith(("refuses", "without residuals"))),
+            "loadable_without_residuals_by": sorted(engine for engine, verdict in verdicts.items() if verdict.startswith("without residuals")),
             "compress": __version__,
             "recipe_hash": self.recipe.hash,
             "seed": self.recipe.calibration.seed,

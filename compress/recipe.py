@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from compress.errors import InputError, Problems
 from compress.layout import Layout
-from compress.passes.base import STAGES, Pass, Scheme
+from compress.passes.base import STAGES, Pass, Refining, Scheme
 
 
 class Section(BaseModel):
@@ -321,8 +321,17 @@ def check(recipe: Recipe, layout: Layout, place: str) -> dict[str, tuple[str, Sc
                 )
                 break
             plan[linear] = (name, scheme)
+        if isinstance(step, Refining):
+            refined = step.refine(where, {linear: scheme for linear, (_, scheme) in plan.items()}, problems)
+            plan |= {linear: (plan[linear][0], scheme) for linear, scheme in refined.items()}
     for target in recipe.export:
         export_module(target).check(f"{place}: export", layout, {name: scheme for name, (_, scheme) in plan.items()}, problems)
+    if recipe.evaluate and recipe.evaluate.tasks and any(scheme.residuals for _, scheme in plan.values()):
+        problems.add(
+            f"{place}: evaluate.tasks",
+            "lm-eval runs the artifact in transformers, which leaves residuals out",
+            "drop the tasks; the other figures are measured with residuals",
+        )
     _check_data(recipe, layout, place, problems)
     problems.raise_if_any()
     return plan

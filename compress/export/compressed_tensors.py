@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.checkpoint import INDEX, SINGLE, Entry, entry, write_safetensors, write_text
+from compress.checkpoint import INDEX, RESIDUALS, SINGLE, Entry, entry, write_safetensors, write_text
 from compress.errors import InputError, Problems
+from compress.formats.base import RESIDUAL_PARTS
 from compress.layout import Layout
 from compress.passes.base import Scheme
 
@@ -27,6 +28,7 @@ VERSION = "0.18.0"
 
 def check(place: str, layout: Layout, plan: dict[str, Scheme], problems: Problems) -> None:
     """Report what this layout or its readers cannot express."""
+    plan = _coded(plan)
     for block in layout.blocks:
         schemes = set()
         for stage in block.stages:
@@ -44,6 +46,11 @@ def check(place: str, layout: Layout, plan: dict[str, Scheme], problems: Problem
 
 def verdicts(layout: Layout, plan: dict[str, Scheme]) -> dict[str, str]:
     """For each serving engine, whether and how it reads the artifact, as far as its loader's rules tell."""
+    if any(scheme.residuals for scheme in plan.values()):
+        # Residuals lie where no engine looks, so what it computes with are the codes alone.
+        coded = verdicts(layout, _coded(plan))
+        partly = {engine: text if text.startswith("refuses") else f"without residuals; {text}" for engine, text in coded.items()}
+        return {"compress": "loads"} | partly
     schemes = set(plan.values())
     if not schemes:
         return dict.fromkeys(("transformers", "vLLM", "SGLang"), "loads: nothing is quantised")
@@ -69,7 +76,7 @@ def verdicts(layout: Layout, plan: dict[str, Scheme]) -> dict[str, str]:
 def quantization_config(layout: Layout, plan: dict[str, Scheme]) -> dict[str, Any]:
     """The `quantization_config` of config.json for what `plan` says."""
     by_scheme: dict[Scheme, list[str]] = {}
-    for name, scheme in plan.items():
+    for name, scheme in _coded(plan).items():
         by_scheme.setdefault(scheme, []).append(name)
     groups = {}
     for index, (scheme, names) in enumerate(by_scheme.items()):
@@ -171,6 +178,10 @@ def write(model: Model, plan: dict[str, Scheme], folder: Path) -> None:
     config = dict(model.checkpoint.config)
     if plan:
         config["quantization_config"] = quantization_config(model.layout, plan)
+    if residuals := [entry(name, info) for name, info in sorted(model.tensors.items()) if name.endswith(RESIDUAL_PARTS)]:
+        (folder / RESIDUALS).parent.mkdir()
+        write_safetensors(folder / RESIDUALS, residuals, {"format": "sparse-residual"})
+        config["quantization_config"]["residuals"] = RESIDUALS
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
 
@@ -185,7 +196,7 @@ def _shards(model: Model) -> Iterator[list[Entry]]:
 
     entries: list[Entry] = []
     size = 0
-    for name in sorted((name for name in model.tensors if not is_dropped(model, name)), key=position):
+    for name in sorted((name for name in model.tensors if not is_dropped(model, name) and not name.endswith(RESIDUAL_PARTS)), key=position):
         item = entry(name, model.final(name))
         if entries and size + item.nbytes > SHARD_BYTES:
             yield entries
@@ -193,6 +204,11 @@ def _shards(model: Model) -> Iterator[list[Entry]]:
         entries.append(item)
         size += item.nbytes
     yield entries
+
+
+def _coded(plan: dict[str, Scheme]) -> dict[str, Scheme]:
+    """The plan as engines see it, which know nothing of residuals."""
+    return {name: scheme.coded for name, scheme in plan.items()}
 
 
 def is_dropped(model: Model, name: str) -> str | None:

@@ -12,6 +12,8 @@ from types import ModuleType
 
 PARTS = ("weight_packed", "weight", "weight_scale", "weight_shape", "weight_zero_point", "weight_global_scale", "input_scale")
 """What the tensors of a quantised linear are called, after its name."""
+RESIDUAL_PARTS = ("sparse_row_offsets", "sparse_columns", "sparse_values")
+"""What `sparse_residual` stores beside them."""
 
 
 @cache

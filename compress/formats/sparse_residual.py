@@ -19,10 +19,9 @@ import torch
 from torch import Tensor
 
 from compress.errors import InputError
+from compress.formats.base import RESIDUAL_PARTS
 
-NAME = "sparse-residual"
-OFFSETS, COLUMNS, VALUES = "sparse_row_offsets", "sparse_columns", "sparse_values"
-PARTS = (OFFSETS, COLUMNS, VALUES)
+OFFSETS, COLUMNS, VALUES = RESIDUAL_PARTS
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ def pack(linear: str, residual: Residual) -> dict[str, Tensor]:
 
 def unpack(linear: str, tensors: dict[str, Tensor], shape: tuple[int, int]) -> Residual:
     """The inverse of `pack` for a weight of ``shape`` [out, in]. Raises `InputError` if the tensors contradict each other or that."""
-    offsets, columns, values = (tensors[f"{linear}.{part}"] for part in PARTS)
+    offsets, columns, values = (tensors[f"{linear}.{part}"] for part in RESIDUAL_PARTS)
     counts, columns = offsets.long().diff(), columns.long()  # int16 compares wrongly with a width it cannot hold
     whole = offsets.shape == (shape[0] + 1,) and columns.shape == values.shape == (int(offsets[-1]),) and not int(offsets[0])
     if not whole or bool((counts < 0).any()) or bool((columns < 0).any()) or bool((columns >= shape[1]).any()):
