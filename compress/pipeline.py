@@ -106,10 +106,10 @@ def _check_target(request: Request, layout: Layout) -> None:
 
 
 def _check_disk(request: Request, layout: Layout, plan: dict[str, Scheme]) -> None:
-    from compress.planning import output_bytes
+    from compress.planning import gradient_bytes, output_bytes
 
-    # Blocks of each pass, then the artifact beside them; activations are small change beside the margin.
-    needed = int(2.1 * output_bytes(layout, plan)) + (64 << 20)
+    # Blocks of each pass, then the artifact beside them; activations between two blocks are small change beside the margin.
+    needed = int(2.1 * output_bytes(layout, plan)) + (64 << 20) + gradient_bytes(request.recipe, layout)
     free = shutil.disk_usage(request.out.absolute().parent).free
     if free < needed:
         raise InputError.one(

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from compress.layout import BlockLayout, Group, Layout
-from compress.passes.base import Scheme
+from compress.passes.base import Refining, Scheme
 from compress.recipe import Recipe, export_module
 
 RUNTIME_BYTES = 600 << 20
@@ -16,6 +16,9 @@ RUNTIME_BYTES = 600 << 20
 STATISTICS_BYTES = 1 << 30
 ASSUMED_FLOPS = 2.5e11
 """Sustained, on a small CPU with wide vectors; see bench/ for what is measured."""
+
+FORWARDS = 11
+"""What a pass that takes gradients costs, in forward passes: three losses, and twice there and back with recomputation."""
 
 
 def output_bytes(layout: Layout, plan: dict[str, Scheme]) -> int:
@@ -37,12 +40,15 @@ def plan(recipe: Recipe, layout: Layout, schemes: dict[str, tuple[str, Scheme]])
     for name, step in recipe.instances():
         mine = {linear: scheme for linear, (by, scheme) in schemes.items() if by == name}
         tokens = recipe.calibration.samples * recipe.calibration.length if step.needs_data else 0
+        gradients = isinstance(step, Refining)
         passes.append(
             {
                 "name": name,
-                "peak_bytes": _peak(layout, mine, tokens),
-                "disk_bytes": sum(_packed(layout, linear, scheme) for linear, scheme in mine.items()) + 2 * tokens * _hidden(layout),
-                "seconds": _operations(layout, mine, tokens) / ASSUMED_FLOPS,
+                "peak_bytes": _peak_with_gradients(layout, tokens) if gradients else _peak(layout, mine, tokens),
+                "disk_bytes": gradient_bytes(recipe, layout)
+                if gradients
+                else sum(_packed(layout, linear, scheme) for linear, scheme in mine.items()) + 2 * tokens * _hidden(layout),
+                "seconds": (_forward(layout, tokens) * FORWARDS if gradients else _operations(layout, mine, tokens)) / ASSUMED_FLOPS,
             }
         )
     return {
@@ -56,6 +62,14 @@ def plan(recipe: Recipe, layout: Layout, schemes: dict[str, tuple[str, Scheme]])
     }
 
 
+def gradient_bytes(recipe: Recipe, layout: Layout) -> int:
+    """Disk that a pass takes for what every block is given and for the mean gradients, while it runs; 0 without such a pass."""
+    if not any(isinstance(step, Refining) for _, step in recipe.instances()):
+        return 0
+    tokens = recipe.calibration.samples * recipe.calibration.length
+    return 2 * tokens * _hidden(layout) * len(layout.blocks) + 4 * sum(linear.rows * linear.columns for linear in layout.linears.values())
+
+
 def _packed(layout: Layout, name: str, scheme: Scheme) -> int:
     linear, info = layout.linears[name], layout.checkpoint.tensors[f"{name}.weight"]
     return scheme.stored_bytes(linear, info.nbytes // (linear.rows * linear.columns))
@@ -67,6 +81,12 @@ def _hidden(layout: Layout) -> int:
 
 def _block_bytes(layout: Layout, block: BlockLayout) -> int:
     return sum(layout.checkpoint.tensors[name].nbytes for name in block.tensors)
+
+
+def _peak_with_gradients(layout: Layout, tokens: int) -> int:
+    """What `_peak` counts outside of statistics, activations with their gradients, and a block's weights in float32 at three places."""
+    elements = max(sum(_elements(group) for stage in block.stages for group in stage.groups) for block in layout.blocks)
+    return _peak(layout, {}, 2 * tokens) + 3 * 4 * elements
 
 
 def _peak(layout: Layout, mine: dict[str, Scheme], tokens: int) -> int:
@@ -84,16 +104,30 @@ def _elements(group: Group) -> int:
     return sum(linear.rows * linear.columns for linear in group.linears)
 
 
+def _forward(layout: Layout, tokens: int) -> float:
+    """Floating-point operations of the linears in a forward pass."""
+    total = 0.0
+    for block in layout.blocks:
+        for stage in block.stages:
+            total += sum(2 * _elements(group) * tokens * _active(layout, block, group) for group in stage.groups)
+    return total
+
+
+def _active(layout: Layout, block: BlockLayout, group: Group) -> float:
+    """Share of the tokens that a group sees."""
+    if group.expert is None:
+        return 1.0
+    experts = max(len(stage.groups) for stage in block.stages)
+    return int(layout.text_config.get("num_experts_per_tok") or experts) / experts
+
+
 def _operations(layout: Layout, mine: dict[str, Scheme], tokens: int) -> float:
     """Floating-point operations: about two and a half forward passes, second moments, factors and feedback."""
     total = 0.0
     for block in layout.blocks:
-        experts = max((len(stage.groups) for stage in block.stages), default=1)
-        active = int(layout.text_config.get("num_experts_per_tok") or experts)
         for stage in block.stages:
             for group in stage.groups:
-                share = active / experts if group.expert is not None else 1.0
-                columns, elements = group.columns, _elements(group)
+                share, columns, elements = _active(layout, block, group), group.columns, _elements(group)
                 total += 5 * elements * tokens * share
                 if group.linears[0].name in mine:
                     total += 100 * elements
