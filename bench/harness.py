@@ -24,6 +24,7 @@ from typing import Any
 
 import psutil
 import yaml
+from rivals.protocol import PACKAGES, Grid
 
 BENCH = Path(__file__).resolve().parent
 SAMPLE_SECONDS = 0.25
@@ -67,13 +68,14 @@ class Usage:
 
 
 def environment() -> dict[str, str]:
-    """The environment every side runs in: all cores, no network, and threads that sleep while they wait.
+    """The environment every side runs in: as many threads as $OMP_NUM_THREADS says, or else as there are cores, no network, and
+    threads that sleep while they wait.
 
     Without the last, OpenMP threads spin at every barrier; on a machine with anything else to do that costs one side an
     order of magnitude, and which side is chance.
     """
-    cores = str(os.cpu_count() or 1)
-    fixed = {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": cores, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    threads = os.environ.get("OMP_NUM_THREADS") or str(os.cpu_count() or 1)
+    fixed = {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     return {**os.environ, **fixed}
 
 
@@ -168,18 +170,26 @@ def venv_python(venvs: Path | None, tool: str) -> Path | None:
 
 
 def rival_command(python: Path, tool: str, model: Path, tokens: Path, out: Path, **options: object) -> list[str | Path]:
-    """The command that lets `tool` quantise `model`; `options` are those of rivals/protocol.py, with ``symmetric``."""
-    grid = "--sym" if options.pop("symmetric") else "--asym"
+    """The command that lets `tool` quantise `model`; `options` are those of rivals/protocol.py."""
     flags = [part for key, value in options.items() for part in (f"--{key.replace('_', '-')}", str(value))]
     script = BENCH / "rivals" / f"run_{tool}.py"
-    return [python, script, "--model", model, "--tokens", tokens, "--out", out, grid, *flags]
+    return [python, script, "--model", model, "--tokens", tokens, "--out", out, *flags]
 
 
-def write_recipe(path: Path, name: str, options: dict[str, Any], tokens: Path, samples: int, length: int) -> Path:
+def our_grid(grid: Grid) -> dict[str, Any]:
+    """The options of our passes that round which mean `grid`."""
+    if grid.format == "int":
+        options = {"bits": grid.bits, "group_size": grid.group_size or "channel", "symmetric": grid.symmetric}
+    else:
+        options = {"format": grid.format}
+    return options | ({"activations": "dynamic"} if grid.activations else {})
+
+
+def write_recipe(path: Path, passes: Sequence[dict[str, Any]], tokens: Path, samples: int, length: int) -> Path:
     """Write the recipe that says for us what the flags of `rival_command` say for the others; returns its path."""
     recipe = {
         "calibration": {"data": str(tokens), "samples": samples, "length": length, "seed": 0},
-        "passes": [{name: options}],
+        "passes": list(passes),
         "evaluate": None,
         "export": ["compressed-tensors"],
     }
@@ -265,10 +275,10 @@ def stamp(rivals: dict[str, Path | None]) -> dict[str, Any]:
             "memory_bytes": psutil.virtual_memory().total,
         },
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
-        "threads": os.cpu_count(),
+        "threads": int(environment()["OMP_NUM_THREADS"]),
         "omp_wait_policy": environment()["OMP_WAIT_POLICY"],
         "versions": {
             "ours": _versions(sys.executable, common),
-            **{tool: _versions(python, (tool, *common)) if python else None for tool, python in rivals.items()},
+            **{tool: _versions(python, (PACKAGES[tool], *common)) if python else None for tool, python in rivals.items()},
         },
     }

@@ -45,7 +45,7 @@ def main() -> int:
         checkpoint_bytes = make(shape, arguments.tokenizer, model)
         harness.write_windows(tokens, harness.random_ids(arguments.samples, arguments.length))
         options = grid | yaml.safe_load(arguments.options)
-        recipe = harness.write_recipe(work / "recipe.yaml", "gptq", options, tokens, arguments.samples, arguments.length)
+        recipe = harness.write_recipe(work / "recipe.yaml", [{"gptq": options}], tokens, arguments.samples, arguments.length)
         done = harness.run(harness.our_command(recipe, model, work / "out"))
     if done.returncode not in harness.OUR_SUCCESS:
         print(done.stderr, file=sys.stderr)

@@ -27,9 +27,10 @@ import yaml
 from make_random_llama import add_shape_arguments, make, shape_from
 from rich.console import Console
 from rich.table import Table
-from rivals.protocol import VARIANTS
+from rivals.protocol import GRIDS, INTEGER, METHODS
 
 OURS = "ours"
+RIVALS = [tool for tool, methods in METHODS.items() if "gptq" in methods]
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -37,11 +38,9 @@ def parse_arguments() -> argparse.Namespace:
     add_shape_arguments(parser, preset="0.9b")
     parser.add_argument("--venvs", type=Path, default=os.environ.get("COMPRESS_RIVALS"), help="the rivals' environments (or $COMPRESS_RIVALS)")
     parser.add_argument("--json", type=Path, required=True, help="where the numbers go")
-    parser.add_argument("--rivals", nargs="*", default=list(VARIANTS), choices=list(VARIANTS))
+    parser.add_argument("--rivals", nargs="*", default=RIVALS, choices=RIVALS)
     parser.add_argument("--pass", dest="options", default="{}", help="more options of our gptq pass, as YAML")
-    parser.add_argument("--bits", type=int, default=4)
-    parser.add_argument("--group-size", type=int, default=128)
-    parser.add_argument("--asymmetric", action="store_true", help="asymmetric grids on every side")
+    parser.add_argument("--grid", choices=INTEGER, default="w4g128")
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=3)
@@ -54,14 +53,13 @@ def commands(arguments: argparse.Namespace, pythons: dict[str, Path | None], wor
     """For every side that is installed, a function from (model, out) to the command that quantises it."""
     tokens = work / "tokens.jsonl"
     harness.write_windows(tokens, harness.random_ids(arguments.samples, arguments.length))
-    grid = {"bits": arguments.bits, "group_size": arguments.group_size, "symmetric": not arguments.asymmetric}
-    options = grid | yaml.safe_load(arguments.options)
-    recipe = harness.write_recipe(work / "recipe.yaml", "gptq", options, tokens, arguments.samples, arguments.length)
+    options = harness.our_grid(GRIDS[arguments.grid]) | yaml.safe_load(arguments.options)
+    recipe = harness.write_recipe(work / "recipe.yaml", [{"gptq": options}], tokens, arguments.samples, arguments.length)
     sides: dict[str, Any] = {OURS: lambda model, out: harness.our_command(recipe, model, out)}
     for tool, python in pythons.items():
         if python:
             sides[tool] = lambda model, out, tool=tool, python=python: harness.rival_command(
-                python, tool, model, tokens, out, dtype=arguments.rival_dtype, **grid
+                python, tool, model, tokens, out, dtype=arguments.rival_dtype, grid=arguments.grid, method="gptq"
             )
     return sides
 
@@ -144,9 +142,7 @@ def main() -> None:
         print(f"fastest rival / ours, {key}: {'not known' if value is None else f'{value:.2f}'}")
     protocol = {
         "shape": dataclasses.asdict(shape) | {"layers": list(arguments.layers_of)},
-        "bits": arguments.bits,
-        "group_size": arguments.group_size,
-        "symmetric": not arguments.asymmetric,
+        "grid": arguments.grid,
         "samples": arguments.samples,
         "length": arguments.length,
         "repeats": arguments.repeats,

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from compress.checkpoint import entry, read_header, read_tensor, write_safetensors
 from compress.data import Samples
-from compress.drift import Drift
+from compress.drift import Drift, Moved
 from compress.hardware import return_freed_memory
 from compress.layout import EXPERTS_IN, EXPERTS_OUT, Group, Stage
 from compress.model import Block, Model, Reached
+from compress.probe import Probe
 from compress.replay import Replay
 
 TILE = 512
@@ -44,6 +45,11 @@ class Workspace:
 
     def block_file(self, index: int) -> Path:
         return self.folder / f"block-{index:05d}.safetensors"
+
+    @property
+    def outside_file(self) -> Path:
+        """What a pass changes outside the blocks."""
+        return self.folder / "outside.safetensors"
 
     @property
     def activations(self) -> Path:
@@ -124,8 +130,8 @@ class Inputs:
     """Tokens of the whole calibration set."""
     peaks: tuple[float | None, ...]
     """Largest magnitude that each group read, on request."""
-    drift: Tensor | None = None
-    """[in, in] float32, mean of ``(x - y) y^T``, ``x`` the input before the pass began and ``y`` that of now; on request, never of experts."""
+    moved: Moved | None = None
+    """How far inputs are from what they were before the pass began; on request, never of experts."""
 
 
 def walk(model: Model, workspace: Workspace) -> Iterator[Block]:
@@ -177,7 +183,7 @@ def sweep(
 
 @dataclass(frozen=True)
 class Trainable:
-    """A block to be trained to give, for what it is given now, what it gave before the pass began.
+    """A block to be trained to give, for what it is given now, what it gave before the pass began, or before any quantising.
 
     ``inputs`` and ``targets`` [batches] of [rows, tokens, hidden]; ``kwargs`` by batch; ``seen`` the tokens of the whole calibration set.
     """
@@ -187,6 +193,17 @@ class Trainable:
     targets: list[Tensor]
     kwargs: list[dict[str, Any]]
     seen: int
+
+    def loss(self, weights: dict[str, Tensor], batch: int, trim: float = 0.0) -> Tensor:
+        """Mean squared difference from the target with ``weights`` [out, in] of some linears, by name; differentiable in them.
+
+        A share `trim` of the squares, the largest, is left out.
+        """
+        given = self.block.forward_with(weights, self.inputs[batch], self.kwargs[batch])
+        squared = (given.float() - self.targets[batch].float()).square()
+        if trim:
+            squared = squared.flatten().topk(squared.numel() - int(trim * squared.numel()), largest=False, sorted=False).values
+        return squared.mean()
 
     def tokens(self) -> dict[str, int]:
         """How many tokens each linear of an expert sees, by name; every other linear sees all."""
@@ -200,8 +217,8 @@ class Trainable:
     def _tokens_of_experts(self) -> dict[int | None, int]:
         counts: dict[int | None, int] = {}
 
-        def record(expert: int, inputs: Tensor) -> None:
-            counts[expert] = counts.get(expert, 0) + len(inputs)
+        def record(expert: int, token: Tensor, inputs: Tensor) -> None:
+            counts[expert] = counts.get(expert, 0) + len(token)
 
         with self.block.listening(record, after_gate=False), torch.no_grad():
             for hidden, kwargs in zip(self.inputs, self.kwargs, strict=True):
@@ -210,23 +227,45 @@ class Trainable:
         return counts
 
 
-def train(model: Model, samples: Samples, workspace: Workspace) -> Iterator[Trainable]:
-    """Every unfinished block with what it is given and what it should give, in order."""
+def train(model: Model, samples: Samples, workspace: Workspace, *, exact: bool = False) -> Iterator[Trainable]:
+    """Every unfinished block with what it is given and what it should give, in order.
+
+    It should give what it gave before this pass, or, with `exact`, before any pass quantised anything.
+    """
+    target = model.before_quantizing() if exact else model
     with torch.no_grad():
         start, (now, before), kwargs = _begin(model, samples, workspace, 2)
     model.release()
     workspace.progress.blocks(start, len(model.blocks))
     for layout in model.blocks[start:]:
         of_block = [each[layout.index] for each in kwargs]
+        with target.block(layout.index) as block, torch.no_grad():
+            block.advance(before, of_block)
         with model.block(layout.index) as block:
-            with torch.no_grad():
-                block.advance(before, of_block)
             yield Trainable(block, now, before, of_block, samples.tokens)
             block.save(workspace.block_file(layout.index))
             if layout.index + 1 < len(model.blocks):
                 with torch.no_grad():
                     block.advance(now, of_block)
                 _keep(workspace, layout.index + 1, [now, before])
+        workspace.progress.blocks(layout.index + 1, len(model.blocks))
+
+
+@torch.no_grad()
+def visit(model: Model, samples: Samples, workspace: Workspace) -> Iterator[Probe]:
+    """Every unfinished block with what it is given, in order; what the next one is given is what it gives once the receiver is done with it."""
+    start, (hidden,), kwargs = _begin(model, samples, workspace, 1)
+    members = [batch.members for batch in samples.batches()]
+    model.release()
+    workspace.progress.blocks(start, len(model.blocks))
+    for layout in model.blocks[start:]:
+        of_block = [each[layout.index] for each in kwargs]
+        with model.block(layout.index) as block:
+            yield Probe(block, hidden, of_block, members)
+            block.save(workspace.block_file(layout.index))
+            if layout.index + 1 < len(model.blocks):
+                block.advance(hidden, of_block)
+                _keep(workspace, layout.index + 1, [hidden])
         workspace.progress.blocks(layout.index + 1, len(model.blocks))
 
 
@@ -261,18 +300,17 @@ def _turns(groups: tuple[Group, ...]) -> Iterator[tuple[Group, ...]]:
 def _measure(block: Block, stage: Stage, groups: tuple[Group, ...], replay: Replay, moment: SecondMoment, moved: Drift | None) -> Callable[[], None]:
     """Run all data through the block up to where `groups` read their input. Returns what to call once they are final."""
     if stage.name not in (EXPERTS_IN, EXPERTS_OUT):
-        if moved:
-            moved.begin(groups[0].columns, moment.total.device)
 
         def note(inputs: Tensor) -> None:
             moment.add(0, inputs)
             if moved:
-                moved.add(groups[0].linears[0].name, replay.batch, inputs)
+                moved.add(replay.batch, inputs, replay.hidden[replay.batch])
 
-        return replay.measure(block, groups[0], note)
+        with moved.following(block, groups[0].linears[0].name, groups[0].columns, moment.total.device) if moved else nullcontext():
+            return replay.measure(block, groups[0], note)
     member = {group.expert: index for index, group in enumerate(groups)}
 
-    def record(expert: int, inputs: Tensor) -> None:
+    def record(expert: int, token: Tensor, inputs: Tensor) -> None:
         if expert in member:
             moment.add(member[expert], inputs)
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import yaml
 
 from compress import __version__
-from compress.passes.base import Scheme
-from compress.recipe import Recipe
+from compress.passes.base import Transform
+from compress.recipe import Recipe, cache_scheme
+from compress.scheme import Scheme
 
 LEFT_OUT = """
 transformers and serving engines leave out what lies in `residuals/`; `compress eval` reads it. The report says what is lost with it and without.
@@ -16,8 +17,13 @@ transformers and serving engines leave out what lies in `residuals/`; `compress 
 def write(model: str, recipe: Recipe, schemes: dict[str, Scheme]) -> str:
     """README.md of the artifact."""
     kinds = sorted({scheme.text for scheme in schemes.values()})
+    cache = cache_scheme(recipe)
+    of_cache = f" Keys and values are cached as {cache.text}." if cache else ""
     passes = ", ".join(name for name, _ in recipe.instances())
     left_out = LEFT_OUT if any(scheme.residuals for scheme in schemes.values()) else ""
+    rest = "Other tensors were rewritten without changing what the model computes, and rounded to the dtype they had."
+    if all(not isinstance(step, Transform) for _, step in recipe.instances()):
+        rest = "Everything else is as in the source, byte for byte."
     return f"""---
 library_name: transformers
 tags: [compress, compressed-tensors]
@@ -25,7 +31,7 @@ tags: [compress, compressed-tensors]
 
 # {model}, compressed
 
-{len(schemes)} linears are {"; ".join(kinds) or "unchanged"} ({passes}). Everything else is as in the source, byte for byte.
+{len(schemes)} linears are {"; ".join(kinds) or "unchanged"} ({passes}).{of_cache} {rest}
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer

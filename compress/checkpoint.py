@@ -15,7 +15,7 @@ import shutil
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +38,8 @@ TORCH_DTYPES = {
 }  # fmt: skip
 DTYPE_NAMES = {torch_name: name for name, torch_name in TORCH_DTYPES.items()}
 FLOATS = ("F16", "BF16", "F32", "F64")
+CAST_AT_ONCE = 1 << 20
+"""Elements of a tensor that is written in another dtype than it is stored in, held at a time."""
 OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".pkl", ".safetensors")
 
 
@@ -269,7 +271,7 @@ def sha256(path: Path, advance: Callable[[int], None] = lambda nbytes: None) -> 
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor to be written: its bytes come from `source`, a stored tensor or one in memory."""
+    """One tensor to be written: its bytes come from `source`, one in memory or a stored one, which may be of another float dtype."""
 
     name: str
     dtype: str
@@ -289,6 +291,20 @@ def entry(name: str, source: TensorInfo | torch.Tensor) -> Entry:
     if isinstance(source, TensorInfo):
         return Entry(name, source.dtype, source.shape, source)
     return Entry(name, DTYPE_NAMES[str(source.dtype).removeprefix("torch.")], tuple(source.shape), source)
+
+
+def read_entry(item: Entry) -> torch.Tensor:
+    """The tensor that `item` will be when it is written, on the CPU. Raises `InputError` if it has values its dtype cannot hold."""
+    import torch
+
+    tensor = read_tensor(item.source) if isinstance(item.source, TensorInfo) else item.source
+    wanted = getattr(torch, TORCH_DTYPES[item.dtype])
+    if tensor.dtype == wanted:
+        return tensor
+    cast = tensor.to(wanted)
+    if not torch.isfinite(cast).all():
+        raise InputError.one(item.name, f"was changed to values that {item.dtype} cannot hold", "leave out the pass that changed it")
+    return cast
 
 
 def write_safetensors(path: Path, entries: Iterable[Entry], metadata: Mapping[str, str]) -> None:
@@ -314,7 +330,13 @@ def write_safetensors(path: Path, entries: Iterable[Entry], metadata: Mapping[st
 
 
 def _chunks(item: Entry) -> Iterator[bytes | memoryview]:
-    if isinstance(item.source, TensorInfo):
+    if isinstance(item.source, TensorInfo) and item.source.dtype != item.dtype:
+        width, count = DTYPE_BYTES[item.source.dtype], item.source.nbytes // DTYPE_BYTES[item.source.dtype]
+        for start in range(0, count, CAST_AT_ONCE):
+            end = min(start + CAST_AT_ONCE, count)
+            part = replace(item.source, shape=(end - start,), begin=item.source.begin + start * width, end=item.source.begin + end * width)
+            yield from _chunks(entry(item.name, read_entry(replace(item, shape=part.shape, source=part))))
+    elif isinstance(item.source, TensorInfo):
         with item.source.file.open("rb", buffering=0) as file:
             file.seek(item.source.begin)
             left = item.source.nbytes

@@ -16,8 +16,8 @@ from compress.errors import Exit, InputError, Interrupted
 
 if TYPE_CHECKING:
     from compress.layout import Layout
-    from compress.passes.base import Scheme
     from compress.recipe import Recipe
+    from compress.scheme import Scheme
 
 app = typer.Typer(
     help="A compiler for LLM and VLM checkpoints: a recipe and a model in, a packed checkpoint and a report of what was lost out.",
@@ -98,6 +98,34 @@ def plan(recipe: RecipeArgument, model: ModelArgument, as_json: JsonOption = Fal
             view.plan(result)
 
 
+@app.command()
+def advise(
+    model: ModelArgument,
+    memory: Annotated[str, typer.Option(help="what weights and cache may take, such as 12GiB; what the engine itself needs comes on top")],
+    engine: Annotated[str, typer.Option(help="what will serve it: vllm, sglang or transformers")],
+    goal: Annotated[str, typer.Option(help="lossless, balanced (least loss that fits) or smallest (that may be taken)")] = "balanced",
+    use: Annotated[str, typer.Option(help="chat or reasoning, which suffers first")] = "chat",
+    context: Annotated[int | None, typer.Option(help="tokens the cache must hold [default: 4096, or as many as the model takes]", min=1)] = None,
+    out: Annotated[Path | None, typer.Option(help="write the recipe here rather than to standard output")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """A recipe for MODEL that fits a memory and an engine, with its reasons, what it may lose and how to find out."""
+    with _errors(as_json):
+        from compress import advice, view
+        from compress.pipeline import open_layout
+
+        layout = open_layout(model)
+        result = advice.advise(layout, model, advice.wish(layout, memory, engine, goal, use, context), str(out or "recipe.yaml"))
+        if out:
+            _write_new(out, result["recipe"])
+        if as_json:
+            typer.echo(json.dumps(result))
+            return
+        view.advice(result)
+        if not out:
+            typer.echo(result["recipe"], nl=False)
+
+
 @app.command("eval")
 def evaluate(
     model: ModelArgument,
@@ -158,6 +186,15 @@ def recipes(as_json: JsonOption = False) -> None:
 def main() -> None:
     """The console script."""
     app(prog_name="compress")
+
+
+def _write_new(path: Path, text: str) -> None:
+    """Write a file that must not exist yet."""
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise InputError.one(str(path), f"cannot be written ({error.strerror})", "choose another --out") from error
 
 
 def _find(path: Path) -> Path:

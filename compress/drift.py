@@ -1,19 +1,34 @@
-"""How far what a linear reads has moved from what it read before the pass began.
+"""How far what a linear reads, and what it is added to, have moved from what they were before the pass began.
 
 QEP (arXiv 2504.09629, section 4) lets each linear correct the errors of those before it. With ``x`` the input in the model as it was and
-``y`` that in the model as it is, it needs the mean of ``(x - y) y^T`` over tokens.
+``y`` that in the model as it is, it needs the mean of ``(x - y) y^T`` over tokens. Where the output of a linear is added to the residual
+stream, what that stream has lost can be made good in the same way: with ``r`` and ``s`` the stream then and now, by the mean of
+``(r - s) y^T``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from compress.layout import DOWN, OUT
 from compress.model import Block, Model, Reached
+
+ADDED = (OUT, DOWN)
+"""Stages whose output is added to the residual stream."""
+
+
+@dataclass(frozen=True)
+class Moved:
+    """``inputs`` [in, in], the mean of ``(x - y) y^T``; ``stream`` [out, in], that of ``(r - s) y^T``, where there is one; float32."""
+
+    inputs: Tensor
+    stream: Tensor | None
 
 
 class Drift:
@@ -26,7 +41,8 @@ class Drift:
         self.hidden = hidden
         self._kwargs = kwargs
         self._block: Block
-        self._total: Tensor
+        self._inputs: Tensor
+        self._stream: Tensor | None
         self._tokens = 0
 
     @contextmanager
@@ -35,38 +51,75 @@ class Drift:
         with model.block(index, beside=True) as self._block:
             yield
 
-    def begin(self, columns: int, device: torch.device) -> None:
-        """Forget what was added."""
-        self._total = torch.zeros(columns, columns, device=device)
-        self._tokens = 0
+    @contextmanager
+    def following(self, block: Block, linear: str, columns: int, device: torch.device) -> Iterator[None]:
+        """While inside, `add` counts inputs of `linear`, a projection of `block`, the block as it is."""
+        stages = [(stage.name, stage.groups[0].linears[0].name) for stage in block.layout.stages]
+        place = [name for _, name in stages].index(linear)
+        self._linear, self._ends = linear, [name for stage, name in stages[:place] if stage in ADDED]
+        self._inputs, self._stream, self._tokens = torch.zeros(columns, columns, device=device), None, 0
+        self._is_added = stages[place][0] in ADDED
+        with _listening(block, self._ends) as self._outputs:
+            yield
 
-    def add(self, linear: str, batch: int, inputs: Tensor) -> None:
-        """Count ``inputs`` [..., in] of `linear`, those of `batch` in the model as it is."""
+    def add(self, batch: int, inputs: Tensor, hidden: Tensor) -> None:
+        """Count ``inputs`` [..., in] of the linear in the model as it is, whose block is given ``hidden`` in this batch."""
         now = inputs.reshape(-1, inputs.shape[-1]).float()
-        before = self._reads(linear, batch).reshape(now.shape).float()
-        self._total.addmm_((before - now).T, now)
+        with _listening(self._block, self._ends) as outputs:
+            before = self._reads(batch).reshape(now.shape).float()
+        self._inputs.addmm_((before - now).T, now)
         self._tokens += len(now)
+        if self._is_added:
+            lost = _sum(self.hidden[batch], outputs).sub_(_sum(hidden, self._outputs))
+            cross = lost.flatten(0, -2).T @ now
+            self._stream = cross if self._stream is None else self._stream.add_(cross)
+        self._outputs.clear()
 
-    def mean(self) -> Tensor:
-        """[in, in] float32; in place, call once."""
-        return self._total.div_(max(1, self._tokens))
+    def mean(self) -> Moved:
+        """What was counted; in place, call once."""
+        count = max(1, self._tokens)
+        return Moved(self._inputs.div_(count), None if self._stream is None else self._stream.div_(count))
 
     def advance(self) -> None:
         """Replace what the block was given by what it gave."""
         self._block.advance(self.hidden, [each[self._block.layout.index] for each in self._kwargs])
 
-    def _reads(self, linear: str, batch: int) -> Tensor:
+    def _reads(self, batch: int) -> Tensor:
         reached: list[Tensor] = []
 
         def stop(_: Any, arguments: tuple[Tensor]) -> None:
             reached.append(arguments[0])
             raise Reached
 
-        handle = self._block.submodule(linear).register_forward_pre_hook(stop)
+        handle = self._block.submodule(self._linear).register_forward_pre_hook(stop)
         try:
             self._block.forward(self.hidden[batch], self._kwargs[batch][self._block.layout.index])
         except Reached:
             return reached[0]
         finally:
             handle.remove()
-        raise AssertionError(f"{linear} was never reached")
+        raise AssertionError(f"{self._linear} was never reached")
+
+
+@contextmanager
+def _listening(block: Block, ends: list[str]) -> Iterator[list[Tensor]]:
+    """While inside, a list that takes what the submodules that end with the linears `ends` give."""
+    outputs: list[Tensor] = []
+
+    def note(_: Any, __: Any, output: Any) -> None:
+        outputs.append(output[0] if isinstance(output, tuple) else output)
+
+    handles = [block.parent(linear).register_forward_hook(note) for linear in ends]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _sum(hidden: Tensor, outputs: list[Tensor]) -> Tensor:
+    """The residual stream [rows, tokens, hidden] float32: what the block was given and what its submodules have added."""
+    total = hidden.float() if hidden.dtype != torch.float32 else hidden.clone()
+    for output in outputs:
+        total += output
+    return total

@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from compress.arch.base import Arch, InputGroup, find
+from compress.arch.base import Arch, Fold, InputGroup, find
 from compress.checkpoint import FLOATS, Checkpoint
 from compress.errors import InputError, Problem, Problems
 
 EXPERTS_IN, EXPERTS_OUT = "experts.gate_up", "experts.down"
+OUT, DOWN = "o", "down"
+"""Stages that end a submodule, attention or a dense MLP."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +53,25 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class Edge:
+    """A `Fold` of the architecture's table in one block: ``producer`` and ``consumers`` are names on disk without ``.weight``."""
+
+    name: str
+    kind: str
+    producer: str
+    consumers: tuple[str, ...]
+    heads: bool = False
+    expert: int | None = None
+
+
+@dataclass(frozen=True)
 class BlockLayout:
     """One decoder block: tensors are named ``{prefix}.{local name}``."""
 
     index: int
     prefix: str
     stages: tuple[Stage, ...]
+    edges: tuple[Edge, ...]
     tensors: tuple[str, ...]
 
     @property
@@ -95,9 +110,40 @@ class Layout:
         return "quantization_config" in self.checkpoint.config
 
     @cached_property
+    def cache_scales(self) -> frozenset[str]:
+        """Names of the scales that a checkpoint with a quantised KV cache must have."""
+        declared = self.checkpoint.config.get("quantization_config")
+        if not isinstance(declared, dict) or not declared.get("kv_cache_scheme"):
+            return frozenset()
+        return frozenset(f"{block.prefix}.{name}" for block in self.blocks for name in self.arch.cache_scales)
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values."""
+        return int(self.text_config.get("num_key_value_heads") or self.text_config["num_attention_heads"])
+
+    @property
+    def windows(self) -> list[int | None]:
+        """For each block, how many tokens back its attention looks, None for all."""
+        config = self.text_config
+        window, types = config.get("sliding_window"), config.get("layer_types")
+        # Qwen says with a key of its own whether the window is used, and from which block on; others that have one use it everywhere.
+        if not window or not config.get("use_sliding_window", "max_window_layers" not in config):
+            return [None] * len(self.blocks)
+        if types:
+            return [window if kind == "sliding_attention" else None for kind in types]
+        return [window if block.index >= config.get("max_window_layers", 0) else None for block in self.blocks]
+
+    @cached_property
     def linears(self) -> dict[str, Linear]:
         """Every linear in a block, by name."""
         return {linear.name: linear for block in self.blocks for linear in block.linears}
+
+    @cached_property
+    def of_experts(self) -> frozenset[str]:
+        """Names of the linears of routed experts."""
+        groups = (group for block in self.blocks for stage in block.stages for group in stage.groups)
+        return frozenset(linear.name for group in groups if group.expert is not None for linear in group.linears)
 
     @cached_property
     def in_blocks(self) -> frozenset[str]:
@@ -165,7 +211,8 @@ class Layout:
                     stages.append(Stage(name, tuple(group for group in groups if group)))
         if not stages:
             problems.add(prefix, f"has none of the linears a {self.arch.model_type} has", "is model_type right?")
-        return BlockLayout(index, prefix, tuple(stages), tuple(f"{prefix}.{name}" for name in locals_))
+        edges = tuple(edge for fold in self.arch.folds for edge in _edges(prefix, fold, locals_))
+        return BlockLayout(index, prefix, tuple(stages), edges, tuple(f"{prefix}.{name}" for name in locals_))
 
     def _group(self, prefix: str, table: InputGroup, suffix: str, problems: Problems, expert: int | None = None) -> Group | None:
         names = [f"{prefix}.{local}" for local in table.linears]
@@ -192,3 +239,22 @@ class Layout:
                 rows, columns = struct.unpack("<2q", file.read(16))
             return rows, columns
         return None
+
+
+def _edges(prefix: str, fold: Fold, locals_: list[str]) -> Iterator[Edge]:
+    """The edges that `fold` makes in a block with tensors of these local names."""
+    owners = dict.fromkeys(name.rpartition(".")[0] for name in locals_)
+    if "*" not in fold.producer:
+        consumers = tuple(f"{prefix}.{owner}" for pattern in fold.consumers for owner in owners if _fits(pattern, owner))
+        if consumers:
+            yield Edge(f"{prefix}.{fold.name}", fold.name, f"{prefix}.{fold.producer}", consumers, fold.heads)
+        return
+    before, _, after = fold.producer.partition("*")
+    numbers = sorted(int(owner.removeprefix(before).removesuffix(after)) for owner in owners if _fits(fold.producer, owner))
+    for number in numbers:
+        producer, *consumers_ = (f"{prefix}.{name}".replace("*", str(number)) for name in (fold.producer, *fold.consumers))
+        yield Edge(f"{prefix}.{fold.name}.{number}", fold.name, producer, tuple(consumers_), expert=number)
+
+
+def _fits(pattern: str, owner: str) -> bool:
+    return re.fullmatch(re.escape(pattern).replace(r"\*", r"\d+"), owner) is not None

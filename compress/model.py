@@ -8,11 +8,11 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any, cast
 
 import torch
@@ -21,20 +21,22 @@ from torch import Tensor, nn
 
 from compress import hardware
 from compress.arch.base import Experts
-from compress.checkpoint import Checkpoint, TensorInfo, entry, read_header, read_tensor, write_safetensors
+from compress.checkpoint import FLOATS, Checkpoint, Entry, TensorInfo, entry, read_entry, read_header, read_tensor, write_safetensors
 from compress.errors import InputError, Problems
 from compress.formats import base as formats
 from compress.formats import sparse_residual
 from compress.formats.sparse_residual import Residual
 from compress.layout import BlockLayout, Layout
 from compress.numerics.activations import Activations
+from compress.numerics.cache import as_cached
 from compress.numerics.grid import Quantized
+from compress.scheme import Scheme
 
 EXPERTS_FUNCTION = "compress"
 EXACT = "weight_exact"
 """Part of a linear in a block file: its dense weight, if one pass both changed and quantised it."""
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
-Recorder = Callable[[int, Tensor], None]
+Recorder = Callable[[int, Tensor, Tensor], None]
 
 
 CONFIG_ERRORS = (StrictDataclassError, OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError)
@@ -47,7 +49,10 @@ class Reached(Exception):
 
 @dataclass
 class Experts3D:
-    """Listens to the experts of one block: ``record(expert, inputs [tokens, in])`` before or after the gated product."""
+    """Listens to the experts of one block: ``record(expert, token [n], inputs [n, in])`` before or after the gated product.
+
+    ``token`` counts through the rows of a batch one after the other.
+    """
 
     record: Recorder
     after_gate: bool
@@ -65,17 +70,42 @@ def experts_forward(self: Any, hidden: Tensor, top_k_index: Tensor, top_k_weight
         token, place = torch.where(top_k_index == expert)
         inputs = hidden[token]
         if listener and not listener.after_gate:
-            listener.record(expert, inputs)
+            listener.record(expert, token, inputs)
             continue
         gated = self._apply_gate(nn.functional.linear(inputs, self.gate_up_proj[expert]))
         if listener:
-            listener.record(expert, gated)
+            listener.record(expert, token, gated)
             continue
         output = nn.functional.linear(gated, self.down_proj[expert]) * top_k_weights[token, place, None]
         result.index_add_(0, token, output.to(result.dtype))
     if listener:
         raise Reached
     return result
+
+
+@dataclass
+class Cache:
+    """Stands where attention expects its cache, for forwards over whole sequences.
+
+    `listener` is told what the cache is given: keys, after rotation, and values, [rows, heads, tokens, head size]. With `scales`, one for
+    keys and one for values, attention gets both back as `as_cached` says.
+    """
+
+    scales: tuple[Tensor, Tensor] | None = None
+    listener: Callable[[Tensor, Tensor], None] | None = None
+
+    @property
+    def idle(self) -> bool:
+        """Whether attention may as well do without."""
+        return self.scales is None and self.listener is None
+
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """What attention of transformers calls."""
+        if self.listener:
+            self.listener(keys, values)
+        if self.scales is None:
+            return keys, values
+        return as_cached(keys, self.scales[0]), as_cached(values, self.scales[1])
 
 
 @dataclass(frozen=True)
@@ -105,8 +135,9 @@ class Block:
         self._model = model
         self._quantized: dict[str, dict[str, Tensor]] = {}
         self._changed: dict[str, Tensor] = {}
-        self._hooks: list[Any] = []
         self._residuals: dict[str, Residual] = {}
+        self._hooks: list[Any] = []
+        self._cache = Cache(model.cache_scales(layout))
         self.records: list[dict[str, Any]] = []
 
     def submodule(self, linear: str) -> nn.Module:
@@ -137,29 +168,33 @@ class Block:
             found = self._model.dense(linear) if linear in self._model.layout.linears else read_tensor(self._model.tensors[name])
         return found.to(self._model.device, torch.float32)
 
-    def is_quantized(self, linear: str) -> bool:
-        """Whether a pass that is finished has quantised it."""
-        return linear in self._model.exact
-
     def exact(self, linear: str) -> Tensor:
         """[out, in] float32, the weight of a quantised linear as it was just before that; a copy."""
         return read_tensor(self._model.exact[linear]).to(self._model.device, torch.float32)
 
-    def restored(self, linear: str, positions: Tensor) -> Tensor:
-        """[out, in] float32, the weight of a quantised linear with residuals stored at ``positions`` [out, in] bool."""
-        coded, residual = self._residual(linear, positions)
-        return residual.add_to(coded).float()
+    def coded(self, linear: str) -> Quantized | None:
+        """The codes that a finished pass has found for a linear, or None."""
+        return self._model.quantized(linear)
 
     def stored_dtype(self, linear: str) -> torch.dtype:
         """The dtype of the weight in the source, which scales are stored in."""
         return self._model.dense_dtype(linear)
 
+    def source_dtype(self, name: str) -> torch.dtype:
+        """The dtype a tensor has in the source and will have again."""
+        return DTYPES[self._model.checkpoint.tensors[name].dtype]
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one attention head."""
+        return self._model.head_dim
+
     def set_dense(self, name: str, value: Tensor) -> None:
-        """From here on the tensor of this name on disk is ``value`` float32, kept so until it is quantised or exported."""
+        """From here on the tensor of this name on disk is ``value``, kept in float32 until it is quantised or exported."""
         slot = self._slots.get(name)
         if slot is not None:
             slot.view(self.module).copy_(value)
-        self._changed[name] = value
+        self._changed[name] = value.float()
 
     def add_record(self, name: str, record: dict[str, Any]) -> None:
         """Put what became of `name` into the report."""
@@ -185,11 +220,37 @@ class Block:
              "activations": inputs.arguments() if inputs else None, **record},
         )  # fmt: skip
 
+    def set_codes(self, linear: str, weight: Quantized, record: dict[str, Any]) -> None:
+        """Replace the codes of a linear that is quantised; how it lies on disk and how its inputs are rounded stays."""
+        layout = self._model.packed_as(linear)
+        assert layout
+        self._slots[f"{linear}.weight"].view(self.module).copy_(self._model.computed(linear, weight))
+        self._quantized[linear] = layout.pack(linear, weight)
+        self.add_record(linear, record)
+
+    def residual(self, linear: str, weight: Tensor, positions: Tensor) -> Residual:
+        """What takes a quantised linear to ``weight`` [out, in] float32 at ``positions`` [out, in] bool, as it will be stored."""
+        return sparse_residual.residual(weight, self._computed(linear), positions, self.stored_dtype(linear))
+
+    def set_residual(self, linear: str, residual: Residual, record: dict[str, Any]) -> None:
+        """From here on the block computes with the codes of a linear and `residual`; `record` goes into the report."""
+        self._slots[f"{linear}.weight"].view(self.module).copy_(residual.add_to(self._computed(linear)))
+        self._residuals[linear] = residual
+        self.add_record(linear, {"residuals": len(residual.values), **record})
+
+    def _computed(self, linear: str) -> Tensor:
+        weight = self._model.quantized(linear)
+        assert weight
+        return self._model.computed(linear, weight).to(self._model.device)
+
     def round_inputs(self, linear: str, inputs: Activations) -> None:
         """From here on, until the block is left, what `linear` is given is rounded."""
 
         def before(_: Any, arguments: tuple[Tensor]) -> tuple[Tensor]:
-            return (inputs.round(arguments[0]),)
+            exact = arguments[0]
+            rounded = inputs.round(exact.detach())
+            # Gradients pass as if nothing had been rounded.
+            return (rounded + (exact - exact.detach()) if exact.requires_grad else rounded,)
 
         self._hooks.append(self.submodule(linear).register_forward_pre_hook(before))
 
@@ -199,28 +260,48 @@ class Block:
             hook.remove()
         self.module.to("meta")
 
-    def set_residual(self, linear: str, positions: Tensor, record: dict[str, Any]) -> None:
-        """From here on the block computes with `restored`; the codes stay. `record` goes into the report."""
-        coded, residual = self._residual(linear, positions)
-        self._slots[f"{linear}.weight"].view(self.module).copy_(residual.add_to(coded))
-        self._residuals[linear] = residual
-        self.add_record(linear, {"residuals": len(residual.values), **record})
+    def set_cache_scales(self, keys: Tensor, values: Tensor, record: dict[str, Any]) -> None:
+        """From here on attention reads its cache as FP8 under these scales, float32 [1] or [heads, 1, 1]; `record` goes into the report."""
+        self._cache.scales = keys, values
+        for local, scale in zip(self._model.layout.arch.cache_scales, (keys, values), strict=True):
+            self.set_dense(f"{self.layout.prefix}.{local}", scale)
+        self.add_record(f"{self.layout.prefix}.{self._model.layout.arch.attention}", record)
 
-    def _residual(self, linear: str, positions: Tensor) -> tuple[Tensor, Residual]:
-        coded = self._model.coded(linear)
-        assert coded is not None
-        coded = coded.to(self._model.device)
-        return coded, sparse_residual.residual(self.exact(linear), coded, positions, self.stored_dtype(linear))
+    @contextmanager
+    def hearing_cache(self, listener: Callable[[Tensor, Tensor], None]) -> Iterator[None]:
+        """While inside, `listener` is told the keys and values of every forward."""
+        self._cache.listener = listener
+        try:
+            yield
+        finally:
+            self._cache.listener = None
+
+    def _arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """``kwargs`` of a forward, with the cache among them if it does anything."""
+        return kwargs if self._cache.idle else kwargs | {"past_key_values": self._cache}
 
     def forward(self, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """[batch, tokens, hidden] through the block."""
-        output = self.module(hidden, **kwargs)
+        output = self.module(hidden, **self._arguments(kwargs))
         return cast(Tensor, output[0] if isinstance(output, tuple) else output)
 
     def advance(self, hidden: list[Tensor], kwargs: list[dict[str, Any]]) -> None:
         """Replace what the block is given, by batch, by what it gives."""
         for batch, each in enumerate(hidden):
             hidden[batch] = self.forward(each, kwargs[batch])
+
+    @contextmanager
+    def trying(self, weights: dict[str, Tensor]) -> Iterator[None]:
+        """While inside, the block computes with ``weights`` [out, in] in place of those of some linears, by name."""
+        views = {linear: self._slots[f"{linear}.weight"].view(self.module) for linear in weights}
+        before = {linear: view.clone() for linear, view in views.items()}
+        try:
+            for linear, view in views.items():
+                view.copy_(weights[linear])
+            yield
+        finally:
+            for linear, view in views.items():
+                view.copy_(before[linear])
 
     @contextmanager
     def listening(self, record: Recorder, *, after_gate: bool) -> Iterator[None]:
@@ -248,7 +329,7 @@ class Block:
             halves = sorted({half for _, half in members}, key=lambda half: half or 0)
             experts = sorted({expert for expert, _ in members})
             replaced[parameter] = torch.stack([torch.cat([members[expert, half] for half in halves]) for expert in experts])
-        output = torch.func.functional_call(self.module, replaced, (hidden,), kwargs)
+        output = torch.func.functional_call(self.module, replaced, (hidden,), self._arguments(kwargs))
         return cast(Tensor, output[0] if isinstance(output, tuple) else output)
 
     def save(self, path: Path) -> None:
@@ -267,11 +348,14 @@ class Model:
     """A checkpoint opened for streaming.
 
     `tensors` maps every name of the model as it is now to where its bytes lie: the source, or a block file of a finished pass. `exact` maps
-    every linear that a pass has quantised to the weight it had just before. Memory holds the parts outside the blocks and the block in use.
+    every linear that a pass has quantised to the weight it had just before.
+    `schemes` says how each linear will be stored in the end, by name; those not in it stay as they are.
+    Memory holds the parts outside the blocks and the block in use.
     """
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: Layout, schemes: Mapping[str, Scheme] = MappingProxyType({})) -> None:
         self.layout = layout
+        self.schemes = schemes
         self.checkpoint: Checkpoint = layout.checkpoint
         self.tensors: dict[str, TensorInfo] = dict(self.checkpoint.tensors)
         self.exact: dict[str, TensorInfo] = {}
@@ -281,13 +365,40 @@ class Model:
         self._inputs: dict[str, dict[str, Any]] = {}
         """How inputs of linears are rounded, as `Activations.arguments` says it, by name."""
         self._declared_inputs()
+        self._unpacked: torch.dtype | None = None
+        self._exact_cache = False
         self._skeleton: Any = None
+        self._settings: dict[str, Any] = {}
         self._config, self._modules = self._empty_blocks()
         self._slots = self._all_slots()
 
     @property
     def blocks(self) -> list[BlockLayout]:
         return self.layout.blocks
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The source's `config.json` with what passes changed of it."""
+        changed = self.checkpoint.config | self._settings
+        if nested := self.layout.arch.text_config:
+            changed[nested] = self.layout.text_config | self._settings
+        return changed
+
+    @property
+    def tied(self) -> bool:
+        """Whether the head is the embedding."""
+        return bool(self._settings.get("tie_word_embeddings", getattr(self._config, "tie_word_embeddings", False)))
+
+    @property
+    def hidden_size(self) -> int:
+        """Channels of the residual stream."""
+        return int(self._config.get_text_config().hidden_size)
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one attention head."""
+        text = self._config.get_text_config()
+        return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
 
     # What transformers holds in memory ------------------------------------------------------------------------------------------
 
@@ -349,6 +460,7 @@ class Model:
             local_files_only=True, trust_remote_code=False, use_safetensors=True,
         )  # fmt: skip
         hollow.to(self.device).eval().requires_grad_(False)
+        outside = self.layout.arch.outside
         parent, _, name = self.layout.arch.module_blocks.rpartition(".")
         holder = hollow.get_submodule(parent)
         setattr(holder, name, self._modules)
@@ -358,17 +470,24 @@ class Model:
             held.layer_types = types
         if hasattr(holder, "has_sliding_layers"):  # taken from the layer types when the model was made, of which there were none
             holder.has_sliding_layers = "sliding_attention" in (types or ())
+        for disk, module in (outside.embedding, outside.norm, outside.head, *outside.writers):
+            for leaf in ("weight", "bias"):
+                name = f"{disk}.{leaf}"
+                if (now := self.tensors.get(name)) and now != self.checkpoint.tensors.get(name):
+                    value = read_entry(self.final(name)).to(self.device, self.dtype)
+                    setattr(hollow.get_submodule(module), leaf, nn.Parameter(value, requires_grad=False))  # a head of its own is tied no more
         return hollow.eval()
 
     def _all_slots(self) -> list[dict[str, Slot]]:
         """For each block, tensor name to slot. Raises `InputError` for tensors missing from disk or unknown to transformers."""
         problems = Problems()
+        self._check_cache_scales(problems)
         slots = []
         for block, module in zip(self.blocks, self._modules, strict=True):
             parameters = dict(module.named_parameters())
             needed = self._needed(parameters)
             found = {}
-            for name in dict.fromkeys(map(_dense_name, block.tensors)):
+            for name in dict.fromkeys(_dense_name(name) for name in block.tensors if name not in self.layout.cache_scales):
                 slot = self._slot(name.removeprefix(block.prefix + "."), module)
                 if slot not in needed:
                     problems.add(name, f"is not accounted for: a {type(module).__name__} has no such weight", "this variant is not supported")
@@ -385,6 +504,14 @@ class Model:
             slots.append(found)
         problems.raise_if_any()
         return slots
+
+    def _check_cache_scales(self, problems: Problems) -> None:
+        for name in sorted(self.layout.cache_scales):
+            info = self.tensors.get(name)
+            if info is None:
+                problems.add(name, "is missing from the checkpoint, though config.json says that the cache is quantised", "is the download complete?")
+            elif info.dtype not in FLOATS or info.shape not in ((1,), (self.layout.kv_heads, 1, 1)):
+                problems.add(name, f"is {info.dtype} {list(info.shape)}, which is no scale of a tensor or of heads", "this variant is not supported")
 
     def _needed(self, parameters: dict[str, nn.Parameter]) -> dict[Slot, str]:
         """Everything a block must be given: slot to local name on disk."""
@@ -437,6 +564,19 @@ class Model:
         scale = self.tensors.get(f"{linear}.input_scale")
         return Activations.from_arguments(self._inputs[linear], read_tensor(scale).to(self.device) if scale else None)
 
+    @contextmanager
+    def as_transformers(self, unpacked: torch.dtype | None, *, exact_cache: bool) -> Iterator[None]:
+        """While inside, blocks that are entered compute as transformers does with the artifact.
+
+        Weights, but for those of experts, are unpacked in the dtype `unpacked`, None for that of engines; with `exact_cache`, keys and values are
+        left as they are.
+        """
+        self._unpacked, self._exact_cache = unpacked, exact_cache
+        try:
+            yield
+        finally:
+            self._unpacked, self._exact_cache = None, False
+
     def parts(self, linear: str) -> dict[str, TensorInfo]:
         """The tensors of a linear, by what follows its name."""
         return {part: info for part in formats.PARTS if (info := self.tensors.get(f"{linear}.{part}"))}
@@ -444,6 +584,10 @@ class Model:
     def packed_as(self, linear: str) -> ModuleType | None:
         """The layout of a linear, or None if it is not quantised."""
         return formats.find({part: info.dtype for part, info in self.parts(linear).items()})
+
+    def read(self, name: str) -> Tensor:
+        """A tensor that is not quantised, as it is stored, on the CPU."""
+        return read_tensor(self.tensors[name])
 
     def quantized(self, linear: str) -> Quantized | None:
         """The codes of a linear, or None if it is not quantised."""
@@ -463,15 +607,25 @@ class Model:
 
     def dense(self, linear: str) -> Tensor:
         """The weight of a linear as stored, or as its codes and residuals say."""
-        weight, residual = self.coded(linear), self.residual(linear)
+        weight, residual = self.quantized(linear), self.residual(linear)
         if weight is None:
             return read_tensor(self.tensors[f"{linear}.weight"])
-        return residual.add_to(weight) if residual else weight
+        computed = self.computed(linear, weight)
+        return residual.add_to(computed) if residual else computed
 
-    def coded(self, linear: str) -> Tensor | None:
-        """The weight of a linear as its codes alone say, or None if it is not quantised."""
-        weight = self.quantized(linear)
-        return weight.dequantize(torch.float32 if linear in self._inputs else None) if weight else None
+    def computed(self, linear: str, weight: Quantized) -> Tensor:
+        """What a linear with these codes and no residuals computes with, [out, in]."""
+        unpacked = None if linear in self.layout.of_experts else self._unpacked
+        return weight.dequantize(torch.float32 if linear in self._inputs else unpacked)
+
+    def before_quantizing(self) -> Model:
+        """The model as it would be had no pass quantised anything. It shares the memory of its blocks with this one."""
+        model = copy.copy(self)
+        parts = {f"{linear}.{part}" for linear in self.exact for part in (*formats.PARTS, *formats.RESIDUAL_PARTS)}
+        model.tensors = {name: info for name, info in self.tensors.items() if name not in parts}
+        model.tensors |= {f"{linear}.weight": info for linear, info in self.exact.items()}
+        model._inputs = {}
+        return model
 
     @property
     def has_residuals(self) -> bool:
@@ -479,9 +633,17 @@ class Model:
         return any(name.endswith(formats.RESIDUAL_PARTS) for name in self.tensors)
 
     def without_residuals(self) -> Model:
-        """The model that an engine computes with that knows nothing of residuals."""
+        """The model as engines know it that know nothing of residuals. It shares the memory of its blocks with this one."""
         model = copy.copy(self)
         model.tensors = {name: info for name, info in self.tensors.items() if not name.endswith(formats.RESIDUAL_PARTS)}
+        return model
+
+    def adopting(self, paths: Iterable[Path]) -> Model:
+        """The model as it would be had it adopted the blocks in `paths`. It shares the memory of its blocks with this one."""
+        model = copy.copy(self)
+        model.tensors, model.exact, model._inputs = dict(self.tensors), dict(self.exact), dict(self._inputs)
+        for path in paths:
+            model.adopt(path)
         return model
 
     def dense_dtype(self, linear: str) -> torch.dtype:
@@ -489,12 +651,18 @@ class Model:
         names = (f"{linear}.weight", f"{linear}.weight_scale")
         return next(DTYPES[info.dtype] for name in names if (info := self.checkpoint.tensors.get(name)) and info.dtype in DTYPES)
 
-    def final(self, name: str) -> TensorInfo | Tensor:
-        """A tensor as it goes into the artifact: where it lies, or, if a pass changed it, rounded to the dtype it has in the source."""
-        source = self.checkpoint.tensors.get(name)
-        if source is None or self.tensors[name].dtype not in DTYPES or self.tensors[name].dtype == source.dtype:
-            return self.tensors[name]
-        return read_tensor(self.tensors[name]).to(DTYPES[source.dtype])
+    def cache_scales(self, block: BlockLayout) -> tuple[Tensor, Tensor] | None:
+        """Scales of a block's keys and values, or None if its cache is exact."""
+        names = [f"{block.prefix}.{local}" for local in self.layout.arch.cache_scales]
+        if self._exact_cache or names[0] not in self.tensors:
+            return None
+        keys, values = (read_tensor(self.tensors[name]).to(self.device, torch.float32) for name in names)
+        return keys, values
+
+    def final(self, name: str) -> Entry:
+        """A tensor as it goes into the artifact; if a pass changed it, in the dtype it has in the source."""
+        source, now = self.checkpoint.tensors.get(name), self.tensors[name]
+        return Entry(name, source.dtype if source and now.dtype in DTYPES else now.dtype, now.shape, now)
 
     @contextmanager
     def block(self, index: int, *, beside: bool = False) -> Iterator[Block]:
@@ -507,7 +675,10 @@ class Model:
             module.get_submodule(owner)._parameters[leaf] = nn.Parameter(empty, requires_grad=False)
         for name, slot in slots.items():
             linear = name.removesuffix(".weight")
-            slot.view(module).copy_(self.dense(linear) if linear in self.layout.linears else read_tensor(self.tensors[name]))
+            if linear in self.layout.linears and (linear in self.schemes or self.packed_as(linear)):
+                slot.view(module).copy_(self.dense(linear))
+            else:  # nobody will round it, so it computes as it will be stored
+                slot.view(module).copy_(read_entry(self.final(name)))
         block = Block(layout, module, slots, self)
         try:
             for each in layout.linears:
@@ -518,17 +689,26 @@ class Model:
             block.release()
             hardware.return_freed_memory()
 
+    def write_outside(self, path: Path, tensors: dict[str, Tensor], settings: dict[str, Any], records: list[dict[str, Any]]) -> None:
+        """Write, durably, tensors outside the blocks as a pass makes them, in the dtype they are to have, and what it changes of the config."""
+        metadata = {"records": json.dumps(records), "settings": json.dumps(settings)}
+        write_safetensors(path, [entry(name, tensor) for name, tensor in tensors.items()], metadata)
+
     def adopt(self, path: Path) -> list[dict[str, Any]]:
-        """Take the tensors of a finished block from its file, and return its records."""
+        """Take the tensors of a finished block, or those outside the blocks, from their file, and return its records."""
         tensors, metadata = read_header(path)
         for linear in [name.removesuffix(".weight_scale") for name in tensors if name.endswith(".weight_scale")]:
-            before = self.tensors.pop(f"{linear}.weight")
-            self.exact[linear] = tensors.pop(f"{linear}.{EXACT}", before)
+            before = self.tensors.pop(f"{linear}.weight", None)
+            if before and linear not in self.exact:
+                self.exact[linear] = tensors.pop(f"{linear}.{EXACT}", before)
         self.tensors |= tensors
         records = cast(list[dict[str, Any]], json.loads(metadata["records"]))
         for record in records:
             if record.get("activations"):
                 self._inputs[record["name"]] = record["activations"]
+        if "settings" in metadata:
+            self._settings |= json.loads(metadata["settings"])
+            self.release()
         return records
 
     # Running --------------------------------------------------------------------------------------------------------------------

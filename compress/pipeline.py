@@ -25,8 +25,9 @@ from compress.checkpoint import Checkpoint, copy_file, sha256, sync_folder, writ
 from compress.errors import InputError
 from compress.formats.base import PARTS, RESIDUAL_PARTS
 from compress.layout import Layout
-from compress.passes.base import Pass, Scheme
-from compress.recipe import Recipe, check, export_module
+from compress.passes.base import Pass, Transform
+from compress.recipe import Recipe, cache_scheme, check, export_module
+from compress.scheme import Scheme
 from compress.source import locate_model
 
 WORK_NAME = re.compile("run-[0-9a-f]{16}")
@@ -106,10 +107,16 @@ def _check_target(request: Request, layout: Layout) -> None:
 
 
 def _check_disk(request: Request, layout: Layout, plan: dict[str, Scheme]) -> None:
-    from compress.planning import gradient_bytes, output_bytes
+    from compress.planning import added_bytes, gradient_bytes, output_bytes, rewritten_bytes
 
     # Blocks of each pass, then the artifact beside them; activations between two blocks are small change beside the margin.
-    needed = int(2.1 * output_bytes(layout, plan)) + (64 << 20) + gradient_bytes(request.recipe, layout)
+    rewritten = sum(rewritten_bytes(layout) for _, step in request.recipe.instances() if isinstance(step, Transform))
+    needed = (
+        int(2.1 * (output_bytes(layout, plan) + added_bytes(request.recipe, layout)))
+        + rewritten
+        + gradient_bytes(request.recipe, layout)
+        + (64 << 20)
+    )
     free = shutil.disk_usage(request.out.absolute().parent).free
     if free < needed:
         raise InputError.one(
@@ -154,12 +161,15 @@ class _Run:
         self.request, self.recipe, self.layout, self.progress, self.began = request, request.recipe, layout, progress, began
         self.plan = plan
         self.schemes = {name: scheme for name, (_, scheme) in plan.items()}
+        self.cache = cache_scheme(request.recipe)
         self.steps: list[tuple[str, Pass]] = self.recipe.instances()
-        self.model = Model(layout)
+        self.model = Model(layout, self.schemes)
         self.tokenizer = Tokenizer(layout.checkpoint.folder)
         self.passes: list[dict[str, Any]] = []
         self.records: list[dict[str, Any]] = []
         self.transforms: list[dict[str, Any]] = []
+        self.rewritten: dict[str, dict[str, str]] = {}
+        """By tensor that passes changed, or added, without quantising it: which did, and what they call it."""
 
     def go(self) -> dict[str, Any]:
         from compress import report
@@ -182,7 +192,7 @@ class _Run:
         evaluation = self._evaluate(staging)
         ledger = self._ledger()
         size = self._size(staging)
-        fallbacks = [record for record in self.records + self.transforms if record.get("fallback")]
+        fallbacks = [record for record in (*self.records, *self.transforms) if record.get("fallback")]
         gates = judge(self.recipe, evaluation, size, len(fallbacks))
         accepted = all(gate["passed"] for gate in gates)
         self._manifest(staging, sources, samples, accepted)
@@ -199,7 +209,7 @@ class _Run:
             else None,
             "passes": self.passes,
             "size": size,
-            "engines": export_module(self.recipe.export[0]).verdicts(self.layout, self.schemes),
+            "engines": export_module(self.recipe.export[0]).verdicts(self.layout, self.schemes, self.cache),
             "verification": verification,
             "evaluation": evaluation,
             "fallbacks": fallbacks,
@@ -257,13 +267,25 @@ class _Run:
         workspace = Workspace(folder, self.progress)
         began = time.monotonic()
         step.run(self.model, samples, workspace)
-        for layout in self.layout.blocks:
-            for record in self.model.adopt(workspace.block_file(layout.index)):
-                (self.records if "bits" in record else self.transforms).append(record)
+        files = [workspace.outside_file] * workspace.outside_file.exists() + [workspace.block_file(layout.index) for layout in self.layout.blocks]
+        for file in files:
+            for record in self.model.adopt(file):
+                self._take(record)
+        for tensor, info in self.model.tensors.items():
+            if info.file.parent == folder and not self.model.packed_as(tensor.rpartition(".")[0]):
+                self.rewritten.setdefault(tensor, {})[name] = step.verb if isinstance(step, Transform) else "changed"
         self.passes.append({"name": name, "seconds": time.monotonic() - began, "peak_bytes": peak_bytes()})
         missing = sorted(step.plan(self.layout).keys() - {record["name"] for record in self.records})
         if missing:
             raise AssertionError(f"{name} left {len(missing)} linears alone that it should have taken: {missing[:3]}")
+
+    def _take(self, record: dict[str, Any]) -> None:
+        """A linear has one record, which later passes add to."""
+        known = next((each for each in self.records if each["name"] == record["name"]), None)
+        if known:
+            known |= record | {"pass": f"{known['pass']} + {record['pass']}"}
+        else:
+            (self.records if "bits" in record else self.transforms).append(record)
 
     def _settle(self) -> None:
         """A pass may have found that the model is better off without residuals; then nothing may claim that there are some."""
@@ -273,7 +295,7 @@ class _Run:
 
     def _export(self, staging: Path) -> None:
         self.progress.step("export", 1)
-        export_module(self.recipe.export[0]).write(self.model, self.schemes, staging)
+        export_module(self.recipe.export[0]).write(self.model, self.schemes, self.cache, staging)
         for relative in self.layout.checkpoint.extra_files:
             target = relative.with_suffix(f".source{relative.suffix}") if str(relative) in OURS else relative
             copy_file(self.layout.checkpoint.folder / relative, staging / target)
@@ -289,7 +311,8 @@ class _Run:
         mode = self.recipe.verify if self.recipe.verify != "auto" else "full" if dense <= FULL_REOPEN_BYTES else "streamed"
         result["mode"] = mode
         if mode == "full":
-            result |= reopen.compare_logits(self.model.without_residuals(), staging, self.tokenizer)
+            only = "bfloat16" in export_module(self.recipe.export[0]).verdicts(self.layout, self.schemes)["transformers"]
+            result |= reopen.compare_logits(self.model.without_residuals(), staging, self.tokenizer, bfloat16_only=only)
             if self.model.has_residuals:
                 result["residuals_left_out"] = True
         return result
@@ -309,7 +332,7 @@ class _Run:
         return result
 
     def _ledger(self) -> list[dict[str, Any]]:
-        """What became of every tensor of the source. Raises AssertionError if one is not accounted for: a bug, not a warning."""
+        """What became of every tensor of the source, and what is new. Raises AssertionError if one is not accounted for: a bug, not a warning."""
         exporter = export_module(self.recipe.export[0])
         ledger = []
         for name, info in sorted(self.layout.checkpoint.tensors.items()):
@@ -320,6 +343,11 @@ class _Run:
             elif linear in self.plan and self.model.packed_as(linear):
                 by, scheme = self.plan[linear]
                 item |= {"action": "quantized", "why": f"{by}: {scheme.text}"}
+                if before := self.rewritten.get(name):
+                    item["why"] += f", {' and '.join(f'{verb} by {step}' for step, verb in before.items())} before"
+            elif name in self.rewritten and name in self.model.tensors:
+                verbs = self.rewritten[name]
+                item |= {"action": " and ".join(dict.fromkeys(verbs.values())), "why": f"by {' and '.join(verbs)}, stored in its own dtype again"}
             elif linear in self.layout.linears and linear not in self.plan:
                 item |= {"action": "kept", "why": "no pass takes this linear"}
             elif name in self.layout.in_blocks:
@@ -329,6 +357,10 @@ class _Run:
             else:
                 raise AssertionError(f"{name} is not accounted for")
             ledger.append(item)
+        added = sorted(self.rewritten.keys() - self.layout.checkpoint.tensors.keys())
+        for name in added:
+            info, by = self.model.tensors[name], " and ".join(self.rewritten[name])
+            ledger.append({"name": name, "shape": list(info.shape), "dtype": info.dtype, "action": "added", "why": f"by {by}"})
         ledger += [{"name": name, "action": "dropped", "why": "in a shard, but not in the index"} for name in self.layout.checkpoint.unlisted]
         ledger += [{"name": name, "action": "dropped", "why": "weights in another format"} for name in self.layout.checkpoint.left_behind]
         return ledger
@@ -352,7 +384,7 @@ class _Run:
         files = {
             str(path.relative_to(staging)): sha256(path) for path in sorted(staging.rglob("*")) if path.is_file() and path.name not in NOT_IN_MANIFEST
         }
-        verdicts = export_module(self.recipe.export[0]).verdicts(self.layout, self.schemes)
+        verdicts = export_module(self.recipe.export[0]).verdicts(self.layout, self.schemes, self.cache)
         manifest = {
             "accepted": accepted,
             "loadable_by": sorted(engine for engine, verdict in verdicts.items() if not verdict.startswith(("refuses", "without residuals"))),

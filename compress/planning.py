@@ -5,11 +5,13 @@ Memory is counted; time is counted in operations and divided by a speed that is 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from compress.layout import BlockLayout, Group, Layout
-from compress.passes.base import Refining, Scheme
-from compress.recipe import Recipe, export_module
+from compress.passes.base import Differentiating, Transform
+from compress.recipe import Recipe, cache_scheme, export_module
+from compress.scheme import CacheScheme, Scheme
 
 RUNTIME_BYTES = 600 << 20
 """Python with torch and transformers, before any tensor."""
@@ -17,18 +19,42 @@ STATISTICS_BYTES = 1 << 30
 ASSUMED_FLOPS = 2.5e11
 """Sustained, on a small CPU with wide vectors; see bench/ for what is measured."""
 
-FORWARDS = 11
-"""What a pass that takes gradients costs, in forward passes: three losses, and twice there and back with recomputation."""
 
-
-def output_bytes(layout: Layout, plan: dict[str, Scheme]) -> int:
-    """Bytes of all tensors of the artifact."""
+def output_bytes(layout: Layout, plan: dict[str, Scheme], cache: CacheScheme | None = None) -> int:
+    """Bytes of all tensors of the artifact, but for `added_bytes`."""
     total = layout.checkpoint.nbytes
+    if cache:
+        total += 4 * len(layout.blocks) * len(layout.arch.cache_scales) * (1 if cache.granularity == "tensor" else layout.kv_heads)
     for name, scheme in plan.items():
         linear, info = layout.linears[name], layout.checkpoint.tensors[f"{name}.weight"]
         total += _packed(layout, name, scheme) - info.nbytes
         assert info.shape == (linear.rows, linear.columns)
     return total
+
+
+def added_bytes(recipe: Recipe, layout: Layout) -> int:
+    """Bytes of tensors that a recipe's transforms add."""
+    return sum(step.added_bytes(layout) for _, step in recipe.instances() if isinstance(step, Transform))
+
+
+def rewritten_bytes(layout: Layout) -> int:
+    """Bytes of all tensors in blocks in float32, as a pass that changes them without quantising leaves them."""
+    return sum(4 * math.prod(layout.checkpoint.tensors[name].shape) for name in layout.in_blocks)
+
+
+def gradient_bytes(recipe: Recipe, layout: Layout) -> int:
+    """Disk for what every block is given, and for the mean gradients of all linears, while a pass takes gradients; 0 if none does."""
+    if not any(isinstance(step, Differentiating) for _, step in recipe.instances()):
+        return 0
+    tokens = recipe.calibration.samples * recipe.calibration.length
+    return 2 * tokens * _hidden(layout) * len(layout.blocks) + 4 * sum(linear.rows * linear.columns for linear in layout.linears.values())
+
+
+def cache_bytes(layout: Layout, tokens: int, bits: int) -> int:
+    """Bytes of the keys and values of one sequence; where attention has a window, of no more tokens than that."""
+    config = layout.text_config
+    size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    return sum(2 * layout.kv_heads * size * bits * min(tokens, window or tokens) // 8 for window in layout.windows)
 
 
 def plan(recipe: Recipe, layout: Layout, schemes: dict[str, tuple[str, Scheme]]) -> dict[str, Any]:
@@ -40,34 +66,28 @@ def plan(recipe: Recipe, layout: Layout, schemes: dict[str, tuple[str, Scheme]])
     for name, step in recipe.instances():
         mine = {linear: scheme for linear, (by, scheme) in schemes.items() if by == name}
         tokens = recipe.calibration.samples * recipe.calibration.length if step.needs_data else 0
-        gradients = isinstance(step, Refining)
         passes.append(
             {
                 "name": name,
-                "peak_bytes": _peak_with_gradients(layout, tokens) if gradients else _peak(layout, mine, tokens),
-                "disk_bytes": gradient_bytes(recipe, layout)
-                if gradients
-                else sum(_packed(layout, linear, scheme) for linear, scheme in mine.items()) + 2 * tokens * _hidden(layout),
-                "seconds": (_forward(layout, tokens) * FORWARDS if gradients else _operations(layout, mine, tokens)) / ASSUMED_FLOPS,
+                "peak_bytes": _peak(layout, mine, tokens, isinstance(step, Transform))
+                + _gradient_memory(layout, tokens) * isinstance(step, Differentiating),
+                "disk_bytes": rewritten_bytes(layout) * isinstance(step, Transform)
+                + gradient_bytes(recipe, layout) * isinstance(step, Differentiating)
+                + sum(_packed(layout, linear, scheme) for linear, scheme in mine.items())
+                + 2 * tokens * _hidden(layout),
+                "seconds": (_forward(layout, tokens) * step.forwards if isinstance(step, Differentiating) else _operations(layout, mine, tokens))
+                / ASSUMED_FLOPS,
             }
         )
     return {
         "passes": passes,
         "size": {
             "before_bytes": layout.checkpoint.nbytes,
-            "after_bytes": output_bytes(layout, per_linear),
+            "after_bytes": output_bytes(layout, per_linear, cache_scheme(recipe)) + added_bytes(recipe, layout),
             "bits_per_weight": 8 * stored / weights if weights else None,
         },
-        "engines": export_module(recipe.export[0]).verdicts(layout, per_linear),
+        "engines": export_module(recipe.export[0]).verdicts(layout, per_linear, cache_scheme(recipe)),
     }
-
-
-def gradient_bytes(recipe: Recipe, layout: Layout) -> int:
-    """Disk that a pass takes for what every block is given and for the mean gradients, while it runs; 0 without such a pass."""
-    if not any(isinstance(step, Refining) for _, step in recipe.instances()):
-        return 0
-    tokens = recipe.calibration.samples * recipe.calibration.length
-    return 2 * tokens * _hidden(layout) * len(layout.blocks) + 4 * sum(linear.rows * linear.columns for linear in layout.linears.values())
 
 
 def _packed(layout: Layout, name: str, scheme: Scheme) -> int:
@@ -83,13 +103,7 @@ def _block_bytes(layout: Layout, block: BlockLayout) -> int:
     return sum(layout.checkpoint.tensors[name].nbytes for name in block.tensors)
 
 
-def _peak_with_gradients(layout: Layout, tokens: int) -> int:
-    """What `_peak` counts outside of statistics, activations with their gradients, and a block's weights in float32 at three places."""
-    elements = max(sum(_elements(group) for stage in block.stages for group in stage.groups) for block in layout.blocks)
-    return _peak(layout, {}, 2 * tokens) + 3 * 4 * elements
-
-
-def _peak(layout: Layout, mine: dict[str, Scheme], tokens: int) -> int:
+def _peak(layout: Layout, mine: dict[str, Scheme], tokens: int, rewrites: bool) -> int:
     """The largest block, everything outside the blocks, the activations between two blocks, and the largest group's statistics and weights."""
     outside = sum(info.nbytes for name, info in layout.checkpoint.tensors.items() if name not in layout.in_blocks)
     block = max(_block_bytes(layout, block) for block in layout.blocks)
@@ -97,20 +111,19 @@ def _peak(layout: Layout, mine: dict[str, Scheme], tokens: int) -> int:
     groups = [group for block in layout.blocks for stage in block.stages for group in stage.groups if group.linears[0].name in mine]
     # Second moment and its factor; weights in float32 with their targets, errors and codes.
     work = max((2 * 4 * group.columns**2 * bool(tokens) + 14 * _elements(group) for group in groups), default=0)
+    # A block that is rewritten is there in float32 as it was and as it is to be.
+    work += 8 * max(sum(math.prod(layout.checkpoint.tensors[name].shape) for name in block.tensors) for block in layout.blocks) * rewrites
     return RUNTIME_BYTES + outside + block + activations + work
+
+
+def _gradient_memory(layout: Layout, tokens: int) -> int:
+    """Gradients of the activations, and a block's weights in float32 at both ends of a change, between them, and their gradients."""
+    elements = max(sum(linear.rows * linear.columns for linear in block.linears) for block in layout.blocks)
+    return 2 * tokens * _hidden(layout) + 4 * 4 * elements
 
 
 def _elements(group: Group) -> int:
     return sum(linear.rows * linear.columns for linear in group.linears)
-
-
-def _forward(layout: Layout, tokens: int) -> float:
-    """Floating-point operations of the linears in a forward pass."""
-    total = 0.0
-    for block in layout.blocks:
-        for stage in block.stages:
-            total += sum(2 * _elements(group) * tokens * _active(layout, block, group) for group in stage.groups)
-    return total
 
 
 def _active(layout: Layout, block: BlockLayout, group: Group) -> float:
@@ -119,6 +132,13 @@ def _active(layout: Layout, block: BlockLayout, group: Group) -> float:
         return 1.0
     experts = max(len(stage.groups) for stage in block.stages)
     return int(layout.text_config.get("num_experts_per_tok") or experts) / experts
+
+
+def _forward(layout: Layout, tokens: int) -> float:
+    """Floating-point operations of the linears of all blocks in a forward pass."""
+    return sum(
+        2 * _elements(group) * tokens * _active(layout, block, group) for block in layout.blocks for stage in block.stages for group in stage.groups
+    )
 
 
 def _operations(layout: Layout, mine: dict[str, Scheme], tokens: int) -> float:

@@ -17,7 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from compress.errors import InputError, Problems
 from compress.layout import Layout
-from compress.passes.base import STAGES, Pass, Refining, Scheme
+from compress.passes.base import STAGES, Pass, QuantizesCache, Refining, Transform
+from compress.scheme import CacheScheme, Scheme
 
 
 class Section(BaseModel):
@@ -308,6 +309,9 @@ def check(recipe: Recipe, layout: Layout, place: str) -> dict[str, tuple[str, Sc
         layout.refuse_quantized()
     except InputError as error:
         problems.absorb(error)
+    of_cache = [index for index, (_, step) in enumerate(recipe.instances()) if isinstance(step, QuantizesCache)]
+    for index in of_cache[1:]:
+        problems.add(f"{place}: passes[{index}]", f"the cache is already quantised by passes[{of_cache[0]}]", "keep one of them")
     for index, (name, step) in enumerate(recipe.instances()):
         where = f"{place}: passes[{index}].{name}"
         before = len(problems)
@@ -324,6 +328,9 @@ def check(recipe: Recipe, layout: Layout, place: str) -> dict[str, tuple[str, Sc
         if isinstance(step, Refining):
             refined = step.refine(where, {linear: scheme for linear, (_, scheme) in plan.items()}, problems)
             plan |= {linear: (plan[linear][0], scheme) for linear, scheme in refined.items()}
+    for index, (name, step) in enumerate(recipe.instances()):
+        if isinstance(step, Transform) and not len(problems):  # a plan with a fault in it says little
+            step.check_plan(f"{place}: passes[{index}].{name}", {linear: scheme for linear, (_, scheme) in plan.items()}, problems)
     for target in recipe.export:
         export_module(target).check(f"{place}: export", layout, {name: scheme for name, (_, scheme) in plan.items()}, problems)
     if recipe.evaluate and recipe.evaluate.tasks and any(scheme.residuals for _, scheme in plan.values()):
@@ -335,6 +342,11 @@ def check(recipe: Recipe, layout: Layout, place: str) -> dict[str, tuple[str, Sc
     _check_data(recipe, layout, place, problems)
     problems.raise_if_any()
     return plan
+
+
+def cache_scheme(recipe: Recipe) -> CacheScheme | None:
+    """How the KV cache is stored, or None if it stays as it is."""
+    return next((step.cache() for _, step in recipe.instances() if isinstance(step, QuantizesCache)), None)
 
 
 def _check_data(recipe: Recipe, layout: Layout, place: str, problems: Problems) -> None:

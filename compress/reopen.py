@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from compress.checkpoint import Checkpoint
 from compress.data import Sample, Samples, Tokenizer
 from compress.errors import InputError
 from compress.evaluate.scoring import last_hidden
@@ -17,29 +18,43 @@ PROBE = "The quick brown fox jumps over the lazy dog, and the model that was com
 TOLERANCE = 2.0**-7
 """Of the largest logit. Both sides compute in one dtype, but kernels may sum in another order; a wrong weight is far beyond it."""
 
+TOLERANCE_BFLOAT16 = 2.0**-4
+"""The same where one side computes in bfloat16 and the other need not."""
+
 
 @torch.no_grad()
-def compare_logits(model: Model, folder: Path, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Load `folder` with transformers alone and compare next-token logits with those of `model`.
+def compare_logits(model: Model, folder: Path, tokenizer: Tokenizer, *, bfloat16_only: bool) -> dict[str, Any]:
+    """Load `folder` with transformers alone and compare next-token logits with those of `model`; on request in bfloat16, whatever the model is in.
 
-    Raises `InputError` if they differ by more than rounding, if a weight was not found or if one was invented.
+    Raises `InputError` if they differ by more than rounding, if a weight was not found or if one was invented. Where transformers unpacks
+    weights while it loads them, it ignores the scales of a quantised cache; then both compute with an exact one, and the result says so.
     """
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     auto: Any = AutoModelForImageTextToText if model.layout.arch.image else AutoModelForCausalLM
-    opened, info = auto.from_pretrained(folder, dtype=model.dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True)
+    declared = Checkpoint(folder).config.get("quantization_config", {})
+    dtype, tolerance = (torch.bfloat16, TOLERANCE_BFLOAT16) if bfloat16_only else (model.dtype, TOLERANCE)
+    opened, info = auto.from_pretrained(folder, dtype=dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True)
+    cache_ignored = bool(declared.get("kv_cache_scheme") and declared.get("dequantize"))
+    if cache_ignored:
+        info["unexpected_keys"] = [name for name in info["unexpected_keys"] if not name.endswith(model.layout.arch.cache_scales)]
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info.get(kind):
             raise InputError.one(str(folder), f"transformers reports {kind.replace('_', ' ')}: {sorted(map(str, info[kind]))[:3]}", "report this")
+    for parameter in opened.parameters():
+        if parameter.dtype in (torch.bfloat16, torch.float16):
+            parameter.data = parameter.to(dtype)  # it leaves unpacked experts in the dtype of their scales
     ids = tokenizer.encode(PROBE)
     theirs = opened.to(model.device)(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0].float()
     del opened
     return_freed_memory()
-    ours = model.logits(last_hidden(model, Samples("probe", (Sample.of(ids),)))[0][0])
+    with model.as_transformers(None if declared.get("dequantize") else dtype, exact_cache=cache_ignored):
+        ours = model.logits(last_hidden(model, Samples("probe", (Sample.of(ids),)))[0][0])
     by_position = (ours - theirs).abs().amax(-1) / ours.abs().max()
     difference = float(by_position.max())
     # Where two experts are nearly tied, rounding decides which is chosen, and that position differs; a wrong weight differs everywhere.
     decisive = float(by_position.median()) if model.layout.arch.experts else difference
-    if not decisive <= TOLERANCE:
+    if not decisive <= tolerance:
         raise InputError.one(str(folder), f"transformers computes other logits than meant (off by {decisive:.2e} of the largest)", "report this")
-    return {"logits_max_difference": difference}
+    ignored = {"kv_cache": "ignored by transformers, so compared with an exact one"} if cache_ignored else {}
+    return {"logits_max_difference": difference} | ignored

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -18,11 +18,13 @@ from markupsafe import Markup
 from compress import plots
 from compress.checkpoint import write_text
 
-DASH, TIMES, SPACE, MINUS = "\u2013", "\u00d7", "\u00a0", "\u2212"
+DASH, TIMES, SPACE, MINUS, ARROW = "\u2013", "\u00d7", "\u00a0", "\u2212", "\u2192"
 DTYPE_BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16}
 """Bits of an element, by safetensors' names; every other type it knows has 8."""
 LISTED, AT_ONCE = 200, 8
 """Fallbacks that the page lists one by one, and those of them that are seen without a click; `report.json` has all."""
+FEW = 8
+"""So many values of one kind are named one by one."""
 GATE_NAMES = {
     "perplexity_ratio": "perplexity, after / before",
     "kl": "KL divergence",
@@ -39,6 +41,7 @@ PARTS = {
 """Name and colour of what stays as it was, by the ledger's reason."""
 EXPERTS = "experts "
 KEPT_IN_BLOCKS = ("kept: norms, biases and routers", "c2")
+REWRITTEN = ("rewritten, as large as before", "c3")
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,7 @@ def page(result: dict[str, Any]) -> str:
         gates=[_gate(gate) for gate in result.get("gates") or []],
         figure_groups=_plots(result),
         tasks=_tasks(result.get("evaluation") or {}),
+        transforms=_transforms([record for record in result.get("transforms") or [] if record not in _caches(result)]),
         passes=_passes(result),
         engines=[(name, verdict, _verdict_state(verdict)) for name, verdict in (result.get("engines") or {}).items()],
         fallbacks=_fallbacks(result.get("fallbacks") or []),
@@ -176,10 +180,17 @@ def _interval_text(name: str, interval: Iterable[float | None] | None) -> str | 
 def _summary(result: dict[str, Any]) -> str:
     """What was done, in a sentence."""
     records = result.get("linears") or []
+    caches = {record["granularity"] for record in _caches(result)}
+    cache = f" Keys and values cached in FP8, a scale per {'head' if 'head' in caches else 'block'}." if caches else ""
     if not records:
-        return "No linear was quantised."
+        return f"No linear was quantised.{cache}"
     ways = sorted({f"{_treatment(record)} by {record['pass']}" for record in records})
-    return f"{len(records):,} linear{'s' if len(records) > 1 else ''} quantised: {'; '.join(ways[:4])}{' and more' if len(ways) > 4 else ''}."
+    return f"{len(records):,} linear{'s' if len(records) > 1 else ''} quantised: {'; '.join(ways[:4])}{' and more' if len(ways) > 4 else ''}.{cache}"
+
+
+def _caches(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Records of blocks whose keys and values are quantised."""
+    return [record for record in result.get("transforms") or [] if "key_error" in record]
 
 
 def _treatment(record: dict[str, Any]) -> str:
@@ -268,6 +279,37 @@ def _tasks(evaluation: dict[str, Any]) -> list[tuple[str, str, str, str]]:
         for metric, value in metrics.items()
         if metric in after.get(task, {})
     ]
+
+
+def _transforms(records: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """What passes did to tensors that they did not quantise, a row per pass and kind."""
+    rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for record in records:
+        rows.setdefault((record["pass"], record.get("kind") or ""), []).append(record)
+    return [
+        {
+            "pass": step,
+            "kind": kind,
+            "count": f"{len(members):,}",
+            "alpha": _spread([record["alpha"] for record in members if record.get("alpha") is not None], lambda value: f"{value:g}"),
+            "error": f" {ARROW} ".join(
+                _spread([record["error"][end] for record in members if record.get("error")], percent_text, middle_only=True) for end in (0, 1)
+            ).strip(f"{ARROW} "),
+            "clipped": _spread([record["clipped"] for record in members if record.get("clipped") is not None], percent_text),
+        }
+        for (step, kind), members in rows.items()
+    ]
+
+
+def _spread(values: list[float], text: Callable[[float], str], *, middle_only: bool = False) -> str:
+    """A few values in order, or the ends and the middle of many."""
+    if not values:
+        return ""
+    if middle_only:
+        return text(median(values))
+    if len(values) <= FEW:
+        return ", ".join(map(text, values))
+    return f"{text(min(values))} to {text(max(values))}, median {text(median(values))}"
 
 
 def _passes(result: dict[str, Any]) -> list[dict[str, Any]]:
@@ -389,7 +431,20 @@ def _plots(result: dict[str, Any]) -> list[dict[str, Any]]:
         numbers = [where.block for where, _ in records]
         blocks = range(min(numbers), max(numbers) + 1)
         drawn = [*_error_plots(records, blocks), *drawn, _tokens_plot(records, blocks, result), _damp_plot(records, blocks, result)]
-    return [each for each in drawn if each]
+    return [each for each in [*drawn, _cache_plot(_caches(result))] if each]
+
+
+def _cache_plot(records: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """What rounding takes from keys and values in each block."""
+    if not records:
+        return None
+    blocks = [record["block"] for record in records]
+    series = [_series(side, {record["block"]: [record[f"{side[:-1]}_error"]] for record in records}) for side in ("keys", "values")]
+    domain = plots.round_domain(value for each in series for value in each.lows.values())
+    title = "Relative error of cached keys and values"
+    label = "relative squared error" + (", log scale" if domain[2] else "")
+    svg = plots.along_blocks(series, range(min(blocks), max(blocks) + 1), domain, label, share_text, title)
+    return _plot(title, svg, "Squared error of keys, after rotation, and values on calibration data, as a share of their sum of squares.")
 
 
 def _plot(title: str, svg: Markup, caption: str, legend: Iterable[tuple[str, str]] = ()) -> dict[str, Any]:
@@ -436,20 +491,22 @@ def _size_plot(result: dict[str, Any]) -> dict[str, Any] | None:
     if not before or not after:
         return None
     kept: dict[tuple[str, str], float] = {}
-    dropped = 0
+    away = {"dropped": 0, "added": 0}
     for item in result.get("ledger") or []:
-        if item["action"] == "kept":
-            part = PARTS.get(item["why"], KEPT_IN_BLOCKS)
+        action = item["action"]
+        if action in away:
+            away[action] += _tensor_bytes(item) if item.get("shape") is not None else 0
+        elif action != "quantized":
+            part = PARTS.get(item["why"], KEPT_IN_BLOCKS) if action == "kept" else REWRITTEN
             kept[part] = kept.get(part, 0) + _tensor_bytes(item)
-        elif item["action"] == "dropped" and item.get("shape") is not None:
-            dropped += _tensor_bytes(item)
     same = sum(kept.values())
-    if same > after:
-        kept, same, dropped = {}, 0, 0
+    if same + away["added"] > after:
+        kept, same, away = {}, 0, dict.fromkeys(away, 0)
     quantised = ("quantised linears" if kept else "all weights", "c0")
+    ends = (("before", before, ("dropped", "away")), ("after", after, ("added", "c4")))
     rows = [
-        (name, [(*part, value) for part, value in [(quantised, total - same - away), *kept.items(), (("dropped", "away"), away)] if value > 0])
-        for name, total, away in (("before", before, dropped), ("after", after, 0))
+        (name, [(*part, value) for part, value in [(quantised, total - same - away[one[0]]), *kept.items(), (one, away[one[0]])] if value > 0])
+        for name, total, one in ends
     ]
     legend = list(dict.fromkeys((shade, part) for _, parts in rows for part, shade, _ in parts))
     return _plot("Size before and after", plots.stacked(rows, size_text, "Size before and after"), "Bytes of all tensors.", legend)

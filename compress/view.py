@@ -126,6 +126,34 @@ def plan(result: dict[str, Any]) -> None:
         console.print(f"{engine}: {verdict}", highlight=False)
 
 
+def advice(result: dict[str, Any]) -> None:
+    """What was considered and why, on standard error: the recipe itself may go to standard output."""
+    console = Console(stderr=True, highlight=False)
+    wish, chosen = result["wish"], result["advice"]
+    for part in result["parts"]:
+        console.print(f"{part['part']}: {part['parameters']:,} parameters, {human(part['bytes'])}")
+    table = Table(show_edge=False)
+    for heading in ("scheme", "verdict", "needs", ""):
+        table.add_column(heading, justify="right" if heading == "needs" else "left", overflow="fold")
+    for item in result["considered"]:
+        best = item["name"] == chosen["name"]
+        needs = "" if item["needs"] is None else human(item["needs"])
+        table.add_row(item["name"], item["verdict"], needs, item["against"] or ("taken" if best else ""), style="bold" if best else None)
+    console.print(table)
+    console.print(
+        f"{chosen['text']}: {human(chosen['weight_bytes'])} of weights and {human(chosen['cache_bytes'])} of cache at {wish['context']:,} tokens, "
+        f"of {human(wish['memory_bytes'])}; {human(chosen['file_bytes'])} on disk"
+    )
+    console.print(f"why: {chosen['verdict']}; {'; '.join(chosen['why'])}")
+    losses = ", ".join(f"{task} {median:+.1f} % (worst {worst:+.1f} %)" for task, (median, worst) in result["expected"].items())
+    console.print(f"expected change: {losses or 'not known'}")
+    console.print(f"then look for: {result['gate']['look_for']}")
+    for command in result["gate"]["commands"]:
+        console.print(f"  {command}", soft_wrap=True)
+    for text in (*result["notes"], *result["caveats"]):
+        console.print(text, style="dim")
+
+
 def evaluation(model: str, result: dict[str, Any]) -> None:
     """The lines of `compress eval`."""
     console = Console()

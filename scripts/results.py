@@ -3,7 +3,7 @@
     python scripts/results.py          # write it
     python scripts/results.py --check  # exit 1 if README.md says anything else
 
-Each file says which benchmark it is of (bench/README.md). Of each tool's variants the one with the smallest mean loss is shown; the JSON
+Each file says which benchmark it is of (bench/README.md). Of each tool's methods the one with the smallest mean loss is shown; the JSON
 has them all.
 """
 
@@ -22,6 +22,23 @@ OURS, BASELINE = "ours", "rtn"
 
 Rows = list[tuple[str, dict[str, str]]]
 
+GRIDS = {
+    "w4g128": "W4 g128 symmetric",
+    "w4g128-asym": "W4 g128 asymmetric",
+    "w3g128": "W3 g128 symmetric",
+    "w3g128-asym": "W3 g128 asymmetric",
+    "w2g64": "W2 g64 symmetric",
+    "w2g64-asym": "W2 g64 asymmetric",
+    "mixed-2.5": "2.5 bits stored per weight, mixed",
+    "w8a8": "W8A8 integers",
+    "fp8": "W8A8 FP8",
+    "nvfp4": "NVFP4 weights",
+    "mxfp4": "MXFP4 weights",
+    "nvfp4-a4": "NVFP4 weights and inputs",
+    "mxfp4-a4": "MXFP4 weights and inputs",
+}
+"""What a grid of bench/rivals/protocol.py is called here, in the order of the rows."""
+
 
 def losses(row: dict[str, Any]) -> list[float]:
     """Mean excess loss by evaluation text; empty if the tool did not run."""
@@ -30,23 +47,35 @@ def losses(row: dict[str, Any]) -> list[float]:
 
 def column(cell: dict[str, Any]) -> str:
     """The column a row of the quality benchmark belongs to: a tool's, or that of plain rounding."""
-    return BASELINE if cell["tool"] == OURS and cell["method"].partition("=")[0] == BASELINE else cell["tool"]
+    return BASELINE if (cell["tool"], cell["method"]) == (OURS, BASELINE) else str(cell["tool"])
+
+
+def draws(row: dict[str, Any]) -> int:
+    """Draws of the calibration windows that a row is the mean of."""
+    return sum("losses" in run for run in row["runs"])
 
 
 def quality(document: dict[str, Any]) -> Rows:
-    """One row per grid: excess loss by text, per tool."""
-    grids: dict[tuple[int, int, bool], dict[str, list[dict[str, Any]]]] = {}
-    for row in document["results"]:
-        cell = row["cell"]
-        grids.setdefault((cell["bits"], cell["group_size"], cell["symmetric"]), {}).setdefault(column(cell), []).append(row)
+    """One row per grid: excess loss by text, of each tool's methods the best; `*` where it is the mean of fewer draws than others."""
+    most = max(map(draws, document["results"]))
     rows = []
-    for (bits, group, symmetric), tools in grids.items():
+    for grid, label in GRIDS.items():
+        tools: dict[str, list[dict[str, Any]]] = {}
+        for row in document["results"]:
+            if row["cell"]["grid"] == grid:
+                tools.setdefault(column(row["cell"]), []).append(row)
         shown = {}
         for tool, candidates in tools.items():
-            found = [losses(row) for row in candidates if losses(row)]
-            status = candidates[0]["status"]
-            shown[tool] = " / ".join(f"{loss:.4f}" for loss in min(found, key=statistics.mean)) if found else brief(status)
-        rows.append((f"W{bits} g{group} {'symmetric' if symmetric else 'asymmetric'}, excess loss", shown))
+            worked = [row for row in candidates if losses(row)]
+            if not worked:
+                shown[tool] = brief(candidates[0]["status"])
+                continue
+            best = min(worked, key=lambda row: statistics.mean(losses(row)))
+            shown[tool] = " / ".join(f"{loss:.4f}" for loss in losses(best))
+            shown[tool] += "*" if best["calibrated"] and draws(best) < most else ""
+            shown[tool] += f" ({best['cell']['method']})" if tool == OURS else ""
+        if shown:
+            rows.append((f"{label}{', outliers planted' if document['protocol']['planted_outliers'] else ''}, excess loss", shown))
     return rows
 
 
@@ -75,7 +104,15 @@ def kill(document: dict[str, Any]) -> Rows:
     return [(f"killed at random moments, {document['kills']} times, and started again", {OURS: f"{document['identical']} byte-identical"})]
 
 
-TITLES = {OURS: "compress", BASELINE: "plain rounding", "llmcompressor": "LLM Compressor", "gptqmodel": "GPTQModel"}
+TITLES = {
+    OURS: "compress",
+    BASELINE: "plain rounding",
+    "autoround": "AutoRound",
+    "llmcompressor": "LLM Compressor",
+    "gptqmodel": "GPTQModel",
+    "hqq": "HQQ",
+    "torchao": "torchao",
+}
 ORDER = ("quality", "speed", "memory", "kill")
 ROWS = {"quality": quality, "speed": speed, "memory": memory, "kill": kill}
 
@@ -111,12 +148,11 @@ def notes(documents: list[tuple[str, dict[str, Any]]]) -> Iterable[str]:
         if name == "quality":
             protocol, baseline = document["protocol"], document["baseline"]
             texts = " / ".join(f"{text} (perplexity {value['perplexity']:.2f})" for text, value in baseline.items())
-            seeds = max(len(row["runs"]) for row in document["results"])
-            calibration = protocol["calibration"]
+            most, calibration = max(map(draws, document["results"])), protocol["calibration"]
             yield (
                 f"Excess loss over the unquantised `{protocol['model']}` in nats on {texts}, windows of {protocol['context']} tokens, "
-                f"GPTQ calibrated on {calibration['samples']} x {calibration['length']} tokens, mean of {seeds} draw{'s' if seeds > 1 else ''}; "
-                "of each tool's variants the best."
+                f"calibrated on {calibration['samples']} x {calibration['length']} tokens, mean of {most} draw{'s' if most > 1 else ''} "
+                "(where marked *, of fewer); of each tool's methods the best."
             )
         if name == "speed":
             options, dtype = (document["protocol"].get(key) for key in ("our_options", "rival_dtype"))

@@ -151,26 +151,25 @@ def test_drift_is_measured_against_the_model_as_it_was(kind: str, checkpoint: Ca
     changed.model.layers[0].self_attn.v_proj.weight.data.zero_()
     batches = [batch.inputs for batch in samples.batches()]
     old, new = (oracle.inputs_of_linears(model, batches) for model in (before, changed))
+    streams = [oracle.residual_streams(model, batches) for model in (before, changed)]
     measured = {}
     for inputs in sweep(open_model(folder), samples, Workspace(tmp_path, tiny.Silent()), lambda group: True, drift=True):
         name = inputs.groups[0].linears[0].name
         if name == "model.layers.0.self_attn.q_proj":
             linear = inputs.groups[0].linears[-1]
             inputs.block.set_quantized(linear.name, nothing(linear.rows, linear.columns), {})
-        if inputs.drift is None:
+        if inputs.moved is None:
             assert inputs.groups[0].expert is not None
         else:
-            measured[name] = inputs.drift
+            measured[name] = inputs.moved
     assert set(measured) == {name for name in old if name.endswith(("q_proj", "o_proj", "gate_proj", "down_proj"))}
-    for name, drift in measured.items():
-        expected = sum(
-            (x - y).double().reshape(-1, x.shape[-1]).T @ y.double().reshape(-1, y.shape[-1]) for x, y in zip(old[name], new[name], strict=True)
-        )
-        assert torch.allclose(drift.double(), expected / samples.tokens, rtol=1e-3, atol=1e-5), name
-    assert (
-        not measured["model.layers.0.self_attn.q_proj"].any()
-        and measured["model.layers.1.mlp.down_proj" if kind != "mixtral" else "model.layers.1.self_attn.o_proj"].any()
-    )
+    for name, moved in measured.items():
+        assert close(moved.inputs, oracle.cross_moment(old[name], new[name], new[name]) / samples.tokens), name
+        assert (moved.stream is not None) == name.endswith(("o_proj", "down_proj"))
+        if moved.stream is not None:
+            assert close(moved.stream, oracle.cross_moment(streams[0][name], streams[1][name], new[name]) / samples.tokens), name
+    last = measured["model.layers.1.mlp.down_proj" if kind != "mixtral" else "model.layers.1.self_attn.o_proj"]
+    assert not measured["model.layers.0.self_attn.q_proj"].inputs.any() and last.inputs.any() and last.stream is not None and last.stream.any()
 
 
 def test_only_wanted_groups_are_measured(checkpoint: Callable[..., Path], tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from compress import plots, report
 VOID = {"meta", "input", "br"}
 SKIPPABLE = (
     "accepted", "compress", "model", "recipe", "recipe_hash", "seconds", "peak_bytes", "calibration", "passes", "size", "engines", "verification",
-    "evaluation", "fallbacks", "gates", "linears", "ledger", "environment",
+    "evaluation", "fallbacks", "gates", "linears", "transforms", "ledger", "environment",
 )  # fmt: skip
 
 
@@ -29,6 +29,11 @@ def linear(name: str, block: int, **changes: Any) -> dict[str, Any]:
 
 def tensor(name: str, shape: list[int], action: str = "quantized", why: str = "gptq: 4 bits, group 128") -> dict[str, Any]:
     return {"name": name, "shape": shape, "dtype": "BF16", "action": action, "why": why}
+
+
+def folded(kind: str, block: int, alpha: float) -> dict[str, Any]:
+    name = f"model.layers.{block}.{kind}"
+    return {"name": name, "block": block, "pass": "smooth", "kind": kind, "alpha": alpha, "error": [0.02, 0.01 + block / 1000], "fallback": None}
 
 
 def run_result(linears: list[dict[str, Any]], ledger: list[dict[str, Any]] | None = None, **changes: Any) -> dict[str, Any]:
@@ -59,6 +64,9 @@ def run_result(linears: list[dict[str, Any]], ledger: list[dict[str, Any]] | Non
             {"name": "perplexity_ratio", "value": 1.0057, "bound": {"max": 1.02}, "interval": [1.004, 1.007], "passed": True, "certain": True},
         ],
         "linears": linears,
+        "transforms": [folded("qkv", block, 0.15 + 0.05 * block) for block in range(3)]
+        + [folded("experts.down", 0, expert / 20) for expert in range(20)]
+        + [{"name": "model.layers.0.mlp.up_proj", "block": 0, "pass": "smooth", "kind": "clip", "clipped": 0.013, "fallback": None}],
         "ledger": ledger if ledger is not None else [tensor(f"{record['name']}.weight", [256, 256]) for record in linears],
         "environment": {"versions": {"python": "3.11.7", "torch": "2.13.0"}, "machine": "x86_64", "cpus": 2},
     } | changes  # fmt: skip
@@ -257,6 +265,12 @@ def test_tasks_stand_beside_each_other() -> None:
     assert re.search(r"arc_easy\s+acc\s+0.71\s+0.705", read(result).text)
 
 
+def test_transforms_are_a_row_per_kind() -> None:
+    text = " ".join(read(dense()).text.split())
+    assert "smooth qkv 3 0.15, 0.2, 0.25 2.0 % \u2192 1.1 %" in text.replace("\u00a0", " ")
+    assert "smooth experts.down 20 0 to 0.95, median 0.475" in text and "smooth clip 1 1.3" in text
+
+
 def test_sizes_are_split_by_what_happened() -> None:
     ledger = [
         tensor("model.layers.0.mlp.up_proj.weight", [1000, 1000]),
@@ -269,6 +283,18 @@ def test_sizes_are_split_by_what_happened() -> None:
     text = read(run_result([linear("mlp.up_proj", 0)], ledger, size=size)).text
     for expected in ("quantised linears: 2.00 MB", "quantised linears: 500 kB", "kept: outside the decoder blocks: 1.00 MB", "dropped: 1.00 MB"):
         assert expected in text
+
+
+def test_what_is_rewritten_or_added_is_not_taken_for_quantised() -> None:
+    ledger = [
+        tensor("model.layers.0.mlp.up_proj.weight", [1000, 1000]),
+        tensor("model.embed_tokens.weight", [500, 1000], "rotated", "by rotate, stored in its own dtype again"),
+        tensor("lm_head.weight", [500, 1000], "added", "by rotate"),
+    ]
+    size = {"before_bytes": 3_000_000, "after_bytes": 2_500_000, "bits_per_weight": 4.0, "quantized_weights": 1_000_000}
+    text = read(run_result([linear("mlp.up_proj", 0)], ledger, size=size)).text
+    for expected in ("quantised linears: 2.00 MB", "quantised linears: 500 kB", "rewritten, as large as before: 1.00 MB", "added: 1.00 MB"):
+        assert expected in text.replace("\u00a0", " ")
 
 
 def test_kept_linears_are_on_the_map_of_bits() -> None:

@@ -26,21 +26,24 @@ def results() -> Any:
     return module
 
 
-def row(tool: str, method: str, *losses: float, status: str = "done") -> dict[str, Any]:
-    cell = {"tool": tool, "method": method, "bits": 3, "group_size": 128, "symmetric": False}
+def row(grid: str, tool: str, method: str, *losses: float, draws: int = 2, calibrated: bool = True, status: str = "done") -> dict[str, Any]:
+    cell = {"grid": grid, "tool": tool, "method": method}
     summary = {f"text-{index}": {"excess_loss": loss} for index, loss in enumerate(losses)}
-    return {"cell": cell, "status": status, "summary": summary, "runs": [{}, {}] if losses else []}
+    runs = [{"losses": {}} for _ in range(draws)] if losses else [{"error": status}]
+    return {"cell": cell, "calibrated": calibrated, "status": status, "summary": summary, "runs": runs}
 
 
 def documents() -> list[tuple[str, dict[str, Any]]]:
     rows = [
-        row("llmcompressor", "default", 0.4, 0.3),
-        row("llmcompressor", "mse", 0.2, 0.4),
-        row("gptqmodel", "default", status="exit 1: no such option"),
-        row("ours", "rtn", 0.9, 0.8),
-        row("ours", "gptq={damp: 0.02}", 0.1, 0.2),
+        row("w3g128-asym", "llmcompressor", "gptq", 0.4, 0.3),
+        row("w3g128-asym", "llmcompressor", "gptq-mse", 0.2, 0.4, draws=1),
+        row("w3g128-asym", "gptqmodel", "gptq", status="exit 1: no such option"),
+        row("w3g128-asym", "hqq", "hqq", 0.7, 0.8, draws=1, calibrated=False),
+        row("w3g128-asym", "ours", "rtn", 0.9, 0.8, draws=1, calibrated=False),
+        row("w3g128-asym", "ours", "gptq qep", 0.1, 0.2),
+        row("w8a8", "ours", "rtn mse", 0.01, 0.02),
     ]
-    protocol = {"model": "toy", "context": 512, "calibration": {"samples": 128, "length": 512}}
+    protocol = {"model": "toy", "planted_outliers": None, "context": 512, "calibration": {"samples": 128, "length": 512}}
     baseline = {"text-0": {"perplexity": 10.0}, "text-1": {"perplexity": 20.0}}
     sides = {
         "ours": {"status": "done", "cpu_seconds": {"median": 3.0}, "seconds": {"median": 2.0}},
@@ -57,12 +60,25 @@ def documents() -> list[tuple[str, dict[str, Any]]]:
 
 def test_every_benchmark_has_its_row_and_every_rival_its_column(results: Any) -> None:
     table = results.render(documents()).splitlines()
-    assert table[0] == "| | compress | LLM Compressor | GPTQModel | plain rounding |"
-    assert table[2] == "| W3 g128 asymmetric, excess loss | 0.1000 / 0.2000 | 0.2000 / 0.4000 | failed | 0.9000 / 0.8000 |"
-    assert table[3] == "| GPTQ of one Llama block (2048 wide, MLP 5632), CPU seconds | 3.0 | 30.0 | not installed |  |"
-    assert table[5] == "| GPTQ of a checkpoint of 6.00 GB, peak memory | 1.20 GB (20%) |  |  |  |"
-    assert table[6] == "| killed at random moments, 30 times, and started again | 30 byte-identical |  |  |  |"
-    assert "mean of 2 draws" in table[8] and "LLM Compressor 0.14." in table[8] and "A Processor, 2 cores, 2026-01-02, commit 012345678." in table[8]
+    assert table[0] == "| | compress | LLM Compressor | GPTQModel | HQQ | plain rounding |"
+    assert table[2] == (
+        "| W3 g128 asymmetric, excess loss | 0.1000 / 0.2000 (gptq qep) | 0.2000 / 0.4000* | failed | 0.7000 / 0.8000 | 0.9000 / 0.8000 |"
+    )
+    assert table[3] == "| W8A8 integers, excess loss | 0.0100 / 0.0200 (rtn mse) |  |  |  |  |"
+    assert table[4] == "| GPTQ of one Llama block (2048 wide, MLP 5632), CPU seconds | 3.0 | 30.0 | not installed |  |  |"
+    assert table[6] == "| GPTQ of a checkpoint of 6.00 GB, peak memory | 1.20 GB (20%) |  |  |  |  |"
+    assert table[7] == "| killed at random moments, 30 times, and started again | 30 byte-identical |  |  |  |  |"
+    assert "mean of 2 draws" in table[9] and "LLM Compressor 0.14." in table[9] and "A Processor, 2 cores, 2026-01-02, commit 012345678." in table[9]
+
+
+def test_every_grid_has_its_label_and_planted_outliers_are_said(results: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "bench" / "rivals"))
+    import protocol
+
+    assert list(results.GRIDS) == list(protocol.GRIDS)
+    name, document = documents()[0]
+    planted = document | {"protocol": document["protocol"] | {"planted_outliers": {"factor": 32}}}
+    assert results.ROWS[name](planted)[-1][0] == "W8A8 integers, outliers planted, excess loss"
 
 
 def test_a_readme_is_changed_between_the_markers_only(results: Any) -> None:

@@ -23,6 +23,38 @@ class InputGroup:
 
 
 @dataclass(frozen=True)
+class Fold:
+    """Channels that any positive factors may be folded into without changing what a block computes.
+
+    Dividing a channel where it is produced and multiplying it in everything that reads it cancels, provided that nothing but a product
+    stands between the two. ``producer`` is a norm, whose weight is divided, or a linear, whose rows (and bias) are; the columns of
+    ``consumers`` are multiplied, and these are **all** that read the channels, routers too. ``*`` stands for each expert; in the producer
+    it makes one edge per expert. With ``heads`` the channels are those of attention heads, and where the consumer has more columns than
+    the producer rows, each group of query heads reads one head.
+
+    Norms give what they read of the residual stream, and whoever reads another linear's channels writes to the stream.
+    """
+
+    name: str
+    producer: str
+    consumers: tuple[str, ...]
+    heads: bool = False
+
+
+@dataclass(frozen=True)
+class Outside:
+    """Who writes to the residual stream and reads from it outside the blocks: each the name on disk and that in memory.
+
+    ``writers`` are linears beside the embedding, such as a projector of images; the ``head`` reads what the ``norm`` gives.
+    """
+
+    embedding: tuple[str, str] = ("model.embed_tokens", "model.embed_tokens")
+    norm: tuple[str, str] = ("model.norm", "model.norm")
+    head: tuple[str, str] = ("lm_head", "lm_head")
+    writers: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
 class Experts:
     """Routed experts of one block. On disk ``{prefix}.{expert}.{linear}``; in memory two 3-D parameters of the module `module`."""
 
@@ -38,19 +70,30 @@ class Arch:
     """Where things are in a checkpoint of one `model_type`.
 
     `groups` are in the order in which data flows through a block, so that each is measured with everything before it already
-    compressed. A group none of whose linears a block has is skipped (dense and sparse blocks may alternate).
+    compressed. A group none of whose linears a block has is skipped (dense and sparse blocks may alternate), and so is an edge of `folds`
+    without consumers. ``scores`` are the linears behind attention scores, where an error is raised to an exponent.
+    `attention` is the module that has a cache of keys and values.
     """
 
     model_type: str
     groups: tuple[InputGroup, ...]
+    folds: tuple[Fold, ...] = ()
+    outside: Outside = Outside()
+    scores: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj")
     blocks: str = "model.layers"
     module_blocks: str = "model.layers"
     text_config: str | None = None
+    attention: str = "self_attn"
     experts: Experts | None = None
     rename: tuple[tuple[str, str], ...] = ()
     image: bool = False
     unquantized: tuple[str, ...] = ()
     dropped: tuple[tuple[str, str], ...] = ((r".*rotary_emb\.inv_freq", "a buffer that the config determines"),)
+
+    @property
+    def cache_scales(self) -> tuple[str, str]:
+        """Where a block keeps the scales of its keys and values, if its cache is quantised; the names are those engines look for."""
+        return f"{self.attention}.k_scale", f"{self.attention}.v_scale"
 
 
 ATTENTION = (
@@ -60,6 +103,15 @@ ATTENTION = (
 GATED_MLP = (
     InputGroup("gate_up", ("mlp.gate_proj", "mlp.up_proj")),
     InputGroup("down", ("mlp.down_proj",)),
+)
+
+ATTENTION_FOLDS = (
+    Fold("qkv", "input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+    Fold("o", "self_attn.v_proj", ("self_attn.o_proj",), heads=True),
+)
+GATED_MLP_FOLDS = (
+    Fold("gate_up", "post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
+    Fold("down", "mlp.up_proj", ("mlp.down_proj",)),
 )
 
 

@@ -1,10 +1,17 @@
 """LLaVA: a CLIP vision tower and a projector, kept as they are, in front of a Llama or Mistral language model."""
 
-from compress.arch.base import ATTENTION, GATED_MLP, Arch
+from compress.arch.base import ATTENTION, ATTENTION_FOLDS, GATED_MLP, GATED_MLP_FOLDS, Arch, Outside
 
 ARCH = Arch(
     model_type="llava",
     groups=ATTENTION + GATED_MLP,
+    folds=ATTENTION_FOLDS + GATED_MLP_FOLDS,
+    outside=Outside(
+        embedding=("language_model.model.embed_tokens", "model.language_model.embed_tokens"),
+        norm=("language_model.model.norm", "model.language_model.norm"),
+        head=("language_model.lm_head", "lm_head"),
+        writers=(("multi_modal_projector.linear_2", "model.multi_modal_projector.linear_2"),),
+    ),
     blocks="language_model.model.layers",
     module_blocks="model.language_model.layers",
     text_config="text_config",

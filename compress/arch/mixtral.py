@@ -1,10 +1,19 @@
 """Mixtral: on disk `block_sparse_moe` with experts w1 (gate), w3 (up) and w2 (down); transformers calls the module `mlp`."""
 
-from compress.arch.base import ATTENTION, Arch, Experts
+from compress.arch.base import ATTENTION, ATTENTION_FOLDS, Arch, Experts, Fold
 
 ARCH = Arch(
     model_type="mixtral",
     groups=ATTENTION,
+    folds=(
+        *ATTENTION_FOLDS,
+        Fold(
+            "experts.gate_up",
+            "post_attention_layernorm",
+            ("block_sparse_moe.gate", "block_sparse_moe.experts.*.w1", "block_sparse_moe.experts.*.w3"),
+        ),
+        Fold("experts.down", "block_sparse_moe.experts.*.w3", ("block_sparse_moe.experts.*.w2",)),
+    ),
     experts=Experts(prefix="block_sparse_moe.experts", module="mlp.experts", gate="w1", up="w3", down="w2"),
     rename=(("block_sparse_moe.", "mlp."),),
     unquantized=("block_sparse_moe.gate",),

@@ -1,10 +1,16 @@
 """Qwen3-MoE: routed experts, alternating with dense MLPs where the config says so."""
 
-from compress.arch.base import ATTENTION, GATED_MLP, Arch, Experts
+from compress.arch.base import ATTENTION, ATTENTION_FOLDS, GATED_MLP, GATED_MLP_FOLDS, Arch, Experts, Fold
 
 ARCH = Arch(
     model_type="qwen3_moe",
     groups=ATTENTION + GATED_MLP,
+    folds=(
+        *ATTENTION_FOLDS,
+        *GATED_MLP_FOLDS,
+        Fold("experts.gate_up", "post_attention_layernorm", ("mlp.gate", "mlp.experts.*.gate_proj", "mlp.experts.*.up_proj")),
+        Fold("experts.down", "mlp.experts.*.up_proj", ("mlp.experts.*.down_proj",)),
+    ),
     experts=Experts(prefix="mlp.experts", module="mlp.experts", gate="gate_proj", up="up_proj", down="down_proj"),
     unquantized=("mlp.gate",),
 )

@@ -15,45 +15,63 @@ from compress.checkpoint import INDEX, RESIDUALS, SINGLE, Entry, entry, write_sa
 from compress.errors import InputError, Problems
 from compress.formats.base import RESIDUAL_PARTS
 from compress.layout import Layout
-from compress.passes.base import Scheme
+from compress.scheme import CacheScheme, Scheme
 
 if TYPE_CHECKING:
     from compress.model import Model
 
 SHARD_BYTES = 5_000_000_000
 BFLOAT16_ONLY = ("nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized")
+WHILE_LOADING = "loads, decompresses while loading"
 VERSION = "0.18.0"
 """The layout's version, as compressed-tensors counts; it wrote these tensors the same way ever since."""
 
 
 def check(place: str, layout: Layout, plan: dict[str, Scheme], problems: Problems) -> None:
     """Report what this layout or its readers cannot express."""
-    plan = _coded(plan)
+    kinds = _kinds(layout, plan)
     for block in layout.blocks:
         schemes = set()
         for stage in block.stages:
             for group in stage.groups:
-                found = {plan.get(linear.name) for linear in group.linears}
+                found = {kinds.get(linear.name) for linear in group.linears}
                 if len(found) > 1:
                     problems.add(place, f"{group.name} is one matrix to serving engines, but its linears get different schemes", "treat them alike")
                 if group.expert is not None:
                     schemes |= found
         if len(schemes) > 1:
             problems.add(place, f"the experts of {block.prefix} get different schemes", "engines hold them in one tensor: treat them alike")
-        if any(scheme and not scheme.symmetric for scheme in schemes):
+        if any(kind and not kind[0].symmetric for kind in schemes):
             problems.add(place, f"the experts of {block.prefix} are asymmetric; transformers ignores zero points of experts", "set symmetric: true")
 
+    if len(set(kinds.values())) > 1 and any(not scheme.symmetric for scheme, _ in kinds.values()):
+        problems.add(place, "transformers opens asymmetric weights only where all linears share one scheme", "set symmetric: true")
 
-def verdicts(layout: Layout, plan: dict[str, Scheme]) -> dict[str, str]:
+
+def verdicts(layout: Layout, plan: dict[str, Scheme], cache: CacheScheme | None = None) -> dict[str, str]:
     """For each serving engine, whether and how it reads the artifact, as far as its loader's rules tell."""
     if any(scheme.residuals for scheme in plan.values()):
         # Residuals lie where no engine looks, so what it computes with are the codes alone.
-        coded = verdicts(layout, _coded(plan))
-        partly = {engine: text if text.startswith("refuses") else f"without residuals; {text}" for engine, text in coded.items()}
-        return {"compress": "loads"} | partly
+        coded = verdicts(layout, {name: scheme.coded for name, scheme in plan.items()}, cache)
+        return {"compress": "loads"} | {
+            engine: text if text.startswith("refuses") else f"without residuals; {text}" for engine, text in coded.items()
+        }
+    found = _weight_verdicts(layout, plan)
+    if cache is None:
+        return found
+    ignored = "ignores the scales of the cache"
+    of_cache = {
+        "transformers": ignored if found["transformers"] == WHILE_LOADING else "rounds the cache, but does not store it smaller",
+        "vLLM": "FP8 cache",
+        "SGLang": "FP8 cache" if cache.granularity == "tensor" else f"{ignored}: only one for all heads",
+    }
+    return {engine: f"{verdict}; {of_cache[engine]}" for engine, verdict in found.items()}
+
+
+def _weight_verdicts(layout: Layout, plan: dict[str, Scheme]) -> dict[str, str]:
     schemes = set(plan.values())
     if not schemes:
-        return dict.fromkeys(("transformers", "vLLM", "SGLang"), "loads: nothing is quantised")
+        return dict.fromkeys(("transformers", "vLLM", "SGLang"), "loads: no weight is quantised")
     odd = "/".join(map(str, sorted({scheme.bits for scheme in schemes} - {4, 8})))
     narrow = any(linear.rows % 32 or linear.columns % 32 for name, linear in layout.linears.items() if name in plan)
     floats = sorted({scheme.format for scheme in schemes if scheme.format != "int"})
@@ -66,22 +84,29 @@ def verdicts(layout: Layout, plan: dict[str, Scheme]) -> dict[str, str]:
         vllm = sglang = f"GPU only: {', '.join(floats)}" + (" (unproven)" if any(name.startswith("mx") for name in floats) else "")
     elif narrow:
         vllm = "GPU only: its CPU kernel wants widths divisible by 32"
-    return {
-        "transformers": "loads, decompresses on first use" if all(scheme.symmetric for scheme in schemes) else "loads, decompresses while loading",
-        "vLLM": vllm,
-        "SGLang": sglang,
-    }
+    return {"transformers": _transformers(layout, plan), "vLLM": vllm, "SGLang": sglang}
 
 
-def quantization_config(layout: Layout, plan: dict[str, Scheme]) -> dict[str, Any]:
-    """The `quantization_config` of config.json for what `plan` says."""
-    by_scheme: dict[Scheme, list[str]] = {}
-    for name, scheme in _coded(plan).items():
-        by_scheme.setdefault(scheme, []).append(name)
+def _transformers(layout: Layout, plan: dict[str, Scheme]) -> str:
+    """How transformers loads the weights.
+
+    It unpacks small floats to bfloat16, whatever the model is loaded in, so that any other dtype fails in the first product; and
+    compressed-tensors makes room for zero points in their unpacked shape, so transformers could not load packed ones (seen with 0.20.0 under
+    5.23.0). Unpacking while loading is sound, but it knows only one scheme.
+    """
+    if all(scheme.symmetric and scheme.layout not in BFLOAT16_ONLY for scheme in plan.values()):
+        return "loads, decompresses on first use"
+    return WHILE_LOADING if len(set(_kinds(layout, plan).values())) == 1 else "loads in bfloat16, decompresses on first use"
+
+
+def quantization_config(layout: Layout, plan: dict[str, Scheme], cache: CacheScheme | None = None) -> dict[str, Any]:
+    """The `quantization_config` of config.json for what `plan` and `cache` say."""
+    by_kind: dict[tuple[Scheme, bool], list[str]] = {}
+    for name, kind in _kinds(layout, plan).items():
+        by_kind.setdefault(kind, []).append(name)
     groups = {}
-    for index, (scheme, names) in enumerate(by_scheme.items()):
-        targets = ["Linear"] if len(by_scheme) == 1 else sorted({_target(layout, name) for name in names})
-        per_channel = scheme.format in ("int", "fp8") and all(layout.linears[name].columns == scheme.group_size for name in names)
+    for index, ((scheme, per_channel), names) in enumerate(by_kind.items()):
+        targets = ["Linear"] if len(by_kind) == 1 else sorted({_target(layout, name) for name in names})
         groups[f"group_{index}"] = {
             "targets": targets,
             "weights": _arguments(scheme, per_channel),
@@ -89,23 +114,31 @@ def quantization_config(layout: Layout, plan: dict[str, Scheme]) -> dict[str, An
             "output_activations": None,
             "format": scheme.layout,
         }
-    layouts = {scheme.layout for scheme in by_scheme}
+    layouts = {scheme.layout for scheme, _ in by_kind}
     config: dict[str, Any] = {
         "quant_method": "compressed-tensors",
-        "format": layouts.pop() if len(layouts) == 1 else "mixed-precision",
+        "format": layouts.pop() if len(layouts) == 1 else "mixed-precision" if layouts else "dense",
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": _ignored(layout, plan),
-        "kv_cache_scheme": None,
+        "ignore": _ignored(layout, plan) if plan else [],
+        "kv_cache_scheme": _cache_arguments(cache) if cache else None,
         "global_compression_ratio": None,
         "version": VERSION,
     }
-    if any(not scheme.symmetric or scheme.layout in BFLOAT16_ONLY for scheme in by_scheme):
-        # It unpacks small floats to bfloat16, whatever the model is loaded in, so that any other dtype fails in the first product; and
-        # compressed-tensors makes room for zero points in their unpacked shape, so transformers could not load packed ones (seen with
-        # 0.20.0 under 5.23.0); unpacking while loading is sound, and engines that know nothing of this key ignore it.
+    if _transformers(layout, plan) == WHILE_LOADING:  # engines that know nothing of this key ignore it
         config["dequantize"] = True
     return config
+
+
+def _kinds(layout: Layout, plan: dict[str, Scheme]) -> dict[str, tuple[Scheme, bool]]:
+    """What engines tell schemes apart by, for each linear: its scheme, and whether it has one scale per output.
+
+    One scale per output is the same whatever the width; a group that happens to be as wide as some linears, but not as all, is a group.
+    """
+    plan = {name: scheme.coded for name, scheme in plan.items()}
+    grouped = {scheme for name, scheme in plan.items() if scheme.group_size < layout.linears[name].columns}
+    per_output = {scheme for scheme in plan.values() if scheme.format in ("int", "fp8")} - grouped
+    return {name: (scheme.model_copy(update={"group_size": 0}), True) if scheme in per_output else (scheme, False) for name, scheme in plan.items()}
 
 
 def _arguments(scheme: Scheme, per_channel: bool) -> dict[str, Any]:
@@ -124,6 +157,11 @@ def _arguments(scheme: Scheme, per_channel: bool) -> dict[str, Any]:
     if kind := {"nvfp4": "torch.float8_e4m3fn", "mxfp4": "torch.uint8", "mxfp8": "torch.uint8"}.get(scheme.format):
         arguments |= {"scale_dtype": kind, "zp_dtype": kind}
     return arguments
+
+
+def _cache_arguments(cache: CacheScheme) -> dict[str, Any]:
+    strategy = "tensor" if cache.granularity == "tensor" else "attn_head"
+    return {"num_bits": 8, "type": "float", "symmetric": True, "strategy": strategy, "group_size": None, "dynamic": False}
 
 
 def _input_arguments(scheme: Scheme) -> dict[str, Any] | None:
@@ -162,7 +200,7 @@ def _renamed(layout: Layout, local: str) -> str:
     return local
 
 
-def write(model: Model, plan: dict[str, Scheme], folder: Path) -> None:
+def write(model: Model, plan: dict[str, Scheme], cache: CacheScheme | None, folder: Path) -> None:
     """Write weights and config.json into `folder`; tensors stream from where they lie."""
     shards = list(_shards(model))
     if len(shards) == 1:
@@ -175,9 +213,9 @@ def write(model: Model, plan: dict[str, Scheme], folder: Path) -> None:
             weight_map |= {item.name: file for item in entries}
         total = sum(item.nbytes for entries in shards for item in entries)
         write_text(folder / INDEX, json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n")
-    config = dict(model.checkpoint.config)
-    if plan:
-        config["quantization_config"] = quantization_config(model.layout, plan)
+    config = model.config
+    if plan or cache:
+        config["quantization_config"] = quantization_config(model.layout, plan, cache)
     if residuals := [entry(name, info) for name, info in sorted(model.tensors.items()) if name.endswith(RESIDUAL_PARTS)]:
         (folder / RESIDUALS).parent.mkdir()
         write_safetensors(folder / RESIDUALS, residuals, {"format": "sparse-residual"})
@@ -197,18 +235,13 @@ def _shards(model: Model) -> Iterator[list[Entry]]:
     entries: list[Entry] = []
     size = 0
     for name in sorted((name for name in model.tensors if not is_dropped(model, name) and not name.endswith(RESIDUAL_PARTS)), key=position):
-        item = entry(name, model.final(name))
+        item = model.final(name)
         if entries and size + item.nbytes > SHARD_BYTES:
             yield entries
             entries, size = [], 0
         entries.append(item)
         size += item.nbytes
     yield entries
-
-
-def _coded(plan: dict[str, Scheme]) -> dict[str, Scheme]:
-    """The plan as engines see it, which know nothing of residuals."""
-    return {name: scheme.coded for name, scheme in plan.items()}
 
 
 def is_dropped(model: Model, name: str) -> str | None:
@@ -225,7 +258,7 @@ def compare(model: Model, folder: Path) -> int:
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationScheme
 
-    from compress.checkpoint import Checkpoint, read_tensor
+    from compress.checkpoint import Checkpoint, read_entry, read_tensor
 
     written = Checkpoint(folder)
     expected = {name for name in model.tensors if not is_dropped(model, name)}
@@ -235,9 +268,7 @@ def compare(model: Model, folder: Path) -> int:
     groups = [QuantizationScheme.model_validate(group) for group in config["config_groups"].values()]
     compared = 0
     for name in sorted(expected):
-        meant_bits = model.final(name)
-        meant_bits = meant_bits if isinstance(meant_bits, torch.Tensor) else read_tensor(meant_bits)
-        if not torch.equal(_bits(read_tensor(written.tensors[name])), _bits(meant_bits)):
+        if not torch.equal(_bits(read_tensor(written.tensors[name])), _bits(read_entry(model.final(name)))):
             raise InputError.one(name, "reads back differently from what was written", "is the disk sound?")
     for linear in model.layout.linears:
         if meant := model.quantized(linear):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -11,18 +11,6 @@ from torch import Tensor
 from compress.numerics.grid import E4M3, Grid, Integer
 
 GRIDS: dict[str, Grid] = {"int8": Integer(8, True), "fp8": E4M3()}
-
-
-class _StraightThrough(torch.autograd.Function):
-    """The second argument, with the gradient of the first: rounding has none of its own that would be of use (arXiv 1308.3432)."""
-
-    @staticmethod
-    def forward(ctx: Any, inputs: Tensor, rounded: Tensor) -> Tensor:
-        return rounded
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient, None
 
 
 @dataclass(frozen=True)
@@ -44,15 +32,10 @@ class Activations:
         return torch.tensor([max(peak, 1e-12) * 2 / (grid.high - grid.low)]).to(stored)
 
     def round(self, inputs: Tensor) -> Tensor:
-        """``inputs`` as the engine sees them, in their own dtype; gradients pass through as if nothing had been rounded."""
+        """``inputs`` as the engine sees them, in their own dtype."""
+        grid = GRIDS[self.kind]
         if not inputs.numel():
             return inputs
-        with torch.no_grad():
-            rounded = self._round(inputs)
-        return cast(Tensor, _StraightThrough.apply(inputs, rounded)) if inputs.requires_grad else rounded  # type: ignore[no-untyped-call]
-
-    def _round(self, inputs: Tensor) -> Tensor:
-        grid = GRIDS[self.kind]
         grouped = inputs if self.group_size is None else torch.unflatten(inputs, -1, (-1, self.group_size))
         if self.scale is not None:
             scale = self.scale.to(inputs.dtype)

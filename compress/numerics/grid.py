@@ -154,13 +154,18 @@ class Quantized:
         """Of the weights: that of the scale, or bfloat16 for small floats with small scales, all of whose products it holds exactly."""
         return self.scale.dtype if self.scale.dtype.itemsize > 1 else torch.bfloat16
 
+    def scales(self) -> Scales:
+        """Scales and zero points as a search gives them, float32 [out, groups]."""
+        scale = self.scale.float() / self.grid.unit
+        if self.grid.rows > 1:
+            scale = scale.repeat_interleave(self.grid.rows, 0)[: len(self.codes)]
+        return Scales(scale, torch.zeros_like(scale) if self.zero_point is None else self.zero_point.float())
+
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """[out, in], by default with the rounding of every engine that multiplies in the dtype of the weights."""
         rows, columns = self.codes.shape
         weight = torch.empty(rows, columns, dtype=dtype or self.dtype, device=self.codes.device)
-        scale = self.scale.float().div_(self.grid.unit)
-        if self.grid.rows > 1:
-            scale = scale.repeat_interleave(self.grid.rows, 0)[:rows]
+        scale = self.scales().scale
         step = max(1, TILE // columns)
         for start in range(0, rows, step):  # so that float32 copies of the whole are never held
             part = slice(start, start + step)

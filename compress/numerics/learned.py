@@ -6,12 +6,19 @@ Both are trained through the rounding as if it were the identity, by the sign of
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from compress.numerics.grid import Grid, Scales, as_stored, minmax_scales, search_scales
+from compress.numerics.grid import Grid, Quantized, Scales, as_stored, minmax_scales, search_scales
+
+JUDGED_BATCHES = 4
+"""Batches that say which state was the best; fixed, so that states can be compared."""
+JUDGED_EVERY = 10
+INSIDE = 0.49
+"""Of the distance between two points: so far from one a weight is still surely rounded to it."""
 
 
 class Rounding:
@@ -21,17 +28,31 @@ class Rounding:
     [ends, n, out, groups] at 1, one factor for each end of the range (one for both on a symmetric grid).
     """
 
-    def __init__(self, weight: Tensor, grid: Grid, group_size: int, stored: torch.dtype) -> None:
+    def __init__(self, weight: Tensor, grid: Grid, group_size: int, stored: torch.dtype, scales: Scales | None = None) -> None:
         self.grid = grid
         self.stored = stored
-        find_scales = search_scales if grid.rows == 1 else minmax_scales
-        found = [find_scales(each, grid, group_size, stored) for each in weight]
-        scale, zero = (torch.stack([getattr(each, name) for each in found]) for name in ("scale", "zero"))
+        if scales is None:
+            find_scales = search_scales if grid.rows == 1 else minmax_scales
+            found = [find_scales(each, grid, group_size, stored) for each in weight]
+            scales = Scales(*(torch.stack([getattr(each, name) for each in found]) for name in ("scale", "zero")))
         self._grouped = torch.unflatten(weight, -1, (-1, group_size))
-        self._scale = scale
-        self._ends = ((grid.low - zero) * scale, (grid.high - zero) * scale)
+        self._scale = scales.scale
+        self._ends = ((grid.low - scales.zero) * scales.scale, (grid.high - scales.zero) * scales.scale)
         self.offset = torch.zeros_like(self._grouped).requires_grad_()
-        self.reach = torch.ones(1 if grid.symmetric else 2, *scale.shape, device=weight.device).requires_grad_()
+        self.reach = torch.ones(1 if grid.symmetric else 2, *scales.scale.shape, device=weight.device).requires_grad_()
+
+    @classmethod
+    def around(cls, weight: Tensor, coded: Sequence[Quantized]) -> Rounding:
+        """Start from codes found otherwise, one of ``coded`` for each linear of ``weight``: a weight that they have moved to another point
+        of the grid counts as lying just inside what is rounded to that point, on its own side."""
+        scales = Scales(torch.stack([each.scales().scale for each in coded]), torch.stack([each.scales().zero for each in coded]))
+        grid, size = coded[0].grid, coded[0].group_size
+        codes = torch.stack([torch.unflatten(each.codes.float(), -1, (-1, size)) for each in coded])
+        exact = torch.unflatten(weight, -1, (-1, size)) * scales.scale.reciprocal()[..., None] + scales.zero[..., None]
+        spacing = grid.spacing(codes)
+        inside = INSIDE * (spacing / 2 if isinstance(spacing, Tensor) else spacing)  # on one side of a point of a float others are twice as near
+        moved = exact.clamp(codes - inside, codes + inside).sub_(scales.zero[..., None]).mul_(scales.scale[..., None])
+        return cls(moved.flatten(-2), grid, size, coded[0].scale.dtype, scales)
 
     def scales(self) -> Scales:
         """[n, out, groups], as stored; differentiable in ``reach``."""
@@ -88,3 +109,34 @@ class Rounding:
 def _straight(exact: Tensor, rounding: Callable[[Tensor], Tensor]) -> Tensor:
     """``rounding(exact)``, with the gradient of ``exact``."""
     return exact + (rounding(exact) - exact).detach()
+
+
+def descend(
+    roundings: Sequence[Rounding], loss: Callable[[int], Tensor], batches: int, *, steps: int, rate: float, at_once: int, chooser: random.Random
+) -> tuple[float, float]:
+    """Leave every rounding in the best state found in so many `steps` of sign descent, with a step size that falls from `rate` to 0.
+
+    ``loss(batch)`` depends on what the roundings give; `at_once` of its batches, as `chooser` likes, make a step. Returns the loss before
+    and after, on the batches that judge.
+    """
+
+    def judge() -> float:
+        with torch.no_grad():
+            return sum(float(loss(batch)) for batch in judges) / len(judges)
+
+    judges = range(0, batches, -(-batches // JUDGED_BATCHES))
+    at_start = best = judge()
+    kept = [rounding.state() for rounding in roundings]
+    for step in range(steps):
+        with torch.enable_grad():
+            for batch in chooser.sample(range(batches), min(at_once, batches)):
+                loss(batch).backward()  # type: ignore[no-untyped-call]
+        for rounding in roundings:
+            rounding.step(rate * (1 - step / steps))
+        if (step + 1) % JUDGED_EVERY == 0 or step + 1 == steps:
+            now = judge()
+            if now < best:
+                best, kept = now, [rounding.state() for rounding in roundings]
+    for rounding, state in zip(roundings, kept, strict=True):
+        rounding.restore(state)
+    return at_start, best

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from compress.passes.base import Calibrated, Scheme
+from compress.passes.base import Calibrated
+from compress.scheme import Scheme
 
 if TYPE_CHECKING:
     import torch
@@ -23,10 +24,6 @@ if TYPE_CHECKING:
     from compress.model import Block, Model
     from compress.numerics.grid import Grid
     from compress.numerics.learned import Rounding
-
-JUDGED_BATCHES = 4
-"""Batches that say which state was the best; fixed, so that states can be compared."""
-JUDGED_EVERY = 10
 
 
 class Pass(Calibrated):
@@ -58,7 +55,7 @@ class Pass(Calibrated):
         import torch
 
         from compress.numerics.grid import Scales, quantized
-        from compress.numerics.learned import Rounding
+        from compress.numerics.learned import Rounding, descend
 
         block, counts = trainable.block, trainable.tokens()
         tokens = {linear.name: counts.get(linear.name, trainable.seen) for linear in linears}
@@ -76,7 +73,21 @@ class Pass(Calibrated):
         for (scheme, grid, _, _, stored), members in stacks.items():
             weight = torch.stack([block.weight(linear.name) for linear in members])
             learned.append((members, Rounding(weight, grid, scheme.group_size, stored)))
-        at_start, at_end = self._train(trainable, learned)
+        trim = self.trim if self.trim is not None else (0.001 if self.bits < 4 else 0.0)
+
+        def loss(batch: int) -> Tensor:
+            weights = {linear.name: value for members, rounding in learned for linear, value in zip(members, rounding.values(), strict=True)}
+            return trainable.loss(weights, batch, trim)
+
+        at_start, at_end = descend(
+            [rounding for _, rounding in learned],
+            loss,
+            len(trainable.inputs),
+            steps=self.steps,
+            rate=self.rate or (2.0 if self.bits <= 3 else 1.0) / max(1, self.steps),
+            at_once=self.batches,
+            chooser=random.Random(f"{self.seed} {block.layout.index}"),
+        )
         for members, rounding in learned:
             for place, linear in enumerate(members):
                 if reasons[linear.name]:
@@ -105,40 +116,3 @@ class Pass(Calibrated):
             peak = max((float(block.weight(name).abs().max()) for name in names), default=0.0)
             found |= dict.fromkeys(names, peak)
         return found
-
-    def _train(self, trainable: Trainable, learned: list[tuple[list[Linear], Rounding]]) -> tuple[float, float]:
-        """Leave every rounding in the best state found. Returns the block's loss before and after, on the batches that judge."""
-        import torch
-
-        def loss(batch: int, trim: float) -> Tensor:
-            weights = {linear.name: value for members, rounding in learned for linear, value in zip(members, rounding.values(), strict=True)}
-            given = trainable.block.forward_with(weights, trainable.inputs[batch], trainable.kwargs[batch])
-            squared = (given.float() - trainable.targets[batch].float()).square()
-            if trim:
-                squared = squared.flatten().topk(squared.numel() - int(trim * squared.numel()), largest=False, sorted=False).values
-            return squared.mean()
-
-        def judge() -> float:
-            with torch.no_grad():
-                return sum(float(loss(batch, trim)) for batch in judges) / len(judges)
-
-        count = len(trainable.inputs)
-        judges = range(0, count, -(-count // JUDGED_BATCHES))
-        trim = self.trim if self.trim is not None else (0.001 if self.bits < 4 else 0.0)
-        rate = self.rate or (2.0 if self.bits <= 3 else 1.0) / max(1, self.steps)
-        at_start = best = judge()
-        kept = [rounding.state() for _, rounding in learned]
-        chooser = random.Random(f"{self.seed} {trainable.block.layout.index}")
-        for step in range(self.steps):
-            with torch.enable_grad():
-                for batch in chooser.sample(range(count), min(self.batches, count)):
-                    loss(batch, trim).backward()  # type: ignore[no-untyped-call]
-            for _, rounding in learned:
-                rounding.step(rate * (1 - step / self.steps))
-            if (step + 1) % JUDGED_EVERY == 0 or step + 1 == self.steps:
-                now = judge()
-                if now < best:
-                    best, kept = now, [rounding.state() for _, rounding in learned]
-        for (_, rounding), state in zip(learned, kept, strict=True):
-            rounding.restore(state)
-        return at_start, best

@@ -4,28 +4,25 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from compress.errors import InputError, Problems
-from compress.formats.sizes import residual_bytes, stored_bytes
 from compress.layout import Group, Layout, Linear
+from compress.scheme import FLOAT_FORMATS, CacheScheme, Scheme
 
 if TYPE_CHECKING:
-    import torch
-
     from compress.calibrate import Workspace
     from compress.data import Samples
     from compress.model import Block, Model
-    from compress.numerics.activations import Activations
-    from compress.numerics.grid import Grid, Quantized
+    from compress.numerics.grid import Quantized
 
 NARROWEST = 32
 """Inputs of the narrowest linear that is quantised: below, the packed width does not tell the bits."""
-STAGES = ("restructure", "sparsify", "transform", "quantize")
+STAGES = ("restructure", "sparsify", "transform", "quantize", "cache")
 """The order in which passes may stand in a recipe."""
 
 
@@ -52,111 +49,20 @@ class Pass(Protocol):
 
 
 @runtime_checkable
-class Refining(Protocol):
-    """A pass that changes how linears are stored that passes before it have quantised, by the gradient of the model's loss."""
-
-    def refine(self, place: str, schemes: dict[str, Scheme], problems: Problems) -> dict[str, Scheme]:
-        """What becomes of the linears quantised so far."""
-
-
-FLOAT_FORMATS: dict[str, dict[str, Any]] = {
-    "fp8": {"bits": 8, "group_size": "channel", "symmetric": True},
-    "fp8-block": {"bits": 8, "group_size": 128, "symmetric": True, "scales": "minmax"},
-    "mxfp8": {"bits": 8, "group_size": 32, "symmetric": True},
-    "mxfp4": {"bits": 4, "group_size": 32, "symmetric": True},
-    "nvfp4": {"bits": 4, "group_size": 16, "symmetric": True},
-}
-"""What a format of small floats leaves no choice about."""
-LAYOUTS = {
-    "fp8": "float-quantized",
-    "fp8-block": "float-quantized",
-    "mxfp8": "mxfp8-quantized",
-    "mxfp4": "mxfp4-pack-quantized",
-    "nvfp4": "nvfp4-pack-quantized",
-}
-NVFP4_ROOM = 1.75
-"""How much wider than its largest weight needs a block's scale may become before E4M3 ends."""
-
-
-class Scheme(BaseModel):
-    """How one linear is stored, and how its input is rounded before it is multiplied."""
-
-    model_config = ConfigDict(frozen=True)
-
-    format: str = "int"
-    bits: int
-    group_size: int
-    symmetric: bool
-    activations: str = "none"
-    residuals: float = 0.0
-    """Share of the weights, on average over all linears that have any, that have a residual beside their code."""
+class Differentiating(Protocol):
+    """A pass that takes gradients of the model's loss."""
 
     @property
-    def coded(self) -> Scheme:
-        """The scheme without residuals."""
-        return self.model_copy(update={"residuals": 0.0})
+    def forwards(self) -> float:
+        """What it costs, in forward passes of the model over the calibration data."""
 
-    @property
-    def layout(self) -> str:
-        """The name of the layout on disk, residuals aside."""
-        if self.format == "int":
-            return "int-quantized" if self.bits == 8 and self.symmetric and self.activations != "none" else "pack-quantized"
-        return LAYOUTS[self.format]
 
-    def stored_bytes(self, linear: Linear, dense_bytes: int) -> int:
-        """What `linear` takes on disk; ``dense_bytes`` per weight in the source."""
-        size = stored_bytes(
-            self.layout, linear.rows, linear.columns, self.bits, self.group_size,
-            symmetric=self.symmetric, scale_bytes=dense_bytes, scale_rows=self.scale_rows,
-        )  # fmt: skip
-        if self.residuals:
-            size += residual_bytes(linear.rows, linear.columns, round(self.residuals * linear.rows * linear.columns), dense_bytes)
-        return size + (dense_bytes if self.activations == "static" else 0)
+@runtime_checkable
+class QuantizesCache(Protocol):
+    """A pass that decides how the KV cache is stored."""
 
-    @property
-    def scale_rows(self) -> int:
-        """Outputs that share a scale."""
-        return self.group_size if self.format == "fp8-block" else 1
-
-    @property
-    def text(self) -> str:
-        """For people: `4 bits, group 128, asymmetric`."""
-        stored = f"{self.bits} bits, group {self.group_size}{'' if self.symmetric else ', asymmetric'}" if self.format == "int" else self.format
-        stored += f", residuals for {100 * self.residuals:g} %" if self.residuals else ""
-        return stored + ("" if self.activations == "none" else f", inputs in 8 bits ({self.activations})")
-
-    def grid(self, peak: float) -> Grid:
-        """The points of a weight; ``peak`` is the largest magnitude among all linears that are fused with it."""
-        from compress.numerics.grid import E2M1, E4M3, E4M3_MAX, Integer
-
-        match self.format:
-            case "int":
-                return Integer(self.bits, self.symmetric)
-            case "nvfp4":
-                widest = NVFP4_ROOM * max(peak, 1e-30) / 6
-                return E2M1(2.0 ** math.floor(math.log2(E4M3_MAX / widest)))
-            case "mxfp4":
-                return E2M1()
-            case _:
-                return E4M3(self.scale_rows)
-
-    def stored(self, dense: torch.dtype) -> torch.dtype:
-        """The dtype of scales; ``dense`` that of the weight in the source."""
-        import torch
-
-        return {"nvfp4": torch.float8_e4m3fn, "mxfp4": torch.float8_e8m0fnu, "mxfp8": torch.float8_e8m0fnu}.get(self.format, dense)
-
-    def input_rounding(self, peak: float | None, dense: torch.dtype) -> Activations | None:
-        """How inputs are rounded; ``peak`` is the largest magnitude seen of them, needed where the scale is fixed beforehand."""
-        from compress.numerics.activations import Activations
-
-        if self.activations == "none":
-            return None
-        kind: Literal["int8", "fp8"] = "int8" if self.format == "int" else "fp8"
-        if self.activations == "dynamic":
-            return Activations(kind, self.group_size if self.format == "fp8-block" else None)
-        assert peak is not None
-        return Activations(kind, None, Activations.static_scale(kind, peak, dense))
+    def cache(self) -> CacheScheme:
+        """What becomes of keys and values."""
 
 
 class Quantize(BaseModel):
@@ -189,7 +95,7 @@ class Quantize(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _fill_in(cls, options: Any) -> Any:
-        if not isinstance(options, dict) or options.get("format") not in FLOAT_FORMATS:
+        if not isinstance(options, dict) or str(options.get("format")) not in FLOAT_FORMATS:
             return options
         implied = {key: value for key, value in FLOAT_FORMATS[options["format"]].items() if key in cls.model_fields}
         for key, value in implied.items():
@@ -284,6 +190,38 @@ class Quantize(BaseModel):
                 f"{self.group_size} does not divide the width {width} of {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else ""),
                 f"widths that work: {', '.join(map(str, works)) or 'none'}, or channel; or set indivisible: keep or channel",
             )
+
+
+@runtime_checkable
+class Refining(Protocol):
+    """A pass that changes how linears are stored that passes before it have quantised."""
+
+    def refine(self, place: str, schemes: dict[str, Scheme], problems: Problems) -> dict[str, Scheme]:
+        """What becomes of the linears quantised so far, where that changes."""
+
+
+class Transform(BaseModel):
+    """Options of every pass that rewrites weights without changing what the model computes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    stage: ClassVar[str] = "transform"
+    needs_data: ClassVar[bool]
+    verb: ClassVar[str]
+    """What the ledger says it did to a tensor."""
+
+    def check(self, place: str, layout: Layout, problems: Problems) -> None:
+        if not layout.arch.folds:
+            problems.add(place, f"the table of {layout.arch.model_type} names no edges to fold into", "give it some in compress/arch")
+
+    def plan(self, layout: Layout) -> dict[str, Scheme]:
+        return {}
+
+    def added_bytes(self, layout: Layout) -> int:
+        """Bytes of the tensors it adds to the artifact."""
+        return 0
+
+    def check_plan(self, place: str, plan: Mapping[str, Scheme], problems: Problems) -> None:
+        """Report what does not fit what the whole recipe makes of the linears."""
 
 
 class Calibrated(Quantize):

@@ -1,8 +1,11 @@
 """ReQuant's detaching (arXiv 2503.01901): the few weights whose rounding costs most get a residual beside their code.
 
 What the rounding of a weight costs is its part in the change of the model's loss: its change times the mean gradient along the path from the
-weights before to those after (PQI). The codes stay as they are, so without its residuals the artifact is the one that would have been
-made without this pass. If the residuals do not lower the loss on the calibration data, none are stored, and that is recorded.
+weights before to those after (PQI). The paper puts these weights back to what they were. Where the errors of a row make good for each other, as
+after GPTQ, that does harm, so here their values are fitted: to those with which the outputs of the linear lose least on the calibration data.
+
+Codes stay as they are, so without its residuals the artifact is the one that would have been made without this pass. If the residuals do not
+lower the loss on the calibration data, none are stored, and that is recorded.
 """
 
 from __future__ import annotations
@@ -10,13 +13,14 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from compress.errors import Problems
 from compress.layout import Layout
-from compress.passes.base import Scheme
+from compress.scheme import Scheme
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,17 +40,28 @@ POINTS = (2, 4, 8)
 """On the path: the fewest whose contributions are complete."""
 COMPLETE, NEGLIGIBLE = 0.03, 1e-4
 """How far contributions may add up to something else than the change of the loss: as a share of it, and in nats."""
+DAMP = 0.01
+"""Of fitted values, towards what they were; a share of the mean of the Hessian's diagonal."""
 ENDS = {"taylor": 0.0, "deltaloss": 1.0}
 """Where on the path the one gradient of a score is taken."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Weights whose part in the loss is at least ``threshold``, by ``points`` on the path, get a residual; ``record`` is for the report."""
+    """Weights with at least ``threshold`` of a score, by ``points`` on the path, get a residual.
+
+    ``before`` and ``after`` quantising are losses, nats; ``total`` is what the scores of all weights add up to.
+    """
 
     points: int
     threshold: float
-    record: dict[str, Any]
+    before: float
+    after: float
+    total: float
+
+    def positions(self, score: Tensor) -> Tensor:
+        """Where in a linear, bool. By magnitude: parts with opposite signs make good for each other."""
+        return (score.abs() >= self.threshold) & (score != 0)
 
 
 class Pass(BaseModel):
@@ -62,6 +77,10 @@ class Pass(BaseModel):
         default="pqi",
         description="which: by their part in the change of the loss (`pqi`), by their change times the gradient after (`deltaloss`) or before "
         "(`taylor`) quantising, or any (`random`, to compare with)",
+    )
+    values: Literal["fitted", "restored"] = Field(
+        default="fitted",
+        description="what becomes of them: the values with which outputs lose least (`fitted`), or what they were (`restored`, as in the paper)",
     )
 
     @property
@@ -81,64 +100,98 @@ class Pass(BaseModel):
             problems.add(place, "a pass before it has stored residuals already", "give that one a larger share")
         return {name: scheme.model_copy(update={"residuals": self.share}) for name, scheme in schemes.items()}
 
+    @property
+    def forwards(self) -> float:
+        """Losses before and after and with residuals; there and back with recomputation for each point; the statistics of fitting."""
+        points = {"pqi": POINTS[0], "random": 0}.get(self.score, 1)
+        return 3 + 4 * points + 2.5 * (self.values == "fitted")
+
     def run(self, model: Model, samples: Samples, workspace: Workspace) -> None:
+        from compress.backsweep import mean_loss
         from compress.calibrate import Workspace, walk
 
         bar = _Bar(workspace.progress, len(model.blocks))
         choice = self._choose(model, samples, workspace.folder, bar)
-        scores = self._scores(workspace.folder, choice.points)
+        trial = Workspace(workspace.folder / "trial", bar)
+        trial.folder.mkdir(exist_ok=True)
+        self._try(model, samples, trial, choice)
+        better = model.adopting(trial.block_file(layout.index) for layout in model.blocks)
+        restored = mean_loss(better, samples, advance=bar.advance)
+        rises = None if restored < choice.after else f"residuals would take the calibration loss from {choice.after:.6f} to {restored:.6f}"
         for block in walk(model, Workspace(workspace.folder, bar)):
             if block.layout.index == 0:
-                block.add_record("detach", choice.record)
-            if choice.record["fallback"] is None:
-                for linear, positions in _positions(scores(block), choice.threshold).items():
-                    block.set_residual(linear, positions, {"pass": "detach"})
+                block.add_record("detach", self._record(choice, restored) | {"fallback": rises})
+            for linear in block.layout.linears:
+                if not rises and (residual := better.residual(linear.name)):
+                    block.set_residual(linear.name, residual, {"pass": "detach"})
 
     def _choose(self, model: Model, samples: Samples, folder: Path, bar: _Bar) -> Choice:
-        """Which weights, if any: found once, so that a run that is continued comes to the same."""
+        """Which weights; found once, so that a run that is continued comes to the same."""
         from compress.backsweep import mean_loss
         from compress.checkpoint import write_text
 
         path = folder / "choice.json"
         if path.exists():
             return Choice(**json.loads(path.read_text(encoding="utf-8")))
-        exact = mean_loss(model, samples, lambda block: {name: before for name, (before, _) in _ends(block).items()}, bar.advance)
-        coded = mean_loss(model, samples, advance=bar.advance)
+        before, after = mean_loss(model.before_quantizing(), samples, advance=bar.advance), mean_loss(model, samples, advance=bar.advance)
         for points in POINTS if self.score == "pqi" else (1,):
             if self.score != "random":
-                self._attribution(folder, points).measure(model, samples, bar.advance)
-            scores = self._scores(folder, points)
-            total, threshold = _survey(model, scores, self.share, bar.advance)
-            if abs(total - (coded - exact)) <= max(COMPLETE * abs(coded - exact), NEGLIGIBLE):
+                self._attribution(model, folder, points).measure(model, samples, bar.advance)
+            total, threshold = _survey(model, self._scores(model, folder, points), self.share, bar.advance)
+            if abs(total - (after - before)) <= max(COMPLETE * abs(after - before), NEGLIGIBLE):
                 break
-        restored = mean_loss(model, samples, lambda block: _restored(block, scores(block), threshold), bar.advance)
-        record = {
-            "pass": "detach",
-            "score": self.score,
-            "points": points,
-            "completeness": total / (coded - exact) if self.score == "pqi" else None,
-            "loss": {"before": exact, "quantised": coded, "with residuals": restored},
-            "fallback": None if restored < coded else f"residuals would have taken the calibration loss from {coded:.6f} to {restored:.6f}",
-        }
-        write_text(path, json.dumps(asdict(choice := Choice(points, threshold, record))))
+        choice = Choice(points, threshold, before, after, total)
+        write_text(path, json.dumps(asdict(choice)))
         return choice
 
-    def _attribution(self, folder: Path, points: int) -> Attribution:
+    def _try(self, model: Model, samples: Samples, workspace: Workspace, choice: Choice) -> None:
+        """Leave every block with its residuals in `workspace`."""
+        from compress.calibrate import sweep, walk
+        from compress.numerics.sparse import least_error
+
+        scores = self._scores(model, workspace.folder.parent, choice.points)
+        if self.values == "restored":
+            for block in walk(model, workspace):
+                for name, score in scores(block).items():
+                    block.set_residual(name, block.residual(name, block.exact(name), choice.positions(score)), {})
+            return
+        known: dict[str, Tensor] = {}
+        for inputs in sweep(model, samples, workspace, lambda group: any(linear.name in model.exact for linear in group.linears)):
+            block = inputs.block
+            if inputs.groups[0].linears[0].name not in known:
+                known = scores(block)
+            for group, hessian in zip(inputs.groups, inputs.hessian, strict=True):
+                for name in [linear.name for linear in group.linears if linear.name in model.exact]:
+                    exact, positions = block.exact(name), choice.positions(known[name])
+                    weight = exact + least_error(block.weight(name) - exact, positions, hessian, DAMP)
+                    block.set_residual(name, block.residual(name, weight, positions), {})
+
+    def _record(self, choice: Choice, restored: float) -> dict[str, Any]:
+        change = choice.after - choice.before
+        return {
+            "pass": "detach",
+            "score": self.score,
+            "points": choice.points,
+            "completeness": choice.total / change if self.score == "pqi" and change else None,
+            "loss": {"before": choice.before, "quantised": choice.after, "with residuals": restored},
+        }
+
+    def _attribution(self, model: Model, folder: Path, points: int) -> Attribution:
         from compress.attribution import Attribution
         from compress.numerics.quadrature import gauss_legendre
 
         places = [(ENDS[self.score], 1.0)] if self.score in ENDS else gauss_legendre(points)
-        return Attribution(folder / f"path-{points}", _ends, places)
+        return Attribution(folder / f"path-{points}", partial(_ends, model), places)
 
-    def _scores(self, folder: Path, points: int) -> Scores:
-        return _random if self.score == "random" else self._attribution(folder, points).of
+    def _scores(self, model: Model, folder: Path, points: int) -> Scores:
+        return partial(_random, model) if self.score == "random" else self._attribution(model, folder, points).of
 
 
 class _Bar:
     """Progress of a pass that visits the blocks many times over."""
 
     def __init__(self, progress: Progress, blocks: int) -> None:
-        self._progress, self._done, self._total = progress, 0, (5 + 2 * POINTS[0]) * blocks
+        self._progress, self._done, self._total = progress, 0, (6 + 2 * POINTS[0]) * blocks
 
     def advance(self) -> None:
         """One more visit."""
@@ -149,16 +202,16 @@ class _Bar:
         self.advance()
 
 
-def _ends(block: Block) -> dict[str, tuple[Tensor, Tensor]]:
+def _ends(model: Model, block: Block) -> dict[str, tuple[Tensor, Tensor]]:
     """Every quantised linear as it was before and as it is now."""
-    return {linear.name: (block.exact(linear.name), block.weight(linear.name)) for linear in block.layout.linears if block.is_quantized(linear.name)}
+    return {linear.name: (block.exact(linear.name), block.weight(linear.name)) for linear in block.layout.linears if linear.name in model.exact}
 
 
-def _random(block: Block) -> dict[str, Tensor]:
+def _random(model: Model, block: Block) -> dict[str, Tensor]:
     import torch
 
     scores = {}
-    for name, (before, _) in _ends(block).items():
+    for name, (before, _) in _ends(model, block).items():
         generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:4]))
         scores[name] = torch.rand(before.shape, generator=generator).to(before.device)
     return scores
@@ -178,12 +231,3 @@ def _survey(model: Model, scores: Scores, share: float, advance: Callable[[], No
                 largest = largest.topk(min(count, len(largest)), sorted=False).values
         advance()
     return total, float(largest.min())
-
-
-def _positions(scores: dict[str, Tensor], threshold: float) -> dict[str, Tensor]:
-    """Which weights [out, in] bool get a residual, by linear; by magnitude: parts with opposite signs make good for each other."""
-    return {name: (score.abs() >= threshold) & (score != 0) for name, score in scores.items()}
-
-
-def _restored(block: Block, scores: dict[str, Tensor], threshold: float) -> dict[str, Tensor]:
-    return {name: block.restored(name, positions) for name, positions in _positions(scores, threshold).items()}

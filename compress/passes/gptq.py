@@ -45,8 +45,8 @@ class Pass(Calibrated):
         default=0.0,
         ge=0,
         le=1,
-        description="share of the error of earlier linears that each one corrects beforehand (QEP, 0.5 is usual); not for experts; "
-        "takes twice the forward passes and one more block of memory",
+        description="share of the error of earlier linears that each one corrects beforehand (QEP, 0.5 is usual), in its own input and in the "
+        "residual stream it is added to; not for experts; takes twice the forward passes and one more block of memory",
     )
 
     def run(self, model: Model, samples: Samples, workspace: Workspace) -> None:
@@ -74,9 +74,13 @@ class Pass(Calibrated):
             for index, reason in zip(batch, reasons, strict=True):
                 if reason:
                     self.refuse(inputs.groups[index].name, reason)
-            if inputs.drift is not None and reasons == [None]:
-                # What was lost before this linear, as far as its own inputs can make it good: section 4 of arXiv 2504.09629.
-                weight[0].add_(factor.solve(0, weight[0] @ inputs.drift), alpha=self.qep)
+            if inputs.moved is not None and reasons == [None]:
+                # What was lost before this linear, as far as its own inputs can make it good: section 4 of arXiv 2504.09629, and the same
+                # for the residual stream, which the paper leaves as it is.
+                lost = weight[0] @ inputs.moved.inputs
+                if inputs.moved.stream is not None:
+                    lost += inputs.moved.stream
+                weight[0].add_(factor.solve(0, lost), alpha=self.qep)
             first = members[batch[0]][0]
             scheme = self.scheme(first)
             stored = scheme.stored(block.stored_dtype(first.name))

@@ -38,6 +38,28 @@ def inputs_of_linears(model: Any, batches: list[dict[str, Tensor]]) -> dict[str,
 
 
 @torch.no_grad()
+def residual_streams(model: Any, batches: list[dict[str, Tensor]]) -> dict[str, list[Tensor]]:
+    """What the output of attention and of the MLP is added to, by the name of the linear that ends them, for Llama and its kin."""
+    seen: dict[str, list[Tensor]] = {}
+    handles = []
+    for index, layer in enumerate(model.model.layers):
+        for norm, linear in ((layer.input_layernorm, "self_attn.o_proj"), (layer.post_attention_layernorm, "mlp.down_proj")):
+            name = f"model.layers.{index}.{linear}"
+            handles.append(norm.register_forward_pre_hook(lambda _, given, name=name: seen.setdefault(name, []).append(given[0].clone())))
+    for batch in batches:
+        model(**batch, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def cross_moment(one: list[Tensor], other: list[Tensor], inputs: list[Tensor]) -> Tensor:
+    """Sum of ``(one - other) inputs^T`` over tokens, float64."""
+    pairs = zip(one, other, inputs, strict=True)
+    return sum((x - y).double().reshape(-1, x.shape[-1]).T @ z.double().reshape(-1, z.shape[-1]) for x, y, z in pairs)  # type: ignore[return-value]
+
+
+@torch.no_grad()
 def inputs_of_experts(model: Any, module: str, batches: list[dict[str, Tensor]]) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
     """What each expert's gate and up are given, and what its down is given, token by token, for the experts in `module`."""
     experts = model.get_submodule(module)

@@ -1,0 +1,25 @@
+"""How far to scale channels before rounding, from how large inputs and weights are. A channel that is never used keeps the factor 1."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+LEAST_SCALE = 1e-4
+LEAST_MAGNITUDE = 1e-5
+
+
+def salient(magnitude: Tensor, alpha: float) -> Tensor:
+    """AWQ (arXiv 2306.00978, section 3.2): ``magnitude^alpha``, of the mean magnitudes [channels] of inputs, spread evenly around 1."""
+    scale = magnitude.pow(alpha).clamp_min(LEAST_SCALE)
+    used = magnitude > 0
+    if not used.any():
+        return torch.ones_like(scale)
+    lowest, highest = scale[used].aminmax()
+    return torch.where(used, scale / (lowest * highest).sqrt(), 1.0)
+
+
+def shared_out(inputs: Tensor, weights: Tensor, alpha: float) -> Tensor:
+    """SmoothQuant (arXiv 2211.10438, section 4): ``inputs^alpha / weights^(1 - alpha)`` of the largest magnitudes [channels] of both."""
+    scale = inputs.clamp_min(LEAST_MAGNITUDE).pow(alpha) / weights.clamp_min(LEAST_MAGNITUDE).pow(1 - alpha)
+    return torch.where((inputs > 0) & (weights > 0), scale, 1.0)

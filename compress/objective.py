@@ -1,0 +1,68 @@
+"""What other weights in place of an edge's readers would do to what these feed: the objective of a search for scales.
+
+Where several linears read the channels, their submodule (attention, an MLP) is run again; where one does, its own output is judged. The
+weight of each token is given, so that some can be left out and, later, some count for more than others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from compress.layout import Edge
+from compress.probe import Probe
+
+Loss = Callable[[dict[str, Tensor]], float]
+"""From weights [out, in] by name of the linear, in place of those it has, to a squared error per counted token, as a share of what was given."""
+
+
+def losses(probe: Probe, edges: list[Edge], counted: list[Tensor]) -> dict[str, Loss]:
+    """The loss of each of some edges of one kind, by name. ``counted`` by batch [rows, tokens], the weight of each token; 0 leaves it out."""
+    batches = [batch for batch, weight in enumerate(counted) if weight.any()]
+    if edges[0].expert is None:
+        return {edge.name: _loss_of_module(probe, edge, batches, counted) for edge in edges}
+    given: dict[int, list[tuple[Tensor, Tensor]]] = {}
+    for batch in batches:
+        weight = counted[batch].flatten()
+
+        def keep(expert: int, token: Tensor, inputs: Tensor, weight: Tensor = weight) -> None:
+            given.setdefault(expert, []).append((weight[token], inputs))
+
+        probe.last_inputs_of_experts(batch, keep)
+    return {edge.name: _loss_of_rows(probe, edge, given[edge.expert]) for edge in edges if edge.expert is not None}
+
+
+def _loss_of_module(probe: Probe, edge: Edge, batches: list[int], counted: list[Tensor]) -> Loss:
+    first = edge.consumers[0]
+    module = probe.block.submodule(first) if len(edge.consumers) == 1 else probe.block.parent(first)
+    calls = probe.calls(module, batches)
+    before = [call.repeat(module) for call in calls]
+    energy = sum(_total(each, counted[call.batch]) for call, each in zip(calls, before, strict=True))
+
+    def loss(weights: dict[str, Tensor]) -> float:
+        with probe.block.trying(weights):
+            lost = sum(_total(call.repeat(module) - each, counted[call.batch]) for call, each in zip(calls, before, strict=True))
+        return lost / (energy or 1.0)
+
+    return loss
+
+
+def _loss_of_rows(probe: Probe, edge: Edge, given: list[tuple[Tensor, Tensor]]) -> Loss:
+    """With ``given`` (weights [n], inputs [n, in]) of the linear that ends an expert."""
+    name = edge.consumers[0]
+    weight, inputs = (torch.cat([each[part] for each in given]) for part in (0, 1))
+    weight, inputs = weight[weight > 0], inputs[weight > 0].float()
+    before = probe.block.weight(name)
+    energy = _total(inputs @ before.T, weight)
+
+    def loss(weights: dict[str, Tensor]) -> float:
+        return _total(inputs @ (weights[name] - before).T, weight) / (energy or 1.0) if name in weights else 0.0
+
+    return loss
+
+
+def _total(values: Tensor, weight: Tensor) -> float:
+    """Weighted sum of the squares of ``values`` [..., out]."""
+    return float((values.float().square().sum(-1, dtype=torch.float64) * weight).sum())

@@ -1,0 +1,206 @@
+"""Fold a factor per channel into the weights before they are rounded: the model computes the same, and loses less to rounding.
+
+`awq` (arXiv 2306.00978): the factors are a power of each input's mean magnitude, the power found by trying, with the weights rounded, which
+loses least of what the submodule gives. Then the range of each group of weights is cut to where that loses least. `smoothquant` (arXiv
+2211.10438): the factors share out the largest magnitudes of inputs and weights, for activations that are to be rounded too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from itertools import accumulate, groupby
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from compress.errors import Problems
+from compress.layout import Edge, Group
+from compress.passes.base import Transform
+from compress.scheme import Scheme
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from compress.calibrate import Workspace
+    from compress.data import Samples
+    from compress.folding import Folding
+    from compress.model import Model
+    from compress.objective import Loss
+    from compress.probe import Probe, Seen
+
+Kind = Literal["qkv", "o", "gate_up", "down"]
+USUAL_KINDS: dict[str, tuple[Kind, ...]] = {"awq": ("qkv", "o", "gate_up", "down"), "smoothquant": ("qkv", "gate_up")}
+USUAL_ALPHA = 0.5
+CANDIDATES = 20
+"""Exponents tried: 0, 0.05, ... 0.95. The first changes nothing, so the best is never worse."""
+JUDGED_TOKENS = 8192
+"""Candidates are compared on the first samples with so many tokens."""
+
+
+class Pass(Transform):
+    """Divide channels where they are produced, multiply them where they are read."""
+
+    needs_data: ClassVar[bool] = True
+    verb: ClassVar[str] = "folded"
+
+    method: Literal["awq", "smoothquant"] = Field(
+        default="awq", description="`awq`: for rounded weights, searched with the grids they will get; `smoothquant`: for rounded activations"
+    )
+    alpha: float | None = Field(
+        default=None, ge=0, le=1, description="exponent of the inputs' magnitudes; `null`: searched for each edge (`awq`) or 0.5 (`smoothquant`)"
+    )
+    edges: tuple[Kind, ...] | None = Field(
+        default=None, min_length=1, description="where, by the linears that read: qkv, o, gate_up, down; `null`: all (`awq`) or qkv and gate_up"
+    )
+    clip: bool | None = Field(default=None, description="cut the range of each group of weights, but of queries and keys; `null`: with `awq` only")
+    min_tokens: float = Field(
+        default=0.25, ge=0, description="fewest tokens per input an expert must have seen; one with fewer is left as it is and recorded"
+    )
+
+    def check_plan(self, place: str, plan: Mapping[str, Scheme], problems: Problems) -> None:
+        if not plan and (self.method == "awq" or self.clips):
+            problems.add(place, "prepares for rounding, but no pass after it rounds anything", "add one, such as `- rtn: {bits: 4}`")
+
+    @property
+    def clips(self) -> bool:
+        return self.method == "awq" if self.clip is None else self.clip
+
+    @property
+    def searches(self) -> bool:
+        return self.method == "awq" and self.alpha is None
+
+    def run(self, model: Model, samples: Samples, workspace: Workspace) -> None:
+        from compress.calibrate import visit
+
+        for probe in visit(model, samples, workspace):
+            _Smoothing(self, model, probe, _counted(probe, samples)).run()
+
+
+class _Smoothing:
+    """One block being smoothed."""
+
+    def __init__(self, options: Pass, model: Model, probe: Probe, counted: list[Tensor]) -> None:
+        self.options, self.schemes, self.block, self.probe, self.counted = options, model.schemes, probe.block, probe, counted
+        self.scores = {f"{probe.block.layout.prefix}.{name}" for name in model.layout.arch.scores}
+        self.groups = [group for stage in probe.block.layout.stages for group in stage.groups]
+        self.seen = self._observe()
+
+    def _observe(self) -> dict[str, Seen]:
+        """What each input group is given, by name."""
+        from compress.probe import Seen
+
+        seen = {}
+        for group in self.groups:
+            scheme = next((self.schemes[linear.name] for linear in group.linears if linear.name in self.schemes), None)
+            seen[group.name] = Seen(group.columns, scheme.group_size if scheme and self.options.clips else None, self.probe.hidden[0].device)
+        self.probe.observe(lambda group, inputs: seen[group.name].add(inputs))
+        return seen
+
+    def run(self) -> None:
+        from compress.objective import losses
+
+        kinds = self.options.edges or USUAL_KINDS[self.options.method]
+        edges = [edge for edge in self.block.layout.edges if edge.kind.rpartition(".")[2] in kinds]
+        for _, alike in groupby(edges, key=lambda edge: edge.kind):
+            fed = [edge for edge in alike if self._fed(edge)]
+            loss_of = losses(self.probe, fed, self.counted) if fed and self.options.searches else {}
+            for edge in fed:
+                self._fold(edge, loss_of.get(edge.name))
+        if self.options.clips:
+            for group in self.groups:
+                self._clip(group)
+
+    def _fed(self, edge: Edge) -> bool:
+        """Whether whoever reads the edge saw enough to go by; if not, it is recorded."""
+        reason = None if edge.expert is None else self._starved(self._readers(edge)[0])
+        if reason:
+            self.block.add_record(edge.name, {"pass": "smooth", "kind": edge.kind, "alpha": 0.0, "fallback": reason})
+        return reason is None
+
+    def _readers(self, edge: Edge) -> list[Group]:
+        return [group for group in self.groups if group.linears[0].name in edge.consumers]
+
+    def _starved(self, group: Group) -> str | None:
+        tokens, needed = self.seen[group.name].tokens, math.ceil(self.options.min_tokens * group.columns)
+        return f"saw {tokens} calibration tokens, needs {needed}" if tokens < needed else None
+
+    # Factors --------------------------------------------------------------------------------------------------------------------
+
+    def _fold(self, edge: Edge, loss: Loss | None) -> None:
+        """Choose the factors of an edge and fold them."""
+        from compress.folding import open_edge
+
+        folding = open_edge(self.block, edge)
+        candidates = self._candidates(edge, folding)
+        errors = {}
+        if loss:
+            weights = {linear: self.block.weight(linear) for linear in edge.consumers if linear in self.schemes}
+            errors = {alpha: loss(self._rounded(weights, folding.spread(folding.exact(scale)))) for alpha, scale in candidates.items()}
+        alpha = min(errors, key=errors.__getitem__) if errors else next(iter(candidates))
+        factor = folding.exact(candidates[alpha])
+        for name, value in folding.folded(factor).items():
+            self.block.set_dense(name, value)
+        for group in self._readers(edge):
+            self.seen[group.name].divide(folding.spread(factor))
+        record = {"factors": [float(factor.min()), float(factor.max())], "left_alone": int((candidates[alpha] / factor - 1).abs().gt(0.01).sum())}
+        record |= {"error": [errors[0.0], errors[alpha]]} if errors else {}
+        self.block.add_record(edge.name, {"pass": "smooth", "kind": edge.kind, "alpha": alpha, "fallback": None, **record})
+
+    def _candidates(self, edge: Edge, folding: Folding) -> dict[float, Tensor]:
+        """Scales [channels] by exponent."""
+        import torch
+
+        from compress.numerics.scaling import salient, shared_out
+        from compress.probe import Seen
+
+        seen = Seen.together([self.seen[group.name] for group in self._readers(edge)])
+        if self.options.method == "smoothquant":
+            alpha = USUAL_ALPHA if self.options.alpha is None else self.options.alpha
+            largest = [self.block.weight(linear.name).abs().amax(0) for group in self._readers(edge) for linear in group.linears]
+            return {alpha: shared_out(folding.heads(seen.largest).amax(0), folding.heads(torch.stack(largest).amax(0)).amax(0), alpha)}
+        magnitude = folding.heads(seen.mean()).mean(0)
+        alphas = [step / CANDIDATES for step in range(CANDIDATES)] if self.options.alpha is None else [self.options.alpha]
+        return {alpha: salient(magnitude, alpha) for alpha in alphas}
+
+    def _rounded(self, weights: dict[str, Tensor], factor: Tensor) -> dict[str, Tensor]:
+        """What linears compute if ``weights`` are rounded with ``factor`` [in] folded in."""
+        from compress.numerics.grid import minmax_scales, quantized, round_to_nearest
+
+        found = {name: weight * factor for name, weight in weights.items()}
+        peak = max((float(weight.abs().max()) for weight in found.values()), default=0.0)
+        for name, folded in found.items():
+            scheme = self.schemes[name]
+            grid, stored = scheme.grid(peak), scheme.stored(self.block.stored_dtype(name))
+            scales = minmax_scales(folded, grid, scheme.group_size, stored)
+            found[name] = quantized(round_to_nearest(folded, scales, grid), scales, grid, stored).dequantize().float() / factor
+        return found
+
+    # Ranges ---------------------------------------------------------------------------------------------------------------------
+
+    def _clip(self, group: Group) -> None:
+        """Cut the ranges of the linears of a group that will be rounded."""
+        from compress.numerics.clip import clipped
+
+        reason = self._starved(group) if group.expert is not None else None
+        weights = {linear.name: self.block.weight(linear.name) for linear in group.linears}
+        peak = max(float(weight.abs().max()) for weight in weights.values())
+        for name, weight in weights.items():
+            scheme = self.schemes.get(name)
+            if scheme is None or scheme.scale_rows > 1 or name in self.scores:
+                continue
+            record: dict[str, Any] = {"pass": "smooth", "kind": "clip", "fallback": reason}
+            if reason is None:
+                cut = clipped(weight, self.seen[group.name].moment(), scheme.grid(peak), scheme.stored(self.block.stored_dtype(name)))
+                self.block.set_dense(f"{name}.weight", cut)
+                record["clipped"] = float((cut != weight).float().mean())
+            self.block.add_record(name, record)
+
+
+def _counted(probe: Probe, samples: Samples) -> list[Tensor]:
+    """By batch, [rows, tokens]: 1 for the tokens of the first samples that make up `JUDGED_TOKENS`, else 0."""
+    import torch
+
+    before = list(accumulate((len(item.ids) for item in samples.items), initial=0))
+    judged = [[float(before[member] < JUDGED_TOKENS) for member in members] for members in probe.members]
+    return [torch.tensor(rows, device=hidden.device)[:, None].expand(hidden.shape[:2]) for rows, hidden in zip(judged, probe.hidden, strict=True)]

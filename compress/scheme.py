@@ -1,0 +1,130 @@
+"""How a linear is stored: what passes that quantise decide, passes before them prepare for, and exports write."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from compress.formats.sizes import residual_bytes, stored_bytes
+from compress.layout import Linear
+
+if TYPE_CHECKING:
+    import torch
+
+    from compress.numerics.activations import Activations
+    from compress.numerics.grid import Grid
+
+FLOAT_FORMATS: dict[str, dict[str, Any]] = {
+    "fp8": {"bits": 8, "group_size": "channel", "symmetric": True},
+    "fp8-block": {"bits": 8, "group_size": 128, "symmetric": True, "scales": "minmax"},
+    "mxfp8": {"bits": 8, "group_size": 32, "symmetric": True},
+    "mxfp4": {"bits": 4, "group_size": 32, "symmetric": True},
+    "nvfp4": {"bits": 4, "group_size": 16, "symmetric": True},
+}
+"""What a format of small floats leaves no choice about."""
+LAYOUTS = {
+    "fp8": "float-quantized",
+    "fp8-block": "float-quantized",
+    "mxfp8": "mxfp8-quantized",
+    "mxfp4": "mxfp4-pack-quantized",
+    "nvfp4": "nvfp4-pack-quantized",
+}
+NVFP4_ROOM = 1.75
+"""How much wider than its largest weight needs a block's scale may become before E4M3 ends."""
+
+
+class Scheme(BaseModel):
+    """How one linear is stored, and how its input is rounded before it is multiplied."""
+
+    model_config = ConfigDict(frozen=True)
+
+    format: str = "int"
+    bits: int
+    group_size: int
+    symmetric: bool
+    activations: str = "none"
+    residuals: float = 0.0
+    """Share of the weights, over all linears that may have any, that have a residual beside their code."""
+
+    @property
+    def coded(self) -> Scheme:
+        """The scheme without residuals."""
+        return self.model_copy(update={"residuals": 0.0})
+
+    @property
+    def layout(self) -> str:
+        """The name of the layout on disk, residuals aside."""
+        if self.format == "int":
+            return "int-quantized" if self.bits == 8 and self.symmetric and self.activations != "none" else "pack-quantized"
+        return LAYOUTS[self.format]
+
+    def stored_bytes(self, linear: Linear, dense_bytes: int) -> int:
+        """What `linear` takes on disk; ``dense_bytes`` per weight in the source."""
+        size = stored_bytes(
+            self.layout, linear.rows, linear.columns, self.bits, self.group_size,
+            symmetric=self.symmetric, scale_bytes=dense_bytes, scale_rows=self.scale_rows,
+        )  # fmt: skip
+        if self.residuals:
+            size += residual_bytes(linear.rows, linear.columns, round(self.residuals * linear.rows * linear.columns), dense_bytes)
+        return size + (dense_bytes if self.activations == "static" else 0)
+
+    @property
+    def scale_rows(self) -> int:
+        """Outputs that share a scale."""
+        return self.group_size if self.format == "fp8-block" else 1
+
+    @property
+    def text(self) -> str:
+        """For people: `4 bits, group 128, asymmetric`."""
+        stored = f"{self.bits} bits, group {self.group_size}{'' if self.symmetric else ', asymmetric'}" if self.format == "int" else self.format
+        stored += f", residuals for {100 * self.residuals:g} %" if self.residuals else ""
+        return stored + ("" if self.activations == "none" else f", inputs in 8 bits ({self.activations})")
+
+    def grid(self, peak: float) -> Grid:
+        """The points of a weight; ``peak`` is the largest magnitude among all linears that are fused with it."""
+        from compress.numerics.grid import E2M1, E4M3, E4M3_MAX, Integer
+
+        match self.format:
+            case "int":
+                return Integer(self.bits, self.symmetric)
+            case "nvfp4":
+                widest = NVFP4_ROOM * max(peak, 1e-30) / 6
+                return E2M1(2.0 ** math.floor(math.log2(E4M3_MAX / widest)))
+            case "mxfp4":
+                return E2M1()
+            case _:
+                return E4M3(self.scale_rows)
+
+    def stored(self, dense: torch.dtype) -> torch.dtype:
+        """The dtype of scales; ``dense`` that of the weight in the source."""
+        import torch
+
+        return {"nvfp4": torch.float8_e4m3fn, "mxfp4": torch.float8_e8m0fnu, "mxfp8": torch.float8_e8m0fnu}.get(self.format, dense)
+
+    def input_rounding(self, peak: float | None, dense: torch.dtype) -> Activations | None:
+        """How inputs are rounded; ``peak`` is the largest magnitude seen of them, needed where the scale is fixed beforehand."""
+        from compress.numerics.activations import Activations
+
+        if self.activations == "none":
+            return None
+        kind: Literal["int8", "fp8"] = "int8" if self.format == "int" else "fp8"
+        if self.activations == "dynamic":
+            return Activations(kind, self.group_size if self.format == "fp8-block" else None)
+        assert peak is not None
+        return Activations(kind, None, Activations.static_scale(kind, peak, dense))
+
+
+class CacheScheme(BaseModel):
+    """How keys and values are stored: E4M3 with a scale for all heads of a block, or for each."""
+
+    model_config = ConfigDict(frozen=True)
+
+    format: Literal["fp8"]
+    granularity: Literal["tensor", "head"]
+
+    @property
+    def text(self) -> str:
+        """For people."""
+        return f"{self.format}, a scale per {'block' if self.granularity == 'tensor' else 'head'}"
