@@ -271,12 +271,7 @@ def visit(model: Model, samples: Samples, workspace: Workspace) -> Iterator[Prob
 
 def _begin(model: Model, samples: Samples, workspace: Workspace, streams: int) -> tuple[int, list[list[Tensor]], list[list[dict[str, Any]]]]:
     """The first unfinished block, what it is given in each of so many `streams`, and the keyword arguments of all blocks."""
-    kwargs = []
-    hidden = []
-    for batch in samples.batches():
-        first, noted = model.embed(batch.inputs)
-        hidden.append(first)
-        kwargs.append(noted)
+    hidden, kwargs = model.embed_all(batch.inputs for batch in samples.batches())
     if not workspace.activations.exists():
         return 0, [list(hidden) for _ in range(streams)], kwargs
     tensors, metadata = read_header(workspace.activations)

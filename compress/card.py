@@ -9,6 +9,10 @@ from compress.passes.base import Transform
 from compress.recipe import Recipe, cache_scheme
 from compress.scheme import Scheme
 
+LEFT_OUT = """
+transformers and serving engines leave out what lies in `residuals/`; `compress eval` reads it. The report says what is lost with it and without.
+"""
+
 
 def write(model: str, recipe: Recipe, schemes: dict[str, Scheme]) -> str:
     """README.md of the artifact."""
@@ -16,6 +20,7 @@ def write(model: str, recipe: Recipe, schemes: dict[str, Scheme]) -> str:
     cache = cache_scheme(recipe)
     of_cache = f" Keys and values are cached as {cache.text}." if cache else ""
     passes = ", ".join(name for name, _ in recipe.instances())
+    left_out = LEFT_OUT if any(scheme.residuals for scheme in schemes.values()) else ""
     rest = "Other tensors were rewritten without changing what the model computes, and rounded to the dtype they had."
     if all(not isinstance(step, Transform) for _, step in recipe.instances()):
         rest = "Everything else is as in the source, byte for byte."
@@ -34,7 +39,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained("PATH")
 tokenizer = AutoTokenizer.from_pretrained("PATH")
 ```
-
+{left_out}
 What was lost is in `report.html`; hashes of all other files are in `manifest.json`.
 
 ## Recipe

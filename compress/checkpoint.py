@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+RESIDUALS = "residuals/residuals.safetensors"
+"""What only this program reads lies in a folder of its own: engines take every safetensors file beside the config for weights."""
 DTYPE_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
     "I16": 2, "U16": 2, "F16": 2, "BF16": 2, "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8,
@@ -118,7 +120,7 @@ class Checkpoint:
         self.config = self._config(problems)
         self.tensors: dict[str, TensorInfo] = {}
         self.unlisted: list[str] = []
-        files = self._shards(problems)
+        files = self._shards(problems) | self._residuals(problems)
         for path, listed in files.items():
             try:
                 found, _ = read_header(path)
@@ -175,6 +177,17 @@ class Checkpoint:
                 problems.add(INDEX, f"names {file}, which is missing", "fetch the missing shard")
                 del shards[path]
         return shards
+
+    def _residuals(self, problems: Problems) -> dict[Path, set[str]]:
+        """The file that config.json says holds residuals, if it says so."""
+        quantization = self.config.get("quantization_config")
+        declared = quantization.get("residuals") if isinstance(quantization, dict) else None
+        if declared is None:
+            return {}
+        if declared != RESIDUALS:
+            problems.add("config.json: quantization_config.residuals", f"names {declared!r}, where only {RESIDUALS} can be", "fetch it again")
+            return {}
+        return {self.folder / RESIDUALS: set()}
 
     def _other_files(self) -> tuple[list[Path], list[str]]:
         extra, left = [], []

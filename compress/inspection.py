@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.checkpoint import Checkpoint
-from compress.formats.base import PARTS
+from compress.formats.base import PARTS, RESIDUAL_PARTS
 
 KINDS = {("U8", "U8"): "mxfp4", ("U8", "F8_E4M3"): "nvfp4", ("F8_E4M3", "U8"): "mxfp8", ("F8_E4M3", "BF16"): "fp8", ("F8_E4M3", "F16"): "fp8",
          ("F8_E4M3", "F32"): "fp8"}  # fmt: skip
@@ -21,14 +21,14 @@ def inspect(folder: Path) -> dict[str, Any]:
     tensors: dict[str, dict[str, Any]] = {}
     for name, info in checkpoint.tensors.items():
         linear, _, part = name.rpartition(".")
-        if part not in PARTS or (part == "weight" and f"{linear}.weight_scale" not in checkpoint.tensors):
+        if part not in (*PARTS, *RESIDUAL_PARTS) or (part == "weight" and f"{linear}.weight_scale" not in checkpoint.tensors):
             tensors[name] = {"name": name, "shape": list(info.shape), "became": info.dtype, "bytes": info.nbytes}
             continue
         item = tensors.setdefault(linear, {"name": linear, "shape": [], "became": "", "bytes": 0})
         item["bytes"] += info.nbytes
         if part in ("weight", "weight_packed"):
             item["shape"] = _shape(checkpoint, linear)
-            item["became"] = _scheme(checkpoint, linear, item["shape"])
+            item["became"] = _scheme(checkpoint, linear, item["shape"]) + _residuals(checkpoint, linear)
     manifest = folder / "manifest.json"
     accepted = json.loads(manifest.read_text(encoding="utf-8")).get("accepted") if manifest.is_file() else None
     ordered = [tensors[name] for name in sorted(tensors)]
@@ -56,3 +56,8 @@ def _scheme(checkpoint: Checkpoint, linear: str, shape: list[int]) -> str:
     bits = 8 if "weight" in dtypes else checkpoint.tensors[f"{linear}.weight_packed"].shape[1] * 32 // shape[1]
     kind = "asymmetric" if "weight_zero_point" in dtypes else "symmetric"
     return f"int{bits}, {group}, {kind}, {scale.dtype} scales"
+
+
+def _residuals(checkpoint: Checkpoint, linear: str) -> str:
+    values = checkpoint.tensors.get(f"{linear}.sparse_values")
+    return f", {values.shape[0]} residuals" if values else ""

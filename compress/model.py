@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,8 @@ from compress.arch.base import Experts
 from compress.checkpoint import FLOATS, Checkpoint, Entry, TensorInfo, entry, read_entry, read_header, read_tensor, write_safetensors
 from compress.errors import InputError, Problems
 from compress.formats import base as formats
+from compress.formats import sparse_residual
+from compress.formats.sparse_residual import Residual
 from compress.layout import BlockLayout, Layout
 from compress.numerics.activations import Activations
 from compress.numerics.cache import as_cached
@@ -133,6 +135,7 @@ class Block:
         self._model = model
         self._quantized: dict[str, dict[str, Tensor]] = {}
         self._changed: dict[str, Tensor] = {}
+        self._residuals: dict[str, Residual] = {}
         self._hooks: list[Any] = []
         self._cache = Cache(model.cache_scales(layout))
         self.records: list[dict[str, Any]] = []
@@ -224,6 +227,21 @@ class Block:
         self._slots[f"{linear}.weight"].view(self.module).copy_(self._model.computed(linear, weight))
         self._quantized[linear] = layout.pack(linear, weight)
         self.add_record(linear, record)
+
+    def residual(self, linear: str, weight: Tensor, positions: Tensor) -> Residual:
+        """What takes a quantised linear to ``weight`` [out, in] float32 at ``positions`` [out, in] bool, as it will be stored."""
+        return sparse_residual.residual(weight, self._computed(linear), positions, self.stored_dtype(linear))
+
+    def set_residual(self, linear: str, residual: Residual, record: dict[str, Any]) -> None:
+        """From here on the block computes with the codes of a linear and `residual`; `record` goes into the report."""
+        self._slots[f"{linear}.weight"].view(self.module).copy_(residual.add_to(self._computed(linear)))
+        self._residuals[linear] = residual
+        self.add_record(linear, {"residuals": len(residual.values), **record})
+
+    def _computed(self, linear: str) -> Tensor:
+        weight = self._model.quantized(linear)
+        assert weight
+        return self._model.computed(linear, weight).to(self._model.device)
 
     def round_inputs(self, linear: str, inputs: Activations) -> None:
         """From here on, until the block is left, what `linear` is given is rounded."""
@@ -321,6 +339,8 @@ class Block:
             if (changed := tensors.pop(f"{linear}.weight", None)) is not None:
                 tensors[f"{linear}.{EXACT}"] = changed
             tensors |= packed
+        for linear, residual in self._residuals.items():
+            tensors |= sparse_residual.pack(linear, residual)
         write_safetensors(path, [entry(name, tensor) for name, tensor in tensors.items()], {"records": json.dumps(self.records)})
 
 
@@ -577,23 +597,53 @@ class Model:
         unpacked: Quantized = layout.unpack(linear, {f"{linear}.{part}": read_tensor(info) for part, info in self.parts(linear).items()})
         return unpacked
 
+    def residual(self, linear: str) -> Residual | None:
+        """What is stored of a linear beside its codes, or None if nothing is."""
+        names = [f"{linear}.{part}" for part in formats.RESIDUAL_PARTS]
+        if names[0] not in self.tensors:
+            return None
+        shape = self.layout.linears[linear]
+        return sparse_residual.unpack(linear, {name: read_tensor(self.tensors[name]) for name in names}, (shape.rows, shape.columns))
+
     def dense(self, linear: str) -> Tensor:
-        """The weight of a linear as stored, or as its codes say."""
-        weight = self.quantized(linear)
-        return self.computed(linear, weight) if weight else read_tensor(self.tensors[f"{linear}.weight"])
+        """The weight of a linear as stored, or as its codes and residuals say."""
+        weight, residual = self.quantized(linear), self.residual(linear)
+        if weight is None:
+            return read_tensor(self.tensors[f"{linear}.weight"])
+        computed = self.computed(linear, weight)
+        return residual.add_to(computed) if residual else computed
 
     def computed(self, linear: str, weight: Quantized) -> Tensor:
-        """What a linear with these codes computes with, [out, in]."""
+        """What a linear with these codes and no residuals computes with, [out, in]."""
         unpacked = None if linear in self.layout.of_experts else self._unpacked
         return weight.dequantize(torch.float32 if linear in self._inputs else unpacked)
 
     def before_quantizing(self) -> Model:
         """The model as it would be had no pass quantised anything. It shares the memory of its blocks with this one."""
         model = copy.copy(self)
-        parts = {f"{linear}.{part}" for linear in self.exact for part in formats.PARTS}
+        parts = {f"{linear}.{part}" for linear in self.exact for part in (*formats.PARTS, *formats.RESIDUAL_PARTS)}
         model.tensors = {name: info for name, info in self.tensors.items() if name not in parts}
         model.tensors |= {f"{linear}.weight": info for linear, info in self.exact.items()}
         model._inputs = {}
+        return model
+
+    @property
+    def has_residuals(self) -> bool:
+        """Whether any linear has residuals beside its codes."""
+        return any(name.endswith(formats.RESIDUAL_PARTS) for name in self.tensors)
+
+    def without_residuals(self) -> Model:
+        """The model as engines know it that know nothing of residuals. It shares the memory of its blocks with this one."""
+        model = copy.copy(self)
+        model.tensors = {name: info for name, info in self.tensors.items() if not name.endswith(formats.RESIDUAL_PARTS)}
+        return model
+
+    def adopting(self, paths: Iterable[Path]) -> Model:
+        """The model as it would be had it adopted the blocks in `paths`. It shares the memory of its blocks with this one."""
+        model = copy.copy(self)
+        model.tensors, model.exact, model._inputs = dict(self.tensors), dict(self.exact), dict(self._inputs)
+        for path in paths:
+            model.adopt(path)
         return model
 
     def dense_dtype(self, linear: str) -> torch.dtype:
@@ -687,6 +737,11 @@ class Model:
                 del module.forward
         return hidden[0], noted
 
+    def embed_all(self, batches: Iterable[dict[str, Tensor]]) -> tuple[list[Tensor], list[list[dict[str, Any]]]]:
+        """`embed` of each batch: what the first block is given, by batch, and keyword arguments by batch and block."""
+        embedded = [self.embed(inputs) for inputs in batches]
+        return [hidden for hidden, _ in embedded], [kwargs for _, kwargs in embedded]
+
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., vocabulary] float32 from the output of the last block [..., hidden]."""
         parent, _, _ = self.layout.arch.module_blocks.rpartition(".")
@@ -697,4 +752,4 @@ class Model:
 def _dense_name(name: str) -> str:
     """The source name of a tensor that may be one of several that replaced it."""
     head, _, part = name.rpartition(".")
-    return f"{head}.weight" if part in formats.PARTS else name
+    return f"{head}.weight" if part in (*formats.PARTS, *formats.RESIDUAL_PARTS) else name

@@ -23,7 +23,7 @@ import yaml
 from compress import __version__
 from compress.checkpoint import Checkpoint, copy_file, sha256, sync_folder, write_text
 from compress.errors import InputError
-from compress.formats.base import PARTS
+from compress.formats.base import PARTS, RESIDUAL_PARTS
 from compress.layout import Layout
 from compress.passes.base import Pass, Transform
 from compress.recipe import Recipe, cache_scheme, check, export_module
@@ -107,11 +107,16 @@ def _check_target(request: Request, layout: Layout) -> None:
 
 
 def _check_disk(request: Request, layout: Layout, plan: dict[str, Scheme]) -> None:
-    from compress.planning import added_bytes, output_bytes, rewritten_bytes
+    from compress.planning import added_bytes, gradient_bytes, output_bytes, rewritten_bytes
 
-    # Blocks of each pass, then the artifact beside them; activations are small change beside the margin.
+    # Blocks of each pass, then the artifact beside them; activations between two blocks are small change beside the margin.
     rewritten = sum(rewritten_bytes(layout) for _, step in request.recipe.instances() if isinstance(step, Transform))
-    needed = int(2.1 * (output_bytes(layout, plan) + added_bytes(request.recipe, layout))) + rewritten + (64 << 20)
+    needed = (
+        int(2.1 * (output_bytes(layout, plan) + added_bytes(request.recipe, layout)))
+        + rewritten
+        + gradient_bytes(request.recipe, layout)
+        + (64 << 20)
+    )
     free = shutil.disk_usage(request.out.absolute().parent).free
     if free < needed:
         raise InputError.one(
@@ -178,6 +183,7 @@ class _Run:
         work = self._work_folder(sources, samples.digest if samples else "")
         for index, (name, step) in enumerate(self.steps):
             self._pass(index, name, step, samples, work)
+        self._settle()
         staging = work / "artifact"
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir()
@@ -281,6 +287,12 @@ class _Run:
         else:
             (self.records if "bits" in record else self.transforms).append(record)
 
+    def _settle(self) -> None:
+        """A pass may have found that the model is better off without residuals; then nothing may claim that there are some."""
+        if not self.model.has_residuals:
+            self.plan = {name: (by, scheme.coded) for name, (by, scheme) in self.plan.items()}
+            self.schemes = {name: scheme for name, (_, scheme) in self.plan.items()}
+
     def _export(self, staging: Path) -> None:
         self.progress.step("export", 1)
         export_module(self.recipe.export[0]).write(self.model, self.schemes, self.cache, staging)
@@ -300,7 +312,9 @@ class _Run:
         result["mode"] = mode
         if mode == "full":
             only = "bfloat16" in export_module(self.recipe.export[0]).verdicts(self.layout, self.schemes)["transformers"]
-            result |= reopen.compare_logits(self.model, staging, self.tokenizer, bfloat16_only=only)
+            result |= reopen.compare_logits(self.model.without_residuals(), staging, self.tokenizer, bfloat16_only=only)
+            if self.model.has_residuals:
+                result["residuals_left_out"] = True
         return result
 
     def _evaluate(self, staging: Path) -> dict[str, Any] | None:
@@ -310,7 +324,12 @@ class _Run:
             return None
         self.progress.step("evaluate", 2 * len(self.layout.blocks))
         self.model.release()
-        return measure.against_source(self.layout, staging, self.recipe.evaluate, self.tokenizer, self.progress)
+        result = measure.against_source(self.layout, staging, self.recipe.evaluate, self.tokenizer, self.progress)
+        if self.model.has_residuals:
+            self.progress.step("evaluate without residuals", 2 * len(self.layout.blocks))
+            coded = measure.against_source(self.layout, staging, self.recipe.evaluate, self.tokenizer, self.progress, residuals=False)
+            result["without_residuals"] = coded["compressed"]
+        return result
 
     def _ledger(self) -> list[dict[str, Any]]:
         """What became of every tensor of the source, and what is new. Raises AssertionError if one is not accounted for: a bug, not a warning."""
@@ -349,7 +368,7 @@ class _Run:
     def _size(self, staging: Path) -> dict[str, Any]:
         after = Checkpoint(staging)
         quantized = sum(linear.rows * linear.columns for name, linear in self.layout.linears.items() if name in self.plan)
-        parts = [f"{name}.{part}" for name in self.plan for part in PARTS if part != "weight_shape"]
+        parts = [f"{name}.{part}" for name in self.plan for part in (*PARTS, *RESIDUAL_PARTS) if part != "weight_shape"]
         stored = sum(after.tensors[part].nbytes for part in parts if part in after.tensors)
         return {
             "before_bytes": self.layout.checkpoint.nbytes,
@@ -368,7 +387,8 @@ class _Run:
         verdicts = export_module(self.recipe.export[0]).verdicts(self.layout, self.schemes, self.cache)
         manifest = {
             "accepted": accepted,
-            "loadable_by": sorted(engine for engine, verdict in verdicts.items() if not verdict.startswith("refuses")),
+            "loadable_by": sorted(engine for engine, verdict in verdicts.items() if not verdict.startswith(("refuses", "without residuals"))),
+            "loadable_without_residuals_by": sorted(engine for engine, verdict in verdicts.items() if verdict.startswith("without residuals")),
             "compress": __version__,
             "recipe_hash": self.recipe.hash,
             "seed": self.recipe.calibration.seed,

@@ -9,7 +9,7 @@ import math
 from typing import Any
 
 from compress.layout import BlockLayout, Group, Layout
-from compress.passes.base import Transform
+from compress.passes.base import Differentiating, Transform
 from compress.recipe import Recipe, cache_scheme, export_module
 from compress.scheme import CacheScheme, Scheme
 
@@ -42,6 +42,14 @@ def rewritten_bytes(layout: Layout) -> int:
     return sum(4 * math.prod(layout.checkpoint.tensors[name].shape) for name in layout.in_blocks)
 
 
+def gradient_bytes(recipe: Recipe, layout: Layout) -> int:
+    """Disk for what every block is given, and for the mean gradients of all linears, while a pass takes gradients; 0 if none does."""
+    if not any(isinstance(step, Differentiating) for _, step in recipe.instances()):
+        return 0
+    tokens = recipe.calibration.samples * recipe.calibration.length
+    return 2 * tokens * _hidden(layout) * len(layout.blocks) + 4 * sum(linear.rows * linear.columns for linear in layout.linears.values())
+
+
 def cache_bytes(layout: Layout, tokens: int, bits: int) -> int:
     """Bytes of the keys and values of one sequence; where attention has a window, of no more tokens than that."""
     config = layout.text_config
@@ -61,11 +69,14 @@ def plan(recipe: Recipe, layout: Layout, schemes: dict[str, tuple[str, Scheme]])
         passes.append(
             {
                 "name": name,
-                "peak_bytes": _peak(layout, mine, tokens, isinstance(step, Transform)),
+                "peak_bytes": _peak(layout, mine, tokens, isinstance(step, Transform))
+                + _gradient_memory(layout, tokens) * isinstance(step, Differentiating),
                 "disk_bytes": rewritten_bytes(layout) * isinstance(step, Transform)
+                + gradient_bytes(recipe, layout) * isinstance(step, Differentiating)
                 + sum(_packed(layout, linear, scheme) for linear, scheme in mine.items())
                 + 2 * tokens * _hidden(layout),
-                "seconds": _operations(layout, mine, tokens) / ASSUMED_FLOPS,
+                "seconds": (_forward(layout, tokens) * step.forwards if isinstance(step, Differentiating) else _operations(layout, mine, tokens))
+                / ASSUMED_FLOPS,
             }
         )
     return {
@@ -105,20 +116,38 @@ def _peak(layout: Layout, mine: dict[str, Scheme], tokens: int, rewrites: bool) 
     return RUNTIME_BYTES + outside + block + activations + work
 
 
+def _gradient_memory(layout: Layout, tokens: int) -> int:
+    """Gradients of the activations, and a block's weights in float32 at both ends of a change, between them, and their gradients."""
+    elements = max(sum(linear.rows * linear.columns for linear in block.linears) for block in layout.blocks)
+    return 2 * tokens * _hidden(layout) + 4 * 4 * elements
+
+
 def _elements(group: Group) -> int:
     return sum(linear.rows * linear.columns for linear in group.linears)
+
+
+def _active(layout: Layout, block: BlockLayout, group: Group) -> float:
+    """Share of the tokens that a group sees."""
+    if group.expert is None:
+        return 1.0
+    experts = max(len(stage.groups) for stage in block.stages)
+    return int(layout.text_config.get("num_experts_per_tok") or experts) / experts
+
+
+def _forward(layout: Layout, tokens: int) -> float:
+    """Floating-point operations of the linears of all blocks in a forward pass."""
+    return sum(
+        2 * _elements(group) * tokens * _active(layout, block, group) for block in layout.blocks for stage in block.stages for group in stage.groups
+    )
 
 
 def _operations(layout: Layout, mine: dict[str, Scheme], tokens: int) -> float:
     """Floating-point operations: about two and a half forward passes, second moments, factors and feedback."""
     total = 0.0
     for block in layout.blocks:
-        experts = max((len(stage.groups) for stage in block.stages), default=1)
-        active = int(layout.text_config.get("num_experts_per_tok") or experts)
         for stage in block.stages:
             for group in stage.groups:
-                share = active / experts if group.expert is not None else 1.0
-                columns, elements = group.columns, _elements(group)
+                share, columns, elements = _active(layout, block, group), group.columns, _elements(group)
                 total += 5 * elements * tokens * share
                 if group.linears[0].name in mine:
                     total += 100 * elements

@@ -333,6 +333,12 @@ def check(recipe: Recipe, layout: Layout, place: str) -> dict[str, tuple[str, Sc
             step.check_plan(f"{place}: passes[{index}].{name}", {linear: scheme for linear, (_, scheme) in plan.items()}, problems)
     for target in recipe.export:
         export_module(target).check(f"{place}: export", layout, {name: scheme for name, (_, scheme) in plan.items()}, problems)
+    if recipe.evaluate and recipe.evaluate.tasks and any(scheme.residuals for _, scheme in plan.values()):
+        problems.add(
+            f"{place}: evaluate.tasks",
+            "lm-eval runs the artifact in transformers, which leaves residuals out",
+            "drop the tasks; the other figures are measured with residuals",
+        )
     _check_data(recipe, layout, place, problems)
     problems.raise_if_any()
     return plan

@@ -228,6 +228,9 @@ def _lost(evaluation: dict[str, Any]) -> list[dict[str, str | None]]:
         ratio = _figure_text("perplexity_ratio", figures.get("perplexity_ratio"))
         notes = [ratio, note("perplexity_ratio")]
         tiles.append(_tile("Perplexity", _digits4(base["perplexity"]), _digits4(compressed["perplexity"]), "; ".join(filter(None, notes))))
+    if without := evaluation.get("without_residuals"):
+        told = f"what engines lose that leave residuals out; KL divergence {_figure_text('kl', without.get('kl'))}"
+        tiles.append(_tile("Perplexity without residuals", None, _digits4(without["perplexity"]), told))
     if figures.get("kl") is not None:
         tiles.append(_tile("KL divergence", None, _figure_text("kl", figures["kl"]), note("kl")))
     if figures.get("top1_agreement") is not None:
@@ -340,9 +343,11 @@ def _verification(verification: dict[str, Any]) -> list[str]:
     if (difference := verification.get("logits_max_difference")) is not None:
         differ = f"differ by at most {_small(difference)} of the largest logit" if difference else "equal those of the measured model exactly"
         told.append(f"Plain transformers loaded the whole artifact; its logits {differ}.")
+        if verification.get("residuals_left_out"):
+            told.append("It leaves residuals out; it was compared with the measured model without them.")
     elif verification.get("mode"):
         told.append("The artifact was not loaded as a whole; the tensors were compared one at a time.")
-    known = {"mode", "tensors", "weights_unpacked_by_compressed_tensors", "logits_max_difference"}
+    known = {"mode", "tensors", "weights_unpacked_by_compressed_tensors", "logits_max_difference", "residuals_left_out"}
     return told + [f"{key.replace('_', ' ')}: {_value(value)}" for key, value in verification.items() if key not in known]
 
 

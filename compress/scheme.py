@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from compress.formats.sizes import stored_bytes
+from compress.formats.sizes import residual_bytes, stored_bytes
 from compress.layout import Linear
 
 if TYPE_CHECKING:
@@ -45,10 +45,17 @@ class Scheme(BaseModel):
     group_size: int
     symmetric: bool
     activations: str = "none"
+    residuals: float = 0.0
+    """Share of the weights, over all linears that may have any, that have a residual beside their code."""
+
+    @property
+    def coded(self) -> Scheme:
+        """The scheme without residuals."""
+        return self.model_copy(update={"residuals": 0.0})
 
     @property
     def layout(self) -> str:
-        """The name of the layout on disk."""
+        """The name of the layout on disk, residuals aside."""
         if self.format == "int":
             return "int-quantized" if self.bits == 8 and self.symmetric and self.activations != "none" else "pack-quantized"
         return LAYOUTS[self.format]
@@ -59,6 +66,8 @@ class Scheme(BaseModel):
             self.layout, linear.rows, linear.columns, self.bits, self.group_size,
             symmetric=self.symmetric, scale_bytes=dense_bytes, scale_rows=self.scale_rows,
         )  # fmt: skip
+        if self.residuals:
+            size += residual_bytes(linear.rows, linear.columns, round(self.residuals * linear.rows * linear.columns), dense_bytes)
         return size + (dense_bytes if self.activations == "static" else 0)
 
     @property
@@ -70,6 +79,7 @@ class Scheme(BaseModel):
     def text(self) -> str:
         """For people: `4 bits, group 128, asymmetric`."""
         stored = f"{self.bits} bits, group {self.group_size}{'' if self.symmetric else ', asymmetric'}" if self.format == "int" else self.format
+        stored += f", residuals for {100 * self.residuals:g} %" if self.residuals else ""
         return stored + ("" if self.activations == "none" else f", inputs in 8 bits ({self.activations})")
 
     def grid(self, peak: float) -> Grid:

@@ -9,6 +9,7 @@ import torch
 
 from compress.checkpoint import Checkpoint
 from compress.data import Samples, Tokenizer, sentence_pairs, windows
+from compress.errors import InputError
 from compress.evaluate import scoring, tasks
 from compress.layout import Layout
 from compress.model import Model
@@ -32,9 +33,12 @@ def read(options: Evaluation, tokenizer: Tokenizer) -> tuple[Samples, Samples | 
     return samples, pairs
 
 
-def against_source(source: Layout, artifact: Path, options: Evaluation, tokenizer: Tokenizer, progress: Progress) -> dict[str, Any]:
-    """The artifact, read back from disk, beside its source."""
+def against_source(
+    source: Layout, artifact: Path, options: Evaluation, tokenizer: Tokenizer, progress: Progress, *, residuals: bool = True
+) -> dict[str, Any]:
+    """The artifact, read back from disk, beside its source; without `residuals` as engines see it that do not know them."""
     base, model = Model(source), Model(Layout(Checkpoint(artifact)))
+    model = model if residuals else model.without_residuals()
     result = _measure(base, model, options, tokenizer, progress)
     base.release()
     model.release()
@@ -47,6 +51,8 @@ def against_source(source: Layout, artifact: Path, options: Evaluation, tokenize
 def alone(layout: Layout, options: Evaluation, tokenizer: Tokenizer, progress: Progress) -> dict[str, Any]:
     """One model, compressed or not, on its own."""
     model = Model(layout)
+    if options.tasks and model.has_residuals:
+        raise InputError.one("tasks", "lm-eval runs the model in transformers, which leaves its residuals out", "leave the tasks out")
     both = _measure(model, model, options, tokenizer, progress)
     model.release()
     result = {"protocol": both["protocol"], **both["baseline"]}

@@ -44,11 +44,7 @@ class Scores:
 @torch.no_grad()
 def last_hidden(model: Model, samples: Samples, advance: Callable[[], None] = lambda: None) -> list[Tensor]:
     """Output of the last block for every batch of `samples`; `advance` is told of each finished block."""
-    hidden, kwargs = [], []
-    for batch in samples.batches():
-        first, noted = model.embed(batch.inputs)
-        hidden.append(first)
-        kwargs.append(noted)
+    hidden, kwargs = model.embed_all(batch.inputs for batch in samples.batches())
     model.release()
     for layout in model.blocks:
         with model.block(layout.index) as block:

@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.checkpoint import INDEX, SINGLE, Entry, write_safetensors, write_text
+from compress.checkpoint import INDEX, RESIDUALS, SINGLE, Entry, entry, write_safetensors, write_text
 from compress.errors import InputError, Problems
+from compress.formats.base import RESIDUAL_PARTS
 from compress.layout import Layout
 from compress.scheme import CacheScheme, Scheme
 
@@ -49,6 +50,12 @@ def check(place: str, layout: Layout, plan: dict[str, Scheme], problems: Problem
 
 def verdicts(layout: Layout, plan: dict[str, Scheme], cache: CacheScheme | None = None) -> dict[str, str]:
     """For each serving engine, whether and how it reads the artifact, as far as its loader's rules tell."""
+    if any(scheme.residuals for scheme in plan.values()):
+        # Residuals lie where no engine looks, so what it computes with are the codes alone.
+        coded = verdicts(layout, {name: scheme.coded for name, scheme in plan.items()}, cache)
+        return {"compress": "loads"} | {
+            engine: text if text.startswith("refuses") else f"without residuals; {text}" for engine, text in coded.items()
+        }
     found = _weight_verdicts(layout, plan)
     if cache is None:
         return found
@@ -128,6 +135,7 @@ def _kinds(layout: Layout, plan: dict[str, Scheme]) -> dict[str, tuple[Scheme, b
 
     One scale per output is the same whatever the width; a group that happens to be as wide as some linears, but not as all, is a group.
     """
+    plan = {name: scheme.coded for name, scheme in plan.items()}
     grouped = {scheme for name, scheme in plan.items() if scheme.group_size < layout.linears[name].columns}
     per_output = {scheme for scheme in plan.values() if scheme.format in ("int", "fp8")} - grouped
     return {name: (scheme.model_copy(update={"group_size": 0}), True) if scheme in per_output else (scheme, False) for name, scheme in plan.items()}
@@ -208,6 +216,10 @@ def write(model: Model, plan: dict[str, Scheme], cache: CacheScheme | None, fold
     config = model.config
     if plan or cache:
         config["quantization_config"] = quantization_config(model.layout, plan, cache)
+    if residuals := [entry(name, info) for name, info in sorted(model.tensors.items()) if name.endswith(RESIDUAL_PARTS)]:
+        (folder / RESIDUALS).parent.mkdir()
+        write_safetensors(folder / RESIDUALS, residuals, {"format": "sparse-residual"})
+        config["quantization_config"]["residuals"] = RESIDUALS
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
 
@@ -222,7 +234,7 @@ def _shards(model: Model) -> Iterator[list[Entry]]:
 
     entries: list[Entry] = []
     size = 0
-    for name in sorted((name for name in model.tensors if not is_dropped(model, name)), key=position):
+    for name in sorted((name for name in model.tensors if not is_dropped(model, name) and not name.endswith(RESIDUAL_PARTS)), key=position):
         item = model.final(name)
         if entries and size + item.nbytes > SHARD_BYTES:
             yield entries

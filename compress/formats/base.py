@@ -12,13 +12,15 @@ from types import ModuleType
 
 PARTS = ("weight_packed", "weight", "weight_scale", "weight_shape", "weight_zero_point", "weight_global_scale", "input_scale")
 """What the tensors of a quantised linear are called, after its name."""
+RESIDUAL_PARTS = ("sparse_row_offsets", "sparse_columns", "sparse_values")
+"""What `sparse_residual` stores beside them."""
 
 
 @cache
 def layouts() -> tuple[ModuleType, ...]:
     """Every layout, found by file name."""
     names = [module.name for module in pkgutil.iter_modules(importlib.import_module("compress.formats").__path__)]
-    return tuple(importlib.import_module(f"compress.formats.{name}") for name in names if name not in ("base", "sizes"))
+    return tuple(importlib.import_module(f"compress.formats.{name}") for name in names if name not in ("base", "sizes", "sparse_residual"))
 
 
 def find(dtypes: dict[str, str]) -> ModuleType | None:

@@ -15,3 +15,8 @@ def stored_bytes(
         return codes + -(-rows // scale_rows) * groups * scale_bytes
     overall = 4 if layout == "nvfp4-pack-quantized" else 0
     return codes + rows * groups + overall
+
+
+def residual_bytes(rows: int, columns: int, entries: int, value_bytes: int) -> int:
+    """Bytes of so many residuals of one linear."""
+    return 4 * (rows + 1) + entries * (value_bytes + (2 if columns <= 1 << 15 else 4))

@@ -49,6 +49,15 @@ class Pass(Protocol):
 
 
 @runtime_checkable
+class Differentiating(Protocol):
+    """A pass that takes gradients of the model's loss."""
+
+    @property
+    def forwards(self) -> float:
+        """What it costs, in forward passes of the model over the calibration data."""
+
+
+@runtime_checkable
 class QuantizesCache(Protocol):
     """A pass that decides how the KV cache is stored."""
 
