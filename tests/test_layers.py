@@ -33,7 +33,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "replay": ("errors", "layout", "model"),
     "drift": ("layout", "model"),
     "calibrate": ("errors", "hardware", "numerics", "checkpoint", "layout", "data", "model", "replay", "drift", "probe"),
-    "passes": ("errors", "numerics", "layout", "data", "model", "folding", "probe", "objective", "calibrate", "scheme", "passes.base"),
+    "passes": ("errors", "arch.base", "numerics", "layout", "data", "model", "folding", "probe", "objective", "calibrate", "scheme", "passes.base"),
     "recipe": ("errors", "source", "layout", "scheme", "passes.base"),
     "planning": ("errors", "hardware", "formats", "checkpoint", "layout", "scheme", "passes.base", "recipe"),
     "advice": ("errors", "layout", "scheme", "recipe", "planning"),
