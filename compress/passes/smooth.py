@@ -1,8 +1,9 @@
 """Fold a factor per channel into the weights before they are rounded: the model computes the same, and loses less to rounding.
 
 `awq` (arXiv 2306.00978): the factors are a power of each input's mean magnitude, the power found by trying, with the weights rounded, which
-loses least of what the submodule gives. Then the range of each group of weights is cut to where that loses least. `smoothquant` (arXiv
-2211.10438): the factors share out the largest magnitudes of inputs and weights, for activations that are to be rounded too.
+loses least of what the submodule gives. Then the range of each group of weights is cut to where that loses least; the pass that rounds should
+take it as it is (`rtn` with `scales: minmax`), since a search of its own would move it again. `smoothquant` (arXiv 2211.10438): the factors
+share out the largest magnitudes of inputs and weights, for activations that are to be rounded too.
 """
 
 from __future__ import annotations
