@@ -256,6 +256,15 @@ def test_what_is_chosen_loses_no_more_than_doing_nothing(kind: str, checkpoint: 
     assert all(best <= nothing for nothing, best in errors) and sum(best for _, best in errors) < sum(nothing for nothing, _ in errors)
 
 
+def test_an_edge_whose_readers_nobody_rounds_is_left_alone(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    model = open_model(checkpoint("llama"))
+    model.schemes = {name: scheme for name, scheme in model.schemes.items() if ".mlp." in name}
+    tensors, records = smoothed(model, tmp_path, tiny.samples())
+    alphas = {record["name"]: record["alpha"] for record in records if record["kind"] in ("qkv", "o")}
+    assert len(alphas) == 4 and not any(alphas.values())
+    assert all(torch.equal(tensor, model.checkpoint.read(name)) for name, tensor in tensors.items() if "self_attn" in name)
+
+
 def test_a_fine_grid_loses_next_to_nothing(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     _, records = smoothed(open_model(checkpoint("llama"), bits=8), tmp_path, tiny.samples(), clip=False)
     assert all(record["error"][1] < 1e-4 for record in records)
