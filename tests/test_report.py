@@ -174,7 +174,7 @@ def test_rounding_without_data_has_neither_tokens_nor_damping() -> None:
     page = read(run_result(records, calibration=None, evaluation=None, recipe={"passes": [{"rtn": {"bits": 8}}]}))
     assert "Raised damping" not in page.titles
     assert "No pass of the recipe needs data" in page.text and "The recipe skips the evaluation" in page.text
-    assert "8-bit asymmetric, group 64" in page.text and "a linear's weights" in page.text
+    assert "8 bits, group 64, asymmetric" in page.text and "a linear's weights" in page.text
 
 
 def test_values_are_escaped_everywhere() -> None:

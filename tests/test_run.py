@@ -511,8 +511,8 @@ def test_an_artifact_that_differs_from_what_was_meant_is_never_handed_over(
 ) -> None:
     real = compressed_tensors.write
 
-    def damaged(model: Any, plan: Any, folder: Path) -> None:
-        real(model, plan, folder)
+    def damaged(model: Any, plan: Any, cache: Any, folder: Path) -> None:
+        real(model, plan, cache, folder)
         tensors = load_file(folder / SINGLE)
         next(tensor for name, tensor in tensors.items() if name.endswith(part)).view(-1)[-1] += 1
         save_file(tensors, folder / SINGLE, {"format": "pt"})
