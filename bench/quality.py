@@ -46,7 +46,6 @@ RECIPES: dict[str, tuple[tuple[str, ...], Passes]] = {
     "awq": (INTEGER, [{"smooth": {"method": "awq"}}, {"rtn": {}}]),
     "smoothquant": (("w8a8",), [{"smooth": {"method": "smoothquant"}}, {"rtn": {}}]),
     "autoround": ((*INTEGER, *WEIGHTS_IN_4_BITS), [{"autoround": {}}]),
-    "refine": ((*INTEGER, *WEIGHTS_IN_4_BITS), [{"gptq": {"qep": 1.0}}, {"refine": {}}]),
 }
 """Ours: by name, the grids it is a row of and the recipe's passes; those that round are told the grid beside what stands here."""
 

@@ -183,7 +183,7 @@ def sweep(
 
 @dataclass(frozen=True)
 class Trainable:
-    """A block to be trained to give, for what it is given now, what it gave before the pass began, or before any quantising.
+    """A block to be trained to give, for what it is given now, what it gave before the pass began.
 
     ``inputs`` and ``targets`` [batches] of [rows, tokens, hidden]; ``kwargs`` by batch; ``seen`` the tokens of the whole calibration set.
     """
@@ -227,21 +227,17 @@ class Trainable:
         return counts
 
 
-def train(model: Model, samples: Samples, workspace: Workspace, *, exact: bool = False) -> Iterator[Trainable]:
-    """Every unfinished block with what it is given and what it should give, in order.
-
-    It should give what it gave before this pass, or, with `exact`, before any pass quantised anything.
-    """
-    target = model.before_quantizing() if exact else model
+def train(model: Model, samples: Samples, workspace: Workspace) -> Iterator[Trainable]:
+    """Every unfinished block with what it is given and what it should give, in order."""
     with torch.no_grad():
         start, (now, before), kwargs = _begin(model, samples, workspace, 2)
     model.release()
     workspace.progress.blocks(start, len(model.blocks))
     for layout in model.blocks[start:]:
         of_block = [each[layout.index] for each in kwargs]
-        with target.block(layout.index) as block, torch.no_grad():
-            block.advance(before, of_block)
         with model.block(layout.index) as block:
+            with torch.no_grad():
+                block.advance(before, of_block)
             yield Trainable(block, now, before, of_block, samples.tokens)
             block.save(workspace.block_file(layout.index))
             if layout.index + 1 < len(model.blocks):

@@ -172,10 +172,6 @@ class Block:
         """[out, in] float32, the weight of a quantised linear as it was just before that; a copy."""
         return read_tensor(self._model.exact[linear]).to(self._model.device, torch.float32)
 
-    def coded(self, linear: str) -> Quantized | None:
-        """The codes that a finished pass has found for a linear, or None."""
-        return self._model.quantized(linear)
-
     def stored_dtype(self, linear: str) -> torch.dtype:
         """The dtype of the weight in the source, which scales are stored in."""
         return self._model.dense_dtype(linear)
@@ -219,14 +215,6 @@ class Block:
             {"bits": weight.bits, "group_size": weight.group_size, "symmetric": weight.symmetric,
              "activations": inputs.arguments() if inputs else None, **record},
         )  # fmt: skip
-
-    def set_codes(self, linear: str, weight: Quantized, record: dict[str, Any]) -> None:
-        """Replace the codes of a linear that is quantised; how it lies on disk and how its inputs are rounded stays."""
-        layout = self._model.packed_as(linear)
-        assert layout
-        self._slots[f"{linear}.weight"].view(self.module).copy_(self._model.computed(linear, weight))
-        self._quantized[linear] = layout.pack(linear, weight)
-        self.add_record(linear, record)
 
     def residual(self, linear: str, weight: Tensor, positions: Tensor) -> Residual:
         """What takes a quantised linear to ``weight`` [out, in] float32 at ``positions`` [out, in] bool, as it will be stored."""

@@ -12,13 +12,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from compress.numerics.grid import Grid, Quantized, Scales, as_stored, minmax_scales, search_scales
+from compress.numerics.grid import Grid, Scales, as_stored, minmax_scales, search_scales
 
 JUDGED_BATCHES = 4
 """Batches that say which state was the best; fixed, so that states can be compared."""
 JUDGED_EVERY = 10
-INSIDE = 0.49
-"""Of the distance between two points: so far from one a weight is still surely rounded to it."""
 
 
 class Rounding:
@@ -28,31 +26,17 @@ class Rounding:
     [ends, n, out, groups] at 1, one factor for each end of the range (one for both on a symmetric grid).
     """
 
-    def __init__(self, weight: Tensor, grid: Grid, group_size: int, stored: torch.dtype, scales: Scales | None = None) -> None:
+    def __init__(self, weight: Tensor, grid: Grid, group_size: int, stored: torch.dtype) -> None:
         self.grid = grid
         self.stored = stored
-        if scales is None:
-            find_scales = search_scales if grid.rows == 1 else minmax_scales
-            found = [find_scales(each, grid, group_size, stored) for each in weight]
-            scales = Scales(*(torch.stack([getattr(each, name) for each in found]) for name in ("scale", "zero")))
+        find_scales = search_scales if grid.rows == 1 else minmax_scales
+        found = [find_scales(each, grid, group_size, stored) for each in weight]
+        scales = Scales(*(torch.stack([getattr(each, name) for each in found]) for name in ("scale", "zero")))
         self._grouped = torch.unflatten(weight, -1, (-1, group_size))
         self._scale = scales.scale
         self._ends = ((grid.low - scales.zero) * scales.scale, (grid.high - scales.zero) * scales.scale)
         self.offset = torch.zeros_like(self._grouped).requires_grad_()
         self.reach = torch.ones(1 if grid.symmetric else 2, *scales.scale.shape, device=weight.device).requires_grad_()
-
-    @classmethod
-    def around(cls, weight: Tensor, coded: Sequence[Quantized]) -> Rounding:
-        """Start from codes found otherwise, one of ``coded`` for each linear of ``weight``: a weight that they have moved to another point
-        of the grid counts as lying just inside what is rounded to that point, on its own side."""
-        scales = Scales(torch.stack([each.scales().scale for each in coded]), torch.stack([each.scales().zero for each in coded]))
-        grid, size = coded[0].grid, coded[0].group_size
-        codes = torch.stack([torch.unflatten(each.codes.float(), -1, (-1, size)) for each in coded])
-        exact = torch.unflatten(weight, -1, (-1, size)) * scales.scale.reciprocal()[..., None] + scales.zero[..., None]
-        spacing = grid.spacing(codes)
-        inside = INSIDE * (spacing / 2 if isinstance(spacing, Tensor) else spacing)  # on one side of a point of a float others are twice as near
-        moved = exact.clamp(codes - inside, codes + inside).sub_(scales.zero[..., None]).mul_(scales.scale[..., None])
-        return cls(moved.flatten(-2), grid, size, coded[0].scale.dtype, scales)
 
     def scales(self) -> Scales:
         """[n, out, groups], as stored; differentiable in ``reach``."""
