@@ -21,8 +21,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from compress import recipe
 from compress.errors import InputError, Problem, Problems
 from compress.layout import Layout
-from compress.planning import cache_bytes, output_bytes
-from compress.scheme import CacheScheme, Scheme
+from compress.planning import cache_bytes
+from compress.scheme import CacheScheme, Scheme, output_bytes
 
 GOALS = ("lossless", "balanced", "smallest")
 USES = ("chat", "reasoning")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -38,10 +38,11 @@ class Progress(Protocol):
 
 @dataclass(frozen=True)
 class Workspace:
-    """Where one pass keeps its finished blocks and what the next block is given."""
+    """Where one pass keeps its finished blocks and what the next block is given; ``source`` is the sha256 of the model's files by name."""
 
     folder: Path
     progress: Progress
+    source: dict[str, str] = field(default_factory=dict)
 
     def block_file(self, index: int) -> Path:
         return self.folder / f"block-{index:05d}.safetensors"

@@ -172,6 +172,43 @@ def inspect(
 
 
 @app.command()
+def allocate(
+    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="the plan.json of an artifact whose recipe allocated bits")],
+    average_bits: Annotated[float | None, typer.Option(help="budget: bits of a code, averaged over the weights")] = None,
+    bits_per_weight: Annotated[float | None, typer.Option(help="budget: everything stored per weight, in bits")] = None,
+    budget: Annotated[str | None, typer.Option(help="budget: bytes of all tensors of the artifact, such as 12GiB")] = None,
+    tokens_per_second: Annotated[float | None, typer.Option(help="budget: decoding one sequence, by --bandwidth alone")] = None,
+    bandwidth: Annotated[str | None, typer.Option(help="of memory per second, such as 900GB")] = None,
+    score: Annotated[str | None, typer.Option(help="which scores of the plan to go by [default: those its choice went by]")] = None,
+    out: Annotated[Path | None, typer.Option(help="file for the new plan, for `allocate: {reuse: FILE}` in a recipe")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Choose bits anew for another budget, from the scores of PLAN and without the model."""
+    with _errors(as_json):
+        from compress import allocation, view
+
+        wanted = allocation.budget(
+            {
+                "average_bits": average_bits,
+                "bits_per_weight": bits_per_weight,
+                "budget": budget,
+                "tokens_per_second": tokens_per_second,
+                "bandwidth": bandwidth,
+            },
+            "allocate",
+        )
+        chosen = allocation.read(plan).solved(wanted, score, "allocate")
+        if out is not None:
+            if out.exists():
+                raise InputError.one(str(out), "exists already", "choose another --out")
+            allocation.write(chosen, out)
+        if as_json:
+            typer.echo(json.dumps(chosen.summary()))
+        else:
+            view.allocation(chosen.summary())
+
+
+@app.command()
 def recipes(as_json: JsonOption = False) -> None:
     """The recipes that ship with the project."""
     with _errors(as_json):

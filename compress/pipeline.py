@@ -20,20 +20,21 @@ from typing import Any, Protocol
 
 import yaml
 
-from compress import __version__
+from compress import __version__, allocation
+from compress.allocation import Allocation
 from compress.checkpoint import Checkpoint, copy_file, sha256, sync_folder, write_text
 from compress.errors import InputError
 from compress.formats.base import PARTS, RESIDUAL_PARTS
 from compress.layout import Layout
-from compress.passes.base import Pass, Transform
+from compress.passes.base import Allocator, Pass, Quantize, Transform
 from compress.recipe import Recipe, cache_scheme, check, export_module
-from compress.scheme import Scheme
+from compress.scheme import Scheme, output_bytes
 from compress.source import locate_model
 
 WORK_NAME = re.compile("run-[0-9a-f]{16}")
 """Folders of unfinished runs; anything else in a work folder is somebody else's."""
 FULL_REOPEN_BYTES = 2 << 30
-OURS = ("README.md", "recipe.yaml", "manifest.json", "report.json", "report.html")
+OURS = ("README.md", "recipe.yaml", allocation.FILE, "manifest.json", "report.json", "report.html")
 """Files every artifact has; those of the source that are called the same get `.source` before their ending."""
 NOT_IN_MANIFEST = ("manifest.json", "report.json", "report.html")
 """The report holds seconds and memory, which no two runs share; everything else is the same bytes every time."""
@@ -107,7 +108,7 @@ def _check_target(request: Request, layout: Layout) -> None:
 
 
 def _check_disk(request: Request, layout: Layout, plan: dict[str, Scheme]) -> None:
-    from compress.planning import added_bytes, gradient_bytes, output_bytes, rewritten_bytes
+    from compress.planning import added_bytes, gradient_bytes, rewritten_bytes
 
     # Blocks of each pass, then the artifact beside them; activations between two blocks are small change beside the margin.
     rewritten = sum(rewritten_bytes(layout) for _, step in request.recipe.instances() if isinstance(step, Transform))
@@ -170,6 +171,7 @@ class _Run:
         self.transforms: list[dict[str, Any]] = []
         self.rewritten: dict[str, dict[str, str]] = {}
         """By tensor that passes changed, or added, without quantising it: which did, and what they call it."""
+        self.allocation: Allocation | None = None
 
     def go(self) -> dict[str, Any]:
         from compress import report
@@ -182,7 +184,7 @@ class _Run:
             measure.read(self.recipe.evaluate, self.tokenizer)  # to be told of its faults now, not after hours
         work = self._work_folder(sources, samples.digest if samples else "")
         for index, (name, step) in enumerate(self.steps):
-            self._pass(index, name, step, samples, work)
+            self._pass(index, name, step, sources, samples, work)
         self._settle()
         staging = work / "artifact"
         shutil.rmtree(staging, ignore_errors=True)
@@ -212,6 +214,7 @@ class _Run:
             "engines": export_module(self.recipe.export[0]).verdicts(self.layout, self.schemes, self.cache),
             "verification": verification,
             "evaluation": evaluation,
+            "allocation": self.allocation.summary() | {"other_model": self.allocation.origin.source != sources} if self.allocation else None,
             "fallbacks": fallbacks,
             "gates": gates,
             "linears": self.records,
@@ -247,7 +250,9 @@ class _Run:
         """A folder named after everything that decides the result; what other contents left there is thrown away."""
         compression = {key: self.recipe.resolved()[key] for key in ("passes", "export")}
         config = sha256(self.layout.checkpoint.folder / "config.json")
-        key = json.dumps([__version__, sources, config, compression, data_digest, str(self.model.dtype), str(self.model.device)], sort_keys=True)
+        plans = [sha256(path) for _, step in self.steps if isinstance(step, Allocator) for path in step.files()]
+        decisive = [__version__, sources, config, compression, plans, data_digest, str(self.model.dtype), str(self.model.device)]
+        key = json.dumps(decisive, sort_keys=True)
         folder = self.request.work / f"run-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
         if folder.exists():
             self.progress.note(f"continuing from {folder}")
@@ -257,27 +262,47 @@ class _Run:
                 shutil.rmtree(stale)
         return folder
 
-    def _pass(self, index: int, name: str, step: Pass, samples: Any, work: Path) -> None:
+    def _pass(self, index: int, name: str, step: Pass, sources: dict[str, str], samples: Any, work: Path) -> None:
         from compress.calibrate import Workspace
         from compress.hardware import peak_bytes
 
         self.progress.step(name, len(self.layout.blocks))
         folder = work / f"pass-{index}-{name}"
         folder.mkdir(exist_ok=True)
-        workspace = Workspace(folder, self.progress)
+        workspace = Workspace(folder, self.progress, sources)
         began = time.monotonic()
+        if isinstance(step, Quantize) and self.allocation:
+            step = step.given(self.allocation.bits())
         step.run(self.model, samples, workspace)
+        if isinstance(step, Allocator):
+            self._allocate(allocation.read(folder / allocation.FILE), name, sources)
+        else:
+            self._adopt(name, step, workspace)
+        self.passes.append({"name": name, "seconds": time.monotonic() - began, "peak_bytes": peak_bytes()})
+        missing = sorted(step.plan(self.layout).keys() - {record["name"] for record in self.records})
+        if missing:
+            raise AssertionError(f"{name} left {len(missing)} linears alone that it should have taken: {missing[:3]}")
+
+    def _adopt(self, name: str, step: Pass, workspace: Any) -> None:
+        """Take what a pass made of the model."""
         files = [workspace.outside_file] * workspace.outside_file.exists() + [workspace.block_file(layout.index) for layout in self.layout.blocks]
         for file in files:
             for record in self.model.adopt(file):
                 self._take(record)
         for tensor, info in self.model.tensors.items():
-            if info.file.parent == folder and not self.model.packed_as(tensor.rpartition(".")[0]):
+            if info.file.parent == workspace.folder and not self.model.packed_as(tensor.rpartition(".")[0]):
                 self.rewritten.setdefault(tensor, {})[name] = step.verb if isinstance(step, Transform) else "changed"
-        self.passes.append({"name": name, "seconds": time.monotonic() - began, "peak_bytes": peak_bytes()})
-        missing = sorted(step.plan(self.layout).keys() - {record["name"] for record in self.records})
-        if missing:
-            raise AssertionError(f"{name} left {len(missing)} linears alone that it should have taken: {missing[:3]}")
+
+    def _allocate(self, plan: Allocation, name: str, sources: dict[str, str]) -> None:
+        """From here on linears are to be stored as `plan` says."""
+        if plan.origin.source != sources:
+            self.progress.note(f"{name}: the scores of the plan were measured on another model")
+        self.allocation = plan
+        for linear, bits in plan.bits().items():
+            by, scheme = self.plan[linear]
+            self.plan[linear] = by, scheme.model_copy(update={"bits": bits})
+        self.schemes = {linear: scheme for linear, (_, scheme) in self.plan.items()}
+        self.model.schemes = self.schemes
 
     def _take(self, record: dict[str, Any]) -> None:
         """A linear has one record, which later passes add to."""
@@ -299,6 +324,8 @@ class _Run:
         for relative in self.layout.checkpoint.extra_files:
             target = relative.with_suffix(f".source{relative.suffix}") if str(relative) in OURS else relative
             copy_file(self.layout.checkpoint.folder / relative, staging / target)
+        if self.allocation:
+            allocation.write(self.allocation, staging / allocation.FILE)
         write_text(staging / "recipe.yaml", yaml.safe_dump(self.recipe.resolved(), sort_keys=False))
 
     def _reopen(self, staging: Path) -> dict[str, Any]:

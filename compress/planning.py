@@ -9,27 +9,16 @@ import math
 from typing import Any
 
 from compress.layout import BlockLayout, Group, Layout
-from compress.passes.base import Differentiating, Transform
+from compress.passes.base import Allocator, Differentiating, Transform
 from compress.recipe import Recipe, cache_scheme, export_module
-from compress.scheme import CacheScheme, Scheme
+from compress.scheme import Scheme, dense_bytes, output_bytes
 
 RUNTIME_BYTES = 600 << 20
 """Python with torch and transformers, before any tensor."""
-STATISTICS_BYTES = 1 << 30
+STREAMS_BYTES = 1 << 30
+"""Activations of variants of a model that run side by side, at most."""
 ASSUMED_FLOPS = 2.5e11
 """Sustained, on a small CPU with wide vectors; see bench/ for what is measured."""
-
-
-def output_bytes(layout: Layout, plan: dict[str, Scheme], cache: CacheScheme | None = None) -> int:
-    """Bytes of all tensors of the artifact, but for `added_bytes`."""
-    total = layout.checkpoint.nbytes
-    if cache:
-        total += 4 * len(layout.blocks) * len(layout.arch.cache_scales) * (1 if cache.granularity == "tensor" else layout.kv_heads)
-    for name, scheme in plan.items():
-        linear, info = layout.linears[name], layout.checkpoint.tensors[f"{name}.weight"]
-        total += _packed(layout, name, scheme) - info.nbytes
-        assert info.shape == (linear.rows, linear.columns)
-    return total
 
 
 def added_bytes(recipe: Recipe, layout: Layout) -> int:
@@ -58,25 +47,35 @@ def cache_bytes(layout: Layout, tokens: int, bits: int) -> int:
 
 
 def plan(recipe: Recipe, layout: Layout, schemes: dict[str, tuple[str, Scheme]]) -> dict[str, Any]:
-    """Per pass peak memory, disk and time; size and bits per weight of the artifact; a verdict per engine."""
+    """Per pass peak memory, disk and time; size and bits per weight of the artifact; a verdict per engine.
+
+    Of linears whose bits are yet to be allocated the size is that of the most, and engines judge a mix.
+    """
     per_linear = {name: scheme for name, (_, scheme) in schemes.items()}
     weights = sum(layout.linears[name].rows * layout.linears[name].columns for name in per_linear)
-    stored = sum(_packed(layout, name, scheme) - (16 if scheme.layout == "pack-quantized" else 0) for name, scheme in per_linear.items())
+    stored = sum(_packed(layout, name, scheme) - scheme.shape_bytes for name, scheme in per_linear.items())
     passes = []
+    mixed = dict(per_linear)
     for name, step in recipe.instances():
         mine = {linear: scheme for linear, (by, scheme) in schemes.items() if by == name}
         tokens = recipe.calibration.samples * recipe.calibration.length if step.needs_data else 0
+        operations = _operations(layout, mine, tokens)
+        if isinstance(step, Differentiating):
+            operations = _forward(layout, tokens) * step.forwards
+        if isinstance(step, Allocator):
+            operations = _forward(layout, step.sequences(layout) * recipe.calibration.length)
+            mixed |= {linear: per_linear[linear].model_copy(update={"bits": bits}) for linear, bits in step.examples(layout)[-1].items()}
         passes.append(
             {
                 "name": name,
                 "peak_bytes": _peak(layout, mine, tokens, isinstance(step, Transform))
-                + _gradient_memory(layout, tokens) * isinstance(step, Differentiating),
+                + _gradient_memory(layout, tokens) * isinstance(step, Differentiating)
+                + (STREAMS_BYTES + _gradient_memory(layout, tokens)) * isinstance(step, Allocator),
                 "disk_bytes": rewritten_bytes(layout) * isinstance(step, Transform)
                 + gradient_bytes(recipe, layout) * isinstance(step, Differentiating)
                 + sum(_packed(layout, linear, scheme) for linear, scheme in mine.items())
                 + 2 * tokens * _hidden(layout),
-                "seconds": (_forward(layout, tokens) * step.forwards if isinstance(step, Differentiating) else _operations(layout, mine, tokens))
-                / ASSUMED_FLOPS,
+                "seconds": operations / ASSUMED_FLOPS,
             }
         )
     return {
@@ -85,14 +84,14 @@ def plan(recipe: Recipe, layout: Layout, schemes: dict[str, tuple[str, Scheme]])
             "before_bytes": layout.checkpoint.nbytes,
             "after_bytes": output_bytes(layout, per_linear, cache_scheme(recipe)) + added_bytes(recipe, layout),
             "bits_per_weight": 8 * stored / weights if weights else None,
+            "at_most": mixed != per_linear,
         },
-        "engines": export_module(recipe.export[0]).verdicts(layout, per_linear, cache_scheme(recipe)),
+        "engines": export_module(recipe.export[0]).verdicts(layout, mixed, cache_scheme(recipe)),
     }
 
 
 def _packed(layout: Layout, name: str, scheme: Scheme) -> int:
-    linear, info = layout.linears[name], layout.checkpoint.tensors[f"{name}.weight"]
-    return scheme.stored_bytes(linear, info.nbytes // (linear.rows * linear.columns))
+    return scheme.stored_bytes(layout.linears[name], dense_bytes(layout, name))
 
 
 def _hidden(layout: Layout) -> int:

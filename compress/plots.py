@@ -58,6 +58,16 @@ class Dot:
 
 
 @dataclass(frozen=True)
+class Mark:
+    """A named point of a plane; a `loud` one is to be seen."""
+
+    x: float
+    y: float
+    name: str
+    loud: bool
+
+
+@dataclass(frozen=True)
 class Scale:
     """From values to units of the drawing."""
 
@@ -100,7 +110,7 @@ def along_blocks(series: Sequence[Series], blocks: range, domain: tuple[float, f
     """A line per series with its name at its end; a band where a value sums up many."""
     right = 18 + LETTER * max(len(each.name) for each in series)
     x, y = _frame(blocks, domain, right)
-    parts = [_axes(x, y, unit, show, blocks)]
+    parts = [_axes(x, y, unit, show, _block_ticks(blocks), "block")]
     for index, each in enumerate(series):
         shade = f"c{index % COLOURS}"
         for run in _unbroken(each.values):
@@ -125,7 +135,7 @@ def dots_along_blocks(
     low, high = _floor125(min((value for value in known if value > 0), default=1.0)), _ceil125(max(*known, 1.0))
     zeros = any(dot.value == 0 for dot in dots)
     x, y = _frame(blocks, (low, max(high, 2 * low), True), 14, lift=LINE if zeros else 0)
-    parts = [_axes(x, y, unit, show, blocks)]
+    parts = [_axes(x, y, unit, show, _block_ticks(blocks), "block")]
     if zeros:
         parts.append(f'<text class="tick" x="{_n(x.start - 16)}" y="{BASE + 4}" text-anchor="end">0</text>')
     for loud in (False, True):
@@ -137,6 +147,25 @@ def dots_along_blocks(
         parts.append(f'<path class="threshold" d="M{_n(x.start - 10)} {at}H{WIDTH - 4}"/>')
         parts.append(f'<text class="threshold-name" x="{WIDTH - 4}" y="{_n(y(line[0]) - 5)}" text-anchor="end">{escape(line[1])}</text>')
     parts += _hits(x, blocks, lambda block: [notes[block]] if block in notes else [])
+    return _svg(HEIGHT, label, parts)
+
+
+def front(curve: Sequence[tuple[float, float]], marks: Sequence[Mark], units: tuple[str, str], show: Format, label: str) -> Markup:
+    """A falling line of positive values with marks on or above it; `units` of the axes, along and up."""
+    every = [*curve, *((mark.x, mark.y) for mark in marks)]
+    low, high, log = round_domain(value for _, value in every)
+    x = Scale(min(place for place, _ in every), max(place for place, _ in every), 72, WIDTH - 24)
+    y = Scale(low, high, BASE, TOP, log)
+    parts = [_axes(x, y, units[1], show, x.ticks, units[0])]
+    points = " ".join(f"{_n(x(place))} {_n(y(value))}" for place, value in curve)
+    parts.append(f'<path class="line c0" d="M{points}"/>')
+    for mark in sorted(marks, key=lambda mark: mark.loud):
+        told = escape(f"{mark.name}: {mark.x:.4g} {units[0]}, {show(mark.y)}")
+        shade, width = ("loud", 10) if mark.loud else ("c2", 8)
+        parts.append(f'<path class="dots {shade}" stroke-width="{width}" d="M{_n(x(mark.x))} {_n(y(mark.y))}h0"><title>{told}</title></path>')
+        at_end = x(mark.x) > WIDTH - 24 - LETTER * len(mark.name)
+        anchor, shift = ("end", -8) if at_end else ("start", 8)
+        parts.append(f'<text class="name" x="{_n(x(mark.x) + shift)}" y="{_n(y(mark.y) - 7)}" text-anchor="{anchor}">{escape(mark.name)}</text>')
     return _svg(HEIGHT, label, parts)
 
 
@@ -213,15 +242,16 @@ def _frame(blocks: range, domain: tuple[float, float, bool], right: float, lift:
     return Scale(*ends, 72, WIDTH - right), Scale(low, high, BASE - lift, TOP, log)
 
 
-def _axes(x: Scale, y: Scale, unit: str, show: Format, blocks: range) -> str:
+def _axes(x: Scale, y: Scale, unit: str, show: Format, ticks: Sequence[float], name: str) -> str:
+    """Both axes with what they count: `unit` up, `name` along, of which `ticks` are shown."""
     left, parts = x.start - 10, [f'<text class="unit" x="2" y="12">{escape(unit)}</text>']
     for tick in y.ticks:
         at = _n(y(tick))
         parts.append(f'<path class="grid" d="M{_n(left)} {at}H{_n(x.end + 4)}"/>')
         parts.append(f'<text class="tick" x="{_n(left - 6)}" y="{_n(y(tick) + 4)}" text-anchor="end">{escape(show(tick))}</text>')
-    for block in _block_ticks(blocks):
-        parts.append(f'<text class="tick" x="{_n(x(block))}" y="{HEIGHT - 22}" text-anchor="middle">{block}</text>')
-    parts.append(f'<text class="unit" x="{_n((x.start + x.end) / 2)}" y="{HEIGHT - 4}" text-anchor="middle">block</text>')
+    for tick in ticks:
+        parts.append(f'<text class="tick" x="{_n(x(tick))}" y="{HEIGHT - 22}" text-anchor="middle">{tick:g}</text>')
+    parts.append(f'<text class="unit" x="{_n((x.start + x.end) / 2)}" y="{HEIGHT - 4}" text-anchor="middle">{escape(name)}</text>')
     return "".join(parts)
 
 

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from compress.errors import InputError, Problems
 from compress.layout import Layout
-from compress.passes.base import STAGES, Pass, QuantizesCache, Refining, Transform
+from compress.passes.base import STAGES, Allocator, Pass, Quantize, QuantizesCache, Refining, Transform
 from compress.scheme import CacheScheme, Scheme
 
 
@@ -98,8 +98,9 @@ class Recipe(Section):
     )
 
     def instances(self) -> list[tuple[str, Pass]]:
-        """The passes in order, with their names."""
-        return [(name, _pass_class(name).model_validate(options or {})) for step in self.passes for name, options in step.items()]
+        """The passes in order, with their names; one that allocates knows them all."""
+        named = [(name, _pass_class(name).model_validate(options or {})) for step in self.passes for name, options in step.items()]
+        return [(name, step.among([each for _, each in named]) if isinstance(step, Allocator) else step) for name, step in named]
 
     @property
     def hash(self) -> str:
@@ -269,6 +270,7 @@ def _check_names(plain: dict[str, Any], place: str, problems: Problems) -> None:
 
 
 def _report(error: ValidationError, place: str, model: type[BaseModel], problems: Problems) -> None:
+    refused: dict[str, tuple[list[str], Any]] = {}
     for item in error.errors():
         if item["loc"][:1] == ("passes",) and (len(item["loc"]) > 1 or (item["type"] == "too_short" and item["input"])):
             continue  # `_check_passes` says it in our words
@@ -281,7 +283,10 @@ def _report(error: ValidationError, place: str, model: type[BaseModel], problems
         else:
             message = item["msg"].removeprefix("Value error, ")
             message = (message[:1].lower() + message[1:]).replace("tuple", "list").replace("dictionary", "mapping")
-            problems.add(where, f"{message}, got {item['input']!r}")
+            refused.setdefault(where, ([], item["input"]))[0].append(message)
+    for where, (messages, value) in refused.items():  # several where a key may be of several kinds
+        rest = "".join(f" or {message.removeprefix('input should be ')}" for message in messages[1:])
+        problems.add(where, f"{messages[0]}{rest}, got {value!r}")
 
 
 def _keys(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
@@ -302,7 +307,10 @@ def _suggest(name: str, known: list[str]) -> str:
 
 
 def check(recipe: Recipe, layout: Layout, place: str) -> dict[str, tuple[str, Scheme]]:
-    """Everything that can be known before weights load. Returns pass and scheme per linear; raises `InputError` with every problem."""
+    """Everything that can be known before weights load. Returns pass and scheme per linear; raises `InputError` with every problem.
+
+    Linears whose bits are yet to be allocated are returned with the most they may get.
+    """
     problems = Problems()
     plan: dict[str, tuple[str, Scheme]] = {}
     try:
@@ -312,12 +320,23 @@ def check(recipe: Recipe, layout: Layout, place: str) -> dict[str, tuple[str, Sc
     of_cache = [index for index, (_, step) in enumerate(recipe.instances()) if isinstance(step, QuantizesCache)]
     for index in of_cache[1:]:
         problems.add(f"{place}: passes[{index}]", f"the cache is already quantised by passes[{of_cache[0]}]", "keep one of them")
+    allocators, examples = 0, [dict[str, int]()]
     for index, (name, step) in enumerate(recipe.instances()):
         where = f"{place}: passes[{index}].{name}"
         before = len(problems)
         step.check(where, layout, problems)
-        if len(problems) > before:
-            continue
+        if isinstance(step, Allocator):
+            allocators += 1
+            if allocators > 1:
+                problems.add(where, "is the second pass that allocates bits", "let one allocate them for all passes behind it")
+        elif isinstance(step, Quantize) and step.bits == "allocated":
+            if not allocators:
+                problems.add(f"{where}: bits", "no pass before it allocates any", "put an allocate pass before it, or give a number")
+            step = step.given(examples[0])
+        if len(problems) > before or (isinstance(step, Quantize) and step.bits == "allocated" and not examples[0]):
+            continue  # what is wrong with it, or with the pass that allocates, has been told
+        if isinstance(step, Allocator):
+            examples = step.examples(layout)
         for linear, scheme in step.plan(layout).items():
             if linear in plan:
                 problems.add(
@@ -331,8 +350,7 @@ def check(recipe: Recipe, layout: Layout, place: str) -> dict[str, tuple[str, Sc
     for index, (name, step) in enumerate(recipe.instances()):
         if isinstance(step, Transform) and not len(problems):  # a plan with a fault in it says little
             step.check_plan(f"{place}: passes[{index}].{name}", {linear: scheme for linear, (_, scheme) in plan.items()}, problems)
-    for target in recipe.export:
-        export_module(target).check(f"{place}: export", layout, {name: scheme for name, (_, scheme) in plan.items()}, problems)
+    _check_export(recipe, layout, place, {name: scheme for name, (_, scheme) in plan.items()}, examples, problems)
     if recipe.evaluate and recipe.evaluate.tasks and any(scheme.residuals for _, scheme in plan.values()):
         problems.add(
             f"{place}: evaluate.tasks",
@@ -342,6 +360,17 @@ def check(recipe: Recipe, layout: Layout, place: str) -> dict[str, tuple[str, Sc
     _check_data(recipe, layout, place, problems)
     problems.raise_if_any()
     return plan
+
+
+def _check_export(recipe: Recipe, layout: Layout, place: str, plan: dict[str, Scheme], examples: list[dict[str, int]], problems: Problems) -> None:
+    """What is exported must be possible with whatever bits are allocated."""
+    found = Problems()
+    for target in recipe.export:
+        for bits in examples:
+            schemes = plan | {name: plan[name].model_copy(update={"bits": bits[name]}) for name in plan.keys() & bits.keys()}
+            export_module(target).check(f"{place}: export", layout, schemes, found)
+    if len(found):
+        problems.absorb(InputError(dict.fromkeys(found)))  # each is told once
 
 
 def cache_scheme(recipe: Recipe) -> CacheScheme | None:

@@ -91,6 +91,7 @@ def page(result: dict[str, Any]) -> str:
         verification=_verification(result.get("verification") or {}),
         calibration=_plain(result.get("calibration")),
         protocol=_plain((result.get("evaluation") or {}).get("protocol")),
+        allocated=_allocated(result.get("allocation") or {}),
         worst=_worst(result.get("linears") or []),
         ledger=_ledger(result.get("ledger") or []),
         tensors=len(result.get("ledger") or []),
@@ -426,7 +427,7 @@ def place(name: str, block: int) -> Place:
 def _plots(result: dict[str, Any]) -> list[dict[str, Any]]:
     """Plots with titles, captions and legends; those that have nothing to show are left out."""
     records = [(place(record["name"], record["block"]), record) for record in result.get("linears") or []]
-    drawn = [_size_plot(result), _bits_plot(records, result.get("ledger") or [])]
+    drawn = [_allocation_plot(result.get("allocation") or {}), _size_plot(result), _bits_plot(records, result.get("ledger") or [])]
     if records:
         numbers = [where.block for where, _ in records]
         blocks = range(min(numbers), max(numbers) + 1)
@@ -482,6 +483,35 @@ def _series(kind: str, values: dict[int, list[float]]) -> plots.Series:
         {block: min(each) for block, each in ordered.items()},
         {block: max(each) for block, each in ordered.items()},
     )
+
+
+def _allocation_plot(plan: dict[str, Any]) -> dict[str, Any] | None:
+    """The least loss predicted at each size, with what was chosen and what uniform bits would have been."""
+    curve = [(size, loss) for size, loss in plan.get("curve") or [] if loss > 0]
+    if len(curve) < 2:
+        return None
+    marks = [
+        plots.Mark(each["bits_per_weight"], each["predicted"], f"{each['bits']} bits", False) for each in plan["uniform"] if each["predicted"] > 0
+    ]
+    marks.append(plots.Mark(plan["figures"]["bits_per_weight"], plan["predicted"], "chosen", True))
+    title = "Bits against predicted loss"
+    svg = plots.front(curve, marks, ("bits per weight as stored", f"predicted by {plan['score']}"), _small, title)
+    caption = f"The least that the scores {plan['score']} of {len(plan['units'])} units predict within each size, and uniform bits beside it."
+    if plan["measured"]:
+        found = "; ".join(f"{name} {_small(value)}" for name, value in plan["measured"].items())
+        caption += f" Divergence measured with plain rounding, nats: {found}."
+    if plan["other_model"]:
+        caption += " The scores were measured on another model."
+    return _plot(title, svg, caption, [("loud", "chosen"), ("c2", "the same bits everywhere")])
+
+
+def _allocated(plan: dict[str, Any]) -> dict[str, Any]:
+    """A row per unit: weights, bits, and what each option was predicted to cost."""
+    rows = [
+        (unit["name"], _count(unit["weights"]), unit["bits"], [_small(unit["scores"][bits]) for bits in sorted(unit["scores"], key=int)])
+        for unit in plan.get("units") or []
+    ]
+    return {"score": plan.get("score"), "options": sorted(plan["units"][0]["scores"], key=int) if rows else [], "rows": rows}
 
 
 def _size_plot(result: dict[str, Any]) -> dict[str, Any] | None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from compress.formats.sizes import residual_bytes, stored_bytes
-from compress.layout import Linear
+from compress.layout import Layout, Linear
 
 if TYPE_CHECKING:
     import torch
@@ -71,6 +72,11 @@ class Scheme(BaseModel):
         return size + (dense_bytes if self.activations == "static" else 0)
 
     @property
+    def shape_bytes(self) -> int:
+        """Those of `stored_bytes` that are not the weight's, but tell its shape."""
+        return 16 if self.layout == "pack-quantized" else 0
+
+    @property
     def scale_rows(self) -> int:
         """Outputs that share a scale."""
         return self.group_size if self.format == "fp8-block" else 1
@@ -128,3 +134,20 @@ class CacheScheme(BaseModel):
     def text(self) -> str:
         """For people."""
         return f"{self.format}, a scale per {'block' if self.granularity == 'tensor' else 'head'}"
+
+
+def dense_bytes(layout: Layout, linear: str) -> int:
+    """Of a weight of a linear in the source."""
+    return layout.checkpoint.tensors[f"{linear}.weight"].nbytes // (layout.linears[linear].rows * layout.linears[linear].columns)
+
+
+def output_bytes(layout: Layout, plan: Mapping[str, Scheme], cache: CacheScheme | None = None) -> int:
+    """Bytes of all tensors of the artifact, but for those that transforms add."""
+    total = layout.checkpoint.nbytes
+    if cache:
+        total += 4 * len(layout.blocks) * len(layout.arch.cache_scales) * (1 if cache.granularity == "tensor" else layout.kv_heads)
+    for name, scheme in plan.items():
+        linear, info = layout.linears[name], layout.checkpoint.tensors[f"{name}.weight"]
+        assert info.shape == (linear.rows, linear.columns)
+        total += scheme.stored_bytes(linear, dense_bytes(layout, name)) - info.nbytes
+    return total

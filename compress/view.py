@@ -121,7 +121,8 @@ def plan(result: dict[str, Any]) -> None:
     console.print("passes only; reading the source, reopening and evaluating come on top", style="dim", highlight=False)
     size = result["size"]
     bits = f", {size['bits_per_weight']:.3f} bits per quantised weight" if size["bits_per_weight"] else ""
-    console.print(f"size: {human(size['before_bytes'])} -> {human(size['after_bytes'])}{bits}", highlight=False)
+    most = "at most " if size["at_most"] else ""
+    console.print(f"size: {human(size['before_bytes'])} -> {most}{human(size['after_bytes'])}{bits}", highlight=False)
     for engine, verdict in result["engines"].items():
         console.print(f"{engine}: {verdict}", highlight=False)
 
@@ -164,6 +165,23 @@ def evaluation(model: str, result: dict[str, Any]) -> None:
         console.print(f"{task}: " + ", ".join(f"{metric} {value:.4f}" for metric, value in figures.items()), highlight=False)
     for key, value in result["protocol"].items():
         console.print(f"  {key}: {value}", style="dim", highlight=False)
+
+
+def allocation(result: dict[str, Any]) -> None:
+    """The table of `compress allocate`: bits by block and kind of unit."""
+    console = Console()
+    rows: dict[str, dict[str, int]] = {}
+    for unit in result["units"]:
+        place, _, kind = unit["name"].rpartition(".")
+        rows.setdefault(kind, {})[place.rpartition(".")[2]] = unit["bits"]
+    for kind, by_block in rows.items():
+        console.print(f"{kind:<12} {' '.join(map(str, by_block.values()))}", highlight=False, soft_wrap=True)
+    figures = result["figures"]
+    speed = f", at most {figures['tokens_per_second']:.1f} tokens/s" if "tokens_per_second" in figures else ""
+    sizes = f"{figures['average_bits']:.3f} bits on average, {figures['bits_per_weight']:.3f} per weight as stored, {human(figures['budget'])} in all"
+    console.print(sizes + speed, highlight=False, soft_wrap=True)
+    uniform = ", ".join(f"{each['predicted']:.4g} with {each['bits']} bits everywhere" for each in result["uniform"])
+    console.print(f"{result['score']} predicts {result['predicted']:.4g}; {uniform}", highlight=False, soft_wrap=True)
 
 
 def inspection(result: dict[str, Any]) -> None:

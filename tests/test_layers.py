@@ -35,11 +35,14 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "drift": ("layout", "model"),
     "calibrate": ("errors", "hardware", "numerics", "checkpoint", "layout", "data", "model", "replay", "drift", "probe"),
     "backsweep": ("errors", "checkpoint", "layout", "data", "model"),
+    "allocation": ("errors", "numerics.knapsack", "checkpoint"),
+    "sensitivity": ("errors", "checkpoint", "backsweep", "data", "layout", "model"),
     "attribution": ("numerics", "checkpoint", "data", "model", "backsweep"),
     "passes": (
         "errors",
         "arch.base",
         "checkpoint",
+        "allocation",
         "numerics",
         "layout",
         "data",
@@ -50,6 +53,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "calibrate",
         "backsweep",
         "attribution",
+        "sensitivity",
         "scheme",
         "passes.base",
     ),
@@ -69,8 +73,10 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 TOP = ("pipeline", "cli", "__main__")
 LIGHT = (
     "errors",
+    "numerics.knapsack",
     "arch",
     "checkpoint",
+    "allocation",
     "source",
     "scheme",
     "layout",
@@ -175,7 +181,7 @@ def test_a_light_module_imports_nothing_heavy_at_its_top(module: str) -> None:
         "import compress.cli",
         "import compress.pipeline",
         "from compress import advice; advice.book()",
-        "import compress.passes.gptq, compress.export.compressed_tensors",
+        "import compress.passes.allocate, compress.passes.gptq, compress.export.compressed_tensors",
     ],
 )
 def test_what_answers_at_once_loads_no_torch(statement: str) -> None:

@@ -45,7 +45,7 @@ def test_five_mistakes_are_told_at_once_with_their_places() -> None:
     }
     places = [
         "r.yaml: calibration.smaples: unknown key; did you mean 'samples'?",
-        "r.yaml: passes[0].gptq: bits: input should be less than or equal to 8, got 9",
+        "r.yaml: passes[0].gptq: bits: input should be less than or equal to 8 or 'allocated', got 9",
         "r.yaml: passes[1]: no pass is called 'gtpq'; did you mean 'gptq'?",
         "r.yaml: gates.perplexity_ration: nothing of this name is measured; did you mean 'perplexity_ratio'?",
         "r.yaml: export: no export is called 'gguf'; known are compressed-tensors",
@@ -72,7 +72,10 @@ MISTAKES: dict[str, tuple[object, str]] = {
         "r.yaml: evaluate.contxt: unknown key; did you mean 'context'?",
     ),
     "an unknown key of a gate": ({"passes": [{"rtn": {}}], "gates": {"kl": {"maximum": 1}}}, "r.yaml: gates.kl.maximum: unknown key"),
-    "too few bits": ({"passes": [{"rtn": {"bits": 1}}]}, "r.yaml: passes[0].rtn: bits: input should be greater than or equal to 2, got 1"),
+    "too few bits": (
+        {"passes": [{"rtn": {"bits": 1}}]},
+        "r.yaml: passes[0].rtn: bits: input should be greater than or equal to 2 or 'allocated', got 1",
+    ),
     "bits that are text": ({"passes": [{"rtn": {"bits": "four"}}]}, "r.yaml: passes[0].rtn: bits: "),
     "half a bit": ({"passes": [{"rtn": {"bits": 4.5}}]}, "r.yaml: passes[0].rtn: bits: "),
     "a group that is a word": ({"passes": [{"rtn": {"group_size": "chanel"}}]}, "r.yaml: passes[0].rtn: group_size"),
@@ -117,7 +120,7 @@ def test_passes_out_of_the_order_of_stages_are_refused(monkeypatch: pytest.Monke
     monkeypatch.setattr(rtn.Pass, "stage", "sparsify")
     assert told({"passes": [{"gptq": {}}, {"rtn": {}}]}) == [
         "r.yaml: passes[1]: rtn belongs to stage sparsify, but comes after a pass of stage quantize; "
-        "the order is restructure < sparsify < transform < quantize < cache"
+        "the order is restructure < sparsify < transform < allocate < quantize < cache"
     ]
 
 

@@ -30,6 +30,7 @@ VERSION = "0.18.0"
 def check(place: str, layout: Layout, plan: dict[str, Scheme], problems: Problems) -> None:
     """Report what this layout or its readers cannot express."""
     kinds = _kinds(layout, plan)
+    of_experts = []
     for block in layout.blocks:
         schemes = set()
         for stage in block.stages:
@@ -43,7 +44,9 @@ def check(place: str, layout: Layout, plan: dict[str, Scheme], problems: Problem
             problems.add(place, f"the experts of {block.prefix} get different schemes", "engines hold them in one tensor: treat them alike")
         if any(kind and not kind[0].symmetric for kind in schemes):
             problems.add(place, f"the experts of {block.prefix} are asymmetric; transformers ignores zero points of experts", "set symmetric: true")
-
+        of_experts.append(schemes)
+    if len({kind for schemes in of_experts if len(schemes) == 1 for kind in schemes} - {None}) > 1:
+        problems.add(place, "the experts of some blocks get other schemes than those of others; transformers unpacks all by one", "treat them alike")
     if len(set(kinds.values())) > 1 and any(not scheme.symmetric for scheme, _ in kinds.values()):
         problems.add(place, "transformers opens asymmetric weights only where all linears share one scheme", "set symmetric: true")
 

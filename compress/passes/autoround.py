@@ -73,7 +73,8 @@ class Pass(Calibrated):
         for (scheme, grid, _, _, stored), members in stacks.items():
             weight = torch.stack([block.weight(linear.name) for linear in members])
             learned.append((members, Rounding(weight, grid, scheme.group_size, stored)))
-        trim = self.trim if self.trim is not None else (0.001 if self.bits < 4 else 0.0)
+        fewest = min(rounding.grid.bits for _, rounding in learned)
+        trim = self.trim if self.trim is not None else (0.001 if fewest < 4 else 0.0)
 
         def loss(batch: int) -> Tensor:
             weights = {linear.name: value for members, rounding in learned for linear, value in zip(members, rounding.values(), strict=True)}
@@ -84,7 +85,7 @@ class Pass(Calibrated):
             loss,
             len(trainable.inputs),
             steps=self.steps,
-            rate=self.rate or (2.0 if self.bits <= 3 else 1.0) / max(1, self.steps),
+            rate=self.rate or (2.0 if fewest <= 3 else 1.0) / max(1, self.steps),
             at_once=self.batches,
             chooser=random.Random(f"{self.seed} {block.layout.index}"),
         )

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, Self, runtime_checkable
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
 from compress.errors import InputError, Problems
 from compress.layout import Group, Layout, Linear
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 NARROWEST = 32
 """Inputs of the narrowest linear that is quantised: below, the packed width does not tell the bits."""
-STAGES = ("restructure", "sparsify", "transform", "quantize", "cache")
+STAGES = ("restructure", "sparsify", "transform", "allocate", "quantize", "cache")
 """The order in which passes may stand in a recipe."""
 
 
@@ -58,11 +59,31 @@ class Differentiating(Protocol):
 
 
 @runtime_checkable
+class Allocator(Pass, Protocol):
+    """A pass that changes no tensor, but chooses bits for later ones. It leaves the plan in the workspace."""
+
+    def among(self, steps: Sequence[Pass]) -> Self:
+        """A copy that knows all passes of the recipe."""
+
+    def files(self) -> list[Path]:
+        """The files it goes by, beside model and data."""
+
+    def sequences(self, layout: Layout) -> int:
+        """How many sequences it runs through all blocks, for which a pass backward counts twice."""
+
+    def examples(self, layout: Layout) -> list[dict[str, int]]:
+        """Some of the bits it may come to, by linear: each option everywhere, from the most on, then a mix of all."""
+
+
+@runtime_checkable
 class QuantizesCache(Protocol):
     """A pass that decides how the KV cache is stored."""
 
     def cache(self) -> CacheScheme:
         """What becomes of keys and values."""
+
+
+Bits = Annotated[int, Field(ge=2, le=8)]
 
 
 class Quantize(BaseModel):
@@ -76,7 +97,7 @@ class Quantize(BaseModel):
         description="`int`: whole numbers; `fp8`: E4M3, a scale per output; `fp8-block`: per 128 x 128; `mxfp8`, `mxfp4`: a power of two per 32 "
         "inputs; `nvfp4`: an E4M3 scale per 16. All but `int` fix bits, group_size and symmetric",
     )
-    bits: int = Field(default=4, ge=2, le=8, description="bits per weight, 2 to 8")
+    bits: Bits | Literal["allocated"] = Field(default=4, description="bits per weight, 2 to 8; `allocated` as an `allocate` pass before chose them")
     group_size: int | Literal["channel"] = Field(
         default=128, description="inputs that share a scale, at least 16 and a divisor of the width; `channel` for one scale per output"
     )
@@ -91,6 +112,8 @@ class Quantize(BaseModel):
         default="error",
         description="what to do with a linear whose width the group does not divide: refuse, leave it as it is, or one scale per output",
     )
+
+    _allocated: Mapping[str, int] = PrivateAttr(default_factory=dict)
 
     @model_validator(mode="before")
     @classmethod
@@ -132,9 +155,16 @@ class Quantize(BaseModel):
         group = self._group(linear)
         return group if linear.columns % group == 0 else linear.columns
 
+    def given(self, bits: Mapping[str, int]) -> Self:
+        """A copy that stores linears in these bits, by name, where it leaves them to be allocated."""
+        copy = self.model_copy()
+        copy._allocated = bits
+        return copy
+
     def scheme(self, linear: Linear) -> Scheme:
         """How a linear this pass takes is stored."""
-        return Scheme(format=self.format, bits=self.bits, group_size=self.group_of(linear), symmetric=self.symmetric, activations=self.activations)
+        bits = self._allocated[linear.name] if self.bits == "allocated" else self.bits
+        return Scheme(format=self.format, bits=bits, group_size=self.group_of(linear), symmetric=self.symmetric, activations=self.activations)
 
     def plan(self, layout: Layout) -> dict[str, Scheme]:
         return {name: self.scheme(linear) for name, linear in self.takes(layout).items()}
