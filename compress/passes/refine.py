@@ -50,6 +50,8 @@ class Pass(BaseModel):
     def refine(self, place: str, schemes: dict[str, Scheme], problems: Problems) -> dict[str, Scheme]:
         if not schemes:
             problems.add(place, "no linear is quantised before it", "put it behind the passes that quantise")
+        if any(scheme.residuals for scheme in schemes.values()):
+            problems.add(place, "residuals belong to the codes they were found for", "put it before detach")
         return {}
 
     def run(self, model: Model, samples: Samples, workspace: Workspace) -> None:
