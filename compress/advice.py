@@ -22,7 +22,7 @@ from compress import recipe
 from compress.errors import InputError, Problem, Problems
 from compress.layout import Layout
 from compress.planning import cache_bytes, output_bytes
-from compress.scheme import Scheme
+from compress.scheme import CacheScheme, Scheme
 
 GOALS = ("lossless", "balanced", "smallest")
 USES = ("chat", "reasoning")
@@ -33,6 +33,8 @@ CONTEXT = 4096
 """Tokens a cache is planned for if the user does not say."""
 NARROWEST_GROUP = 32
 """Kernels of engines know no narrower groups of integers."""
+CACHE = CacheScheme(format="fp8", granularity="tensor")
+"""The cache of eight bits that every engine with one reads."""
 WIDTH = 110
 """Columns of the comments in a recipe."""
 
@@ -227,11 +229,11 @@ class Offer:
     case: Case
     rules: tuple[Rule, Rule]
     verdict: str
-    plain: dict[str, Any]
+    against: str | None
     schemes: dict[str, Scheme]
+    file_bytes: int
     weight_bytes: int
     cache_bytes: int
-    against: str | None
 
     @property
     def gate(self) -> Gate:
@@ -258,49 +260,50 @@ def advise(layout: Layout, model: str, wished: Wish, file: str) -> dict[str, Any
     Raises `InputError` with every reason if nothing suits.
     """
     layout.refuse_quantized()
+    holds = parts(layout)
+    parameters = sum(part["parameters"] for part in holds)
     candidates = [candidate for candidate in book().candidates if not candidate.uses or wished.use in candidate.uses]
-    offers = [offer for candidate in candidates for offer in _offers(layout, candidate, wished)]
+    offers = [offer for candidate in candidates for offer in _offers(layout, candidate, wished, parameters)]
     left = [offer for offer in offers if offer.against is None and offer.needs <= wished.memory]
     if not left:
         raise InputError(_refusal(offers, wished))
     chosen = min(left, key=lambda offer: offer.needs) if wished.goal == "smallest" else left[0]
-    return _result(layout, model, wished, offers, chosen, file)
+    return {"model": model, "parts": holds} | _result(layout, model, wished, offers, chosen, file)
 
 
-def _offers(layout: Layout, candidate: Candidate, wished: Wish) -> list[Offer]:
+def _offers(layout: Layout, candidate: Candidate, wished: Wish, parameters: int) -> list[Offer]:
     """A candidate with each cache that the engine has; only with the first if it cannot be taken anyway."""
+    engine = book().engines[wished.engine]
+    schemes: dict[str, Scheme] = {}
     offers: list[Offer] = []
-    for bits in book().engines[wished.engine].cache:
-        if not offers or offers[0].against is None:
-            offers.append(_offer(layout, candidate, bits, wished))
+    for bits in engine.cache:
+        case = Case(
+            wished.goal, wished.use, candidate.format, candidate.method, bits, parameters, wished.context,
+            experts=layout.arch.experts is not None, images=layout.arch.image,
+        )  # fmt: skip
+        rule, cache_rule = (next(rule for rule in rules if rule.when.fits(case)) for rules in (book().weights, book().cache))
+        verdict = max(_lowered(rule.verdict, candidate, layout), cache_rule.verdict, key=VERDICTS.index)
+        against = _too_risky(verdict, rule, wished.goal)
+        if not against and not schemes:
+            schemes, against = _schemes(layout, candidate, engine)
+        file_bytes = output_bytes(layout, schemes, CACHE if bits == 8 else None)
+        weight_bytes = file_bytes if engine.keeps_packed else layout.checkpoint.nbytes
+        held = cache_bytes(layout, wished.context, bits)
+        offers.append(Offer(candidate, case, (rule, cache_rule), verdict, against, schemes, file_bytes, weight_bytes, held))
+        if against:
+            break
     return offers
 
 
-def _offer(layout: Layout, candidate: Candidate, bits: int, wished: Wish) -> Offer:
-    parameters, engine = sum(part["parameters"] for part in parts(layout)), book().engines[wished.engine]
-    case = Case(
-        wished.goal, wished.use, candidate.format, candidate.method, bits, parameters, wished.context,
-        experts=layout.arch.experts is not None, images=layout.arch.image,
-    )  # fmt: skip
-    rule, cache_rule = (next(rule for rule in rules if rule.when.fits(case)) for rules in (book().weights, book().cache))
-    verdict = max(_lowered(rule.verdict, candidate, layout), cache_rule.verdict, key=VERDICTS.index)
-    plain: dict[str, Any] = {}
-    schemes: dict[str, Scheme] = {}
-    against = _too_risky(verdict, rule, wished.goal)
-    if against is None and rule.gate:
-        plain = _plain(layout, candidate, bits, rule.gate)
-        try:
-            checked = recipe.validate(plain, candidate.name)
-            schemes = {name: scheme for name, (_, scheme) in recipe.check(checked, layout, candidate.name).items()}
-            reads = recipe.export_module(checked.export[0]).verdicts(layout, schemes, recipe.cache_scheme(checked))[engine.name]
-            against = f"{engine.name} {reads}" if reads.startswith("refuses") else None
-        except InputError as error:
-            against = str(error.problems[0])
-    return Offer(
-        candidate, case, (rule, cache_rule), verdict, plain, schemes,
-        output_bytes(layout, schemes) if engine.keeps_packed else layout.checkpoint.nbytes,
-        cache_bytes(layout, wished.context, bits), against,
-    )  # fmt: skip
+def _schemes(layout: Layout, candidate: Candidate, engine: Engine) -> tuple[dict[str, Scheme], str | None]:
+    """What becomes of each linear, and why the program or the engine cannot do it, if so."""
+    try:
+        checked = recipe.validate(_plain(layout, candidate, 16, {}), candidate.name)
+        schemes = {name: scheme for name, (_, scheme) in recipe.check(checked, layout, candidate.name).items()}
+    except InputError as error:
+        return {}, str(error.problems[0])
+    reads = recipe.export_module(checked.export[0]).verdicts(layout, schemes)[engine.name]
+    return schemes, f"{engine.name} {reads}" if reads.startswith("refuses") else None
 
 
 def _lowered(verdict: str, candidate: Candidate, layout: Layout) -> str:
@@ -320,19 +323,19 @@ def _too_risky(verdict: str, rule: Rule, goal: str) -> str | None:
     return None
 
 
-def _plain(layout: Layout, candidate: Candidate, bits: int, gate: Gate) -> dict[str, Any]:
+def _plain(layout: Layout, candidate: Candidate, bits: int, bounds: dict[str, recipe.Bound]) -> dict[str, Any]:
     """The recipe of a candidate as plain data, fitted to the widths and the kind of the model."""
     longest = layout.text_config.get("max_position_embeddings")
     length = min(512, longest) if isinstance(longest, int) else 512
     passes = [{name: _fitted(layout, candidate, options) for name, options in step.items()} for step in candidate.passes]
     if bits == 8:
-        passes.append({"kv_quant": {"format": "fp8"}})
+        passes.append({"kv_quant": CACHE.model_dump()})
     images = layout.arch.image
     plain: dict[str, Any] = {
         "calibration": {"data": "demo:shapes-train" if images else "demo:text", "samples": 128, "length": length},
         "passes": passes,
-        "evaluate": {"data": "demo:shapes-heldout", "windows": None} if images else {"data": "demo:heldout", "context": length},
-        "gates": {name: bound.model_dump(exclude_none=True) for name, bound in gate.bounds.items()},
+        "evaluate": {"data": "demo:shapes-heldout", "context": length, "windows": None} if images else {"data": "demo:heldout", "context": length},
+        "gates": {name: bound.model_dump(exclude_none=True) for name, bound in bounds.items()},
     }
     if candidate.method == "rtn" and bits == 16:
         del plain["calibration"]
@@ -437,9 +440,9 @@ def _result(layout: Layout, model: str, wished: Wish, offers: list[Offer], chose
     tasks = [word for task in chosen.gate.tasks for word in ("--tasks", task)]
     commands = [["compress", "run", file, model, "--out", artifact]]
     commands += [["compress", "eval", folder, *tasks] for folder in (model, artifact)] if tasks else []
+    plain = _plain(layout, chosen.candidate, chosen.case.cache, chosen.gate.bounds)
+    recipe.check(recipe.validate(plain, file), layout, file)
     result: dict[str, Any] = {
-        "model": model,
-        "parts": parts(layout),
         "wish": {"memory_bytes": wished.memory, "engine": wished.engine, "goal": wished.goal, "use": wished.use, "context": wished.context},
         "advice": {
             "name": chosen.name,
@@ -447,7 +450,7 @@ def _result(layout: Layout, model: str, wished: Wish, offers: list[Offer], chose
             "verdict": chosen.verdict,
             "why": [rule.why, cache_rule.why],
             "weight_bytes": chosen.weight_bytes,
-            "file_bytes": output_bytes(layout, chosen.schemes),
+            "file_bytes": chosen.file_bytes,
             "cache_bytes": chosen.cache_bytes,
         },
         "expected": expected(layout, chosen),
@@ -459,7 +462,7 @@ def _result(layout: Layout, model: str, wished: Wish, offers: list[Offer], chose
         "notes": [note.text for note in book().notes if note.when.fits(chosen.case)],
         "caveats": list(book().caveats),
     }
-    result["recipe"] = _text(result, chosen, wished)
+    result["recipe"] = _text(result, chosen, wished, plain)
     return result
 
 
@@ -467,7 +470,7 @@ def _against(offer: Offer, wished: Wish) -> str | None:
     return offer.against or (f"needs more than {_size(wished.memory)}" if offer.needs > wished.memory else None)
 
 
-def _text(result: dict[str, Any], chosen: Offer, wished: Wish) -> str:
+def _text(result: dict[str, Any], chosen: Offer, wished: Wish, plain: dict[str, Any]) -> str:
     """The recipe with its reasons as comments; the first line is the command that runs it, the second says what it is for."""
     engine = book().engines[wished.engine]
     losses = ", ".join(f"{task} {median:+.1f} % (worst {worst:+.1f} %)" for task, (median, worst) in result["expected"].items())
@@ -483,7 +486,7 @@ def _text(result: dict[str, Any], chosen: Offer, wished: Wish) -> str:
         "Put text like yours, or images, in place of the demonstration data below.",
     ]
     comments = [result["gate"]["commands"][0], *(line for reason in reasons for line in textwrap.wrap(reason, WIDTH, subsequent_indent="  "))]
-    return "".join(f"# {line}\n" for line in comments) + yaml.safe_dump(chosen.plain, sort_keys=False, default_flow_style=None, width=WIDTH)
+    return "".join(f"# {line}\n" for line in comments) + yaml.safe_dump(plain, sort_keys=False, default_flow_style=None, width=WIDTH)
 
 
 def _split(offer: Offer) -> str:

@@ -150,7 +150,7 @@ def meant_for(path: Path) -> str:
 
 
 def test_recipes_are_counted() -> None:
-    assert [path.stem for path in RECIPES] == ["awq4", "fp8", "nvfp4", "rtn4", "vlm-w4", "w2", "w3", "w4", "w8"]
+    assert [path.stem for path in RECIPES] == ["awq4", "fp8", "nvfp4", "rtn4", "vlm-w4", "w2", "w3", "w4-kv8", "w4", "w8", "w8a8"]
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

@@ -38,6 +38,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "attribution": ("numerics", "checkpoint", "data", "model", "backsweep"),
     "passes": (
         "errors",
+        "arch.base",
         "checkpoint",
         "numerics",
         "layout",

@@ -34,7 +34,7 @@ from compress.passes.smooth import Pass
 from compress.probe import Probe, Seen
 from compress.scheme import Scheme
 
-KINDS = ("llama", "llama-bias", "mistral", "qwen2", "qwen3", "qwen3_moe", "qwen3_moe-dense-first", "mixtral", "llava")
+KINDS = ("llama-bias", "mistral", "qwen2", "qwen3", "qwen3_moe-dense-first", "mixtral", "llava")
 QUICK: dict[str, Any] = {"calibration": {"samples": 4, "length": 48}, "evaluate": None, "verify": "full"}
 GRID = {"bits": 3, "group_size": 32}
 
@@ -249,11 +249,20 @@ def test_queries_and_keys_are_not_clipped(checkpoint: Callable[..., Path], tmp_p
 # The pass ---------------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["llama-bias", "qwen3_moe-dense-first", "llava"])
 def test_what_is_chosen_loses_no_more_than_doing_nothing(kind: str, checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     _, records = smoothed(open_model(checkpoint(kind)), tmp_path, tiny.samples(image=kind == "llava"))
     errors = [record["error"] for record in records if record["kind"] != "clip"]
     assert all(best <= nothing for nothing, best in errors) and sum(best for _, best in errors) < sum(nothing for nothing, _ in errors)
+
+
+def test_an_edge_whose_readers_nobody_rounds_is_left_alone(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    model = open_model(checkpoint("llama"))
+    model.schemes = {name: scheme for name, scheme in model.schemes.items() if ".mlp." in name}
+    tensors, records = smoothed(model, tmp_path, tiny.samples())
+    alphas = {record["name"]: record["alpha"] for record in records if record["kind"] in ("qkv", "o")}
+    assert len(alphas) == 4 and not any(alphas.values())
+    assert all(torch.equal(tensor, model.checkpoint.read(name)) for name, tensor in tensors.items() if "self_attn" in name)
 
 
 def test_a_fine_grid_loses_next_to_nothing(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
@@ -261,8 +270,7 @@ def test_a_fine_grid_loses_next_to_nothing(checkpoint: Callable[..., Path], tmp_
     assert all(record["error"][1] < 1e-4 for record in records)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("method", ["awq", "smoothquant"])
+@pytest.mark.parametrize(("method", "kind"), [*(("awq", kind) for kind in KINDS), ("smoothquant", "qwen2"), ("smoothquant", "mixtral")])
 def test_the_model_computes_the_same_afterwards(method: str, kind: str, checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     samples, folder = tiny.samples(image=kind == "llava"), checkpoint(kind)
     model = open_model(folder)
@@ -279,7 +287,7 @@ def _logits(model: Model, samples: data.Samples) -> list[Tensor]:
     return [model.logits(hidden) for hidden in last_hidden(model, samples)]
 
 
-@pytest.mark.parametrize(("kind", "per_batch"), [("llama", 1), ("llama", 30), ("mixtral", 60)])
+@pytest.mark.parametrize(("kind", "per_batch"), [("llama", 1), ("mixtral", 60)])
 def test_nothing_depends_on_the_batch(
     kind: str, per_batch: int, checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -317,8 +325,7 @@ def test_an_expert_that_saw_too_little_is_left_alone_and_recorded(checkpoint: Ca
     assert torch.equal(tensors[name], model.checkpoint.read(name))
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3_moe", "llava"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("kind", "dtype"), [("qwen2", torch.float32), ("qwen3_moe", torch.bfloat16), ("llava", torch.bfloat16)])
 def test_a_recipe_that_only_folds_makes_a_dense_model_that_plain_transformers_opens(
     kind: str, dtype: torch.dtype, checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -414,6 +421,27 @@ def test_smoothquant_takes_planted_outliers_away(tmp_path: Path) -> None:
             largest = [smoothing.seen[f"{probe.block.layout.prefix}.{group}"].largest for group in ("qkv", "gate_up")]
             ratios[name] += [float(each.max() / each.median()) for each in largest]
     assert min(ratios["before"]) > 20 and max(ratios["after"]) < 10
+
+
+def lost(steps: list[dict[str, Any]], model: Path | str, out: Path) -> float:
+    """Mean divergence from the source in nats."""
+    measured = {"calibration": {"samples": 6, "length": 128}, "evaluate": {"context": 128, "windows": 4}, "verify": "streamed"}
+    return float(run(steps, model, out, **measured)["evaluation"]["compressed"]["kl"])
+
+
+def test_smoothquant_makes_good_what_outliers_do_to_rounded_inputs(tmp_path: Path) -> None:
+    rounding = {"rtn": {"bits": 8, "group_size": "channel", "activations": "dynamic"}}
+    planted = plant_outliers(demo.path("dense"), tmp_path / "planted")
+    plain = lost([rounding], planted, tmp_path / "plain")
+    smooth = lost([{"smooth": {"method": "smoothquant"}}, rounding], planted, tmp_path / "smooth")
+    assert smooth < 0.1 * plain and smooth < 0.003
+
+
+def test_awq_loses_less_than_plain_rounding_on_a_trained_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(smooth, "JUDGED_TOKENS", 256)
+    monkeypatch.setattr(smooth, "CANDIDATES", 4)
+    rounding = {"rtn": {"bits": 3, "group_size": 128}}
+    assert lost([{"smooth": {}}, rounding], "demo:dense", tmp_path / "awq") < 0.6 * lost([rounding], "demo:dense", tmp_path / "plain")
 
 
 def test_the_artifact_says_what_the_recipe_says(checkpoint: Callable[..., Path], tmp_path: Path) -> None:

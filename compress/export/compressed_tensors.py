@@ -137,8 +137,11 @@ def _kinds(layout: Layout, plan: dict[str, Scheme]) -> dict[str, tuple[Scheme, b
     """
     plan = {name: scheme.coded for name, scheme in plan.items()}
     grouped = {scheme for name, scheme in plan.items() if scheme.group_size < layout.linears[name].columns}
-    per_output = {scheme for scheme in plan.values() if scheme.format in ("int", "fp8")} - grouped
-    return {name: (scheme.model_copy(update={"group_size": 0}), True) if scheme in per_output else (scheme, False) for name, scheme in plan.items()}
+    kinds = {
+        scheme: (scheme.model_copy(update={"group_size": 0}), True) if scheme.format in ("int", "fp8") and scheme not in grouped else (scheme, False)
+        for scheme in set(plan.values())
+    }
+    return {name: kinds[scheme] for name, scheme in plan.items()}
 
 
 def _arguments(scheme: Scheme, per_channel: bool) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """Fold a factor per channel into the weights before they are rounded: the model computes the same, and loses less to rounding.
 
 `awq` (arXiv 2306.00978): the factors are a power of each input's mean magnitude, the power found by trying, with the weights rounded, which
-loses least of what the submodule gives. Then the range of each group of weights is cut to where that loses least. `smoothquant` (arXiv
-2211.10438): the factors share out the largest magnitudes of inputs and weights, for activations that are to be rounded too.
+loses least of what the submodule gives. Then the range of each group of weights is cut to where that loses least; the pass that rounds should
+take it as it is (`rtn` with `scales: minmax`), since a search of its own would move it again. `smoothquant` (arXiv 2211.10438): the factors
+share out the largest magnitudes of inputs and weights, for activations that are to be rounded too.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ USUAL_KINDS: dict[str, tuple[Kind, ...]] = {"awq": ("qkv", "o", "gate_up", "down
 USUAL_ALPHA = 0.5
 CANDIDATES = 20
 """Exponents tried: 0, 0.05, ... 0.95. The first changes nothing, so the best is never worse."""
-JUDGED_TOKENS = 8192
+JUDGED_TOKENS = 4096
 """Candidates are compared on the first samples with so many tokens."""
 
 
@@ -133,11 +134,11 @@ class _Smoothing:
 
         folding = open_edge(self.block, edge)
         candidates = self._candidates(edge, folding)
+        weights = {linear: self.block.weight(linear) for linear in edge.consumers if linear in self.schemes}
         errors = {}
-        if loss:
-            weights = {linear: self.block.weight(linear) for linear in edge.consumers if linear in self.schemes}
+        if loss and weights:
             errors = {alpha: loss(self._rounded(weights, folding.spread(folding.exact(scale)))) for alpha, scale in candidates.items()}
-        alpha = min(errors, key=errors.__getitem__) if errors else next(iter(candidates))
+        alpha = min(errors, key=errors.__getitem__) if errors else next(iter(candidates))  # none of a search: nobody rounds the readers
         factor = folding.exact(candidates[alpha])
         for name, value in folding.folded(factor).items():
             self.block.set_dense(name, value)
