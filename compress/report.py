@@ -84,7 +84,8 @@ def page(result: dict[str, Any]) -> str:
         gates=[_gate(gate) for gate in result.get("gates") or []],
         figure_groups=_plots(result),
         tasks=_tasks(result.get("evaluation") or {}),
-        transforms=_transforms([record for record in result.get("transforms") or [] if record not in _caches(result)]),
+        transforms=_transforms([record for record in result.get("transforms") or [] if record not in _caches(result) + _detached(result)]),
+        detached=[_detaching(record, result) for record in _detached(result)],
         passes=_passes(result),
         engines=[(name, verdict, _verdict_state(verdict)) for name, verdict in (result.get("engines") or {}).items()],
         fallbacks=_fallbacks(result.get("fallbacks") or []),
@@ -192,6 +193,22 @@ def _summary(result: dict[str, Any]) -> str:
 def _caches(result: dict[str, Any]) -> list[dict[str, Any]]:
     """Records of blocks whose keys and values are quantised."""
     return [record for record in result.get("transforms") or [] if "key_error" in record]
+
+
+def _detached(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Records of passes that looked for weights worth a residual."""
+    return [record for record in result.get("transforms") or [] if "completeness" in record]
+
+
+def _detaching(record: dict[str, Any], result: dict[str, Any]) -> str:
+    """What residuals there are and what they are good for, in a few sentences."""
+    loss, residuals = record["loss"], sum(linear.get("residuals", 0) for linear in result.get("linears") or [])
+    told = f"{residuals:,} weights have a residual beside their code" if residuals else "No weight was given a residual"
+    told += f". Loss on the calibration data: {loss['before']:.4f} before quantising, {loss['quantised']:.4f} after"
+    told += f", {loss['with residuals']:.4f} with residuals." if residuals else f"; residuals would have made it {loss['with residuals']:.4f}."
+    if record["completeness"] is not None:
+        told += f" What the change of each weight does to the loss adds up to {percent_text(record['completeness'])} of what all of them did."
+    return told
 
 
 def _treatment(record: dict[str, Any]) -> str:

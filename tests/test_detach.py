@@ -199,6 +199,22 @@ def test_weights_that_are_restored_are_as_they_were(score: str, tmp_path: Path) 
             assert torch.allclose(model.dense(linear)[at].float(), source.dense(linear)[at].float(), rtol=2**-7, atol=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("kind", "base"),
+    [
+        ("qwen3_moe", {"gptq": {"bits": 3, "group_size": 32, "min_tokens": 0, "fallback": "round"}}),
+        ("llama-tied", {"rtn": {"format": "int", "bits": 8, "group_size": "channel", "activations": "dynamic"}}),
+        ("llava", {"rtn": {"format": "nvfp4"}}),
+    ],
+    ids=["experts", "rounded inputs", "small floats"],
+)
+def test_residuals_go_with_every_layout_of_codes(kind: str, base: dict[str, Any], checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    result = compress(SMALL | {"passes": [base, {"detach": {"share": 0.02}}], "verify": "full"}, checkpoint(kind), tmp_path / "out")
+    record, model = summary(result), opened(tmp_path / "out")
+    assert (record["fallback"] is None) == model.has_residuals == (record["loss"]["with residuals"] < record["loss"]["quantised"])
+    assert result["verification"]["mode"] == "full"
+
+
 THREE = {"base": {"rtn": {"bits": 3, "group_size": 32}}, "share": 0.02}
 
 
@@ -225,6 +241,7 @@ def test_a_run_killed_anywhere_continues_to_the_same_bytes(
     [
         ([{"detach": {}}, CODES], r"passes\[0\]\.detach: no linear is quantised before it; put it behind the passes that quantise"),
         ([CODES, {"detach": {}}, {"detach": {"share": 0.01}}], r"passes\[2\]\.detach: a pass before it has stored residuals already"),
+        ([CODES, {"detach": {}}, {"refine": {}}], r"passes\[2\]\.refine: residuals belong to the codes they were found for; put it before detach"),
         ([CODES, {"detach": {"share": 0}}], r"passes\[1\]\.detach: share"),
     ],
 )

@@ -369,3 +369,23 @@ def test_a_gap_breaks_a_line_but_a_stride_does_not() -> None:
 @pytest.mark.parametrize("error", [0.0, 1e-30, 1e-9, 1.0])
 def test_extreme_errors_can_be_drawn(error: float) -> None:
     assert "Relative error of mlp" in read(run_result([linear("mlp.up_proj", 0, error=error), linear("mlp.up_proj", 1, error=0.5)])).titles
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_residuals_are_told_with_what_they_are_good_for(kept: bool) -> None:
+    loss = {"before": 3.7, "quantised": 3.9, "with residuals": 3.8 if kept else 4.0}
+    record = {"name": "detach", "block": 0, "pass": "detach", "score": "pqi", "points": 2, "completeness": 0.998, "loss": loss, "fallback": None}
+    result = dense(transforms=[record])
+    if kept:
+        result["linears"][0]["residuals"] = 15_728
+        result["evaluation"]["without_residuals"] = {"perplexity": 54.21, "kl": 0.2}
+        result["verification"]["residuals_left_out"] = True
+    text = re.sub(r"\s+", " ", read(result).text)
+    if kept:
+        expected = (
+            "15,728 weights have a residual beside their code. Loss on the calibration data: 3.7000 before quantising, 3.9000 after, 3.8000 with"
+        )
+        assert "Perplexity without residuals 54.21" in text and "KL divergence 0.2 nats" in text and "It leaves residuals out" in text
+    else:
+        expected = "No weight was given a residual. Loss on the calibration data: 3.7000 before quantising, 3.9000 after; residuals would"
+    assert expected in text and "adds up to 99.80 % of" in text
