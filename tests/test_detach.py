@@ -241,7 +241,6 @@ def test_a_run_killed_anywhere_continues_to_the_same_bytes(
     [
         ([{"detach": {}}, CODES], r"passes\[0\]\.detach: no linear is quantised before it; put it behind the passes that quantise"),
         ([CODES, {"detach": {}}, {"detach": {"share": 0.01}}], r"passes\[2\]\.detach: a pass before it has stored residuals already"),
-        ([CODES, {"detach": {}}, {"refine": {}}], r"passes\[2\]\.refine: residuals belong to the codes they were found for; put it before detach"),
         ([CODES, {"detach": {"share": 0}}], r"passes\[1\]\.detach: share"),
     ],
 )
