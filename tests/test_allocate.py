@@ -21,7 +21,7 @@ from compress.layout import Layout
 from compress.passes.allocate import Pass
 
 QUICK: dict[str, Any] = {"calibration": {"samples": 4, "length": 24}, "evaluate": None}
-ALLOCATE: dict[str, Any] = {"options": [2, 3, 8], "average_bits": 4, "samples": 2, "refine": 0}
+ALLOCATE: dict[str, Any] = {"options": [2, 3, 8], "average_bits": 4, "samples": 2, "rounds": 0}
 ALSO: dict[str, dict[str, Any]] = {
     "rtn": {"scales": "mse"},
     "gptq": {"min_tokens": 0, "fallback": "round"},
@@ -86,16 +86,16 @@ def test_every_pass_that_quantises_takes_allocated_bits(name: str, checkpoint: C
 
 
 def test_the_choice_diverges_no_more_than_any_candidate(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    steps = ALLOCATE | {"options": [2, 4, 6], "score": ["kl", "taylor", "pqi", "deltaloss"], "refine": 2}
+    steps = ALLOCATE | {"options": [2, 4, 6], "score": ["kl", "taylor", "pqi", "deltaloss"], "rounds": 2}
     compress(with_bits(allocate=steps), checkpoint("llama"), tmp_path / "out")
     plan = allocation.read(tmp_path / "out" / "plan.json")
-    assert list(plan.measured) == ["uniform", "kl", "taylor", "pqi", "deltaloss", "refined 1", "refined 2"]
+    assert list(plan.measured) == ["uniform", "kl", "taylor", "pqi", "deltaloss", "round 1", "round 2"]
     assert plan.measured[plan.score] == min(plan.measured.values())
     assert set(plan.offsets) == set(plan.measured) - {"uniform"}
 
 
 def test_one_option_is_uniform(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    options = {"options": [4], "average_bits": 4, "samples": 1, "refine": 0}
+    options = {"options": [4], "average_bits": 4, "samples": 1, "rounds": 0}
     compress(with_bits(allocate=options), checkpoint("llama"), tmp_path / "one")
     compress(QUICK | {"passes": [{"rtn": {"bits": 4, "group_size": 16, "scales": "mse"}}]}, checkpoint("llama"), tmp_path / "other")
     one, other = weights(tmp_path / "one"), weights(tmp_path / "other")
@@ -105,7 +105,7 @@ def test_one_option_is_uniform(checkpoint: Callable[..., Path], tmp_path: Path) 
 def test_passes_share_what_is_allocated(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     common = {"group_size": 16}
     steps: list[dict[str, dict[str, Any]]] = [
-        {"allocate": {"options": [2, 4], "budget": 10**6, "samples": 1, "refine": 0}},
+        {"allocate": {"options": [2, 4], "budget": 10**6, "samples": 1, "rounds": 0}},
         {"rtn": common | {"bits": "allocated", "include": ["*self_attn*"]}},
         {"gptq": common | {"bits": "allocated", "include": ["*0.mlp*"], "min_tokens": 0}},
         {"rtn": common | {"bits": 6, "include": ["*1.mlp*"]}},

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 ALONG = {"taylor": 0.0, "pqi": 0.5, "deltaloss": 1.0}
 """Where on the way to the rounded weights gradients are taken."""
 SCORES = ("kl", *ALONG)
-SAMPLES, REFINE = 16, 1
+SAMPLES, ROUNDS = 16, 1
 UNIFORM = "uniform"
 """The candidate that gives every unit the same bits."""
 
@@ -59,7 +59,7 @@ class Pass(Budget):
         description="`kl`, `taylor`, `pqi`, `deltaloss` or a list: the choice by each, and uniform bits if they fit, are tried with plain rounding, "
         "and the one that diverges least is kept; with `reuse`, one that the plan holds; `null`: `kl`, or the one that the plan went by",
     )
-    refine: int | None = Field(
+    rounds: int | None = Field(
         default=None, ge=0, description="how often to measure `kl` again around the best choice so far and to choose anew; `null`: once"
     )
     samples: int | None = Field(default=None, ge=1, description="sequences of the calibration data to measure on; `null`: 16")
@@ -80,7 +80,7 @@ class Pass(Budget):
                 raise ValueError("needs options, the bits to choose among, such as [2, 3, 4]")
             if self.kind is None:
                 raise ValueError(f"needs a budget: one of {', '.join(KINDS)}")
-        elif taken := [key for key in ("options", "refine", "samples") if getattr(self, key) is not None]:
+        elif taken := [key for key in ("options", "rounds", "samples") if getattr(self, key) is not None]:
             raise ValueError(f"{' and '.join(taken)} cannot be given with reuse: they are those of the plan")
         elif self.score is not None and len(self.score) > 1:
             raise ValueError("takes one score with reuse, since nothing is measured")
@@ -102,10 +102,10 @@ class Pass(Budget):
         if self.reuse:
             return 0
         options, units = len(self._options()), len(_units(layout, self._taken(layout)))
-        kinds, refine = self.score or ("kl",), REFINE if self.refine is None else self.refine
+        kinds, rounds = self.score or ("kl",), ROUNDS if self.rounds is None else self.rounds
         around = units * (options - 1) / 2  # a unit costs the blocks from its own on: half of them
         gradients = {"taylor": 4, "pqi": 4 * options, "deltaloss": 4 * options}
-        forwards = sum(around if kind == "kl" else gradients[kind] for kind in kinds) + refine * around + len(kinds) + refine + 2
+        forwards = sum(around if kind == "kl" else gradients[kind] for kind in kinds) + rounds * around + len(kinds) + rounds + 2
         return math.ceil((self.samples or SAMPLES) * forwards)
 
     def plan(self, layout: Layout) -> dict[str, Scheme]:
@@ -236,8 +236,8 @@ class Pass(Budget):
                 consider(kind, *measured.around(plan.nearest_uniform(self._budget)))
             else:
                 consider(kind, 0.0, measured.influences(ALONG[kind]))
-        for number in range(REFINE if self.refine is None else self.refine):
-            consider(f"refined {number + 1}", *measured.around(candidates[_best(measured.divergences(candidates))]))
+        for number in range(ROUNDS if self.rounds is None else self.rounds):
+            consider(f"round {number + 1}", *measured.around(candidates[_best(measured.divergences(candidates))]))
         found = measured.divergences(candidates)
         best = _best(found)
         return plan.with_bits(candidates[best]).model_copy(update={"score": best, "measured": found})
