@@ -102,7 +102,7 @@ def backsweep(
         path = _boundary(folder, layout.index)
         given, _ = read_header(path)
         with model.block(layout.index) as block, ExitStack() as listening:
-            leaves = {name: weight.requires_grad_() for name, weight in weights(block).items()}
+            leaves = {name: weight.detach().requires_grad_() for name, weight in weights(block).items()}
             place = listening.enter_context(_listening(block, outputs, count)) if outputs else _Place()
             for number in range(len(upstream)):
                 place.batch = number

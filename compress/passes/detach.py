@@ -133,7 +133,8 @@ class Pass(BaseModel):
         path = folder / "choice.json"
         if path.exists():
             return Choice(**json.loads(path.read_text(encoding="utf-8")))
-        before, after = mean_loss(model.before_quantizing(), samples, advance=bar.advance), mean_loss(model, samples, advance=bar.advance)
+        before = mean_loss(model, samples, lambda block: {name: exact for name, (exact, _) in _ends(model, block).items()}, bar.advance)
+        after = mean_loss(model, samples, advance=bar.advance)
         for points in POINTS if self.score == "pqi" else (1,):
             if self.score != "random":
                 self._attribution(model, folder, points).measure(model, samples, bar.advance)
@@ -155,14 +156,14 @@ class Pass(BaseModel):
                 for name, score in scores(block).items():
                     block.set_residual(name, block.residual(name, block.exact(name), choice.positions(score)), {})
             return
-        known: dict[str, Tensor] = {}
+        index, of_block = -1, dict[str, Tensor]()
         for inputs in sweep(model, samples, workspace, lambda group: any(linear.name in model.exact for linear in group.linears)):
             block = inputs.block
-            if inputs.groups[0].linears[0].name not in known:
-                known = scores(block)
+            if block.layout.index != index:
+                index, of_block = block.layout.index, scores(block)
             for group, hessian in zip(inputs.groups, inputs.hessian, strict=True):
                 for name in [linear.name for linear in group.linears if linear.name in model.exact]:
-                    exact, positions = block.exact(name), choice.positions(known[name])
+                    exact, positions = block.exact(name), choice.positions(of_block[name])
                     weight = exact + least_error(block.weight(name) - exact, positions, hessian, DAMP)
                     block.set_residual(name, block.residual(name, weight, positions), {})
 
