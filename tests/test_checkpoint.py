@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from compress.checkpoint import INDEX, SINGLE, Checkpoint, entry, read_header, write_safetensors
+from compress import checkpoint
+from compress.checkpoint import INDEX, SINGLE, TORCH_DTYPES, Checkpoint, Entry, entry, read_entry, read_header, write_safetensors
 from compress.errors import InputError
 from compress.layout import Layout
 
@@ -341,3 +342,25 @@ def test_a_file_that_shrinks_while_it_is_read_is_an_input_error(tmp_path: Path) 
     (tmp_path / SINGLE).write_bytes((tmp_path / SINGLE).read_bytes()[:-8])
     with pytest.raises(InputError, match="became shorter"):
         opened.read("x")
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 1 << 20])
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F64", "F32"])
+def test_a_stored_tensor_is_written_in_another_dtype_piece_by_piece(
+    dtype: str, at_once: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    value = torch.randn(5, 7)
+    write_safetensors(tmp_path / "before", [entry("a", torch.zeros(2)), entry("x", value)], {})
+    monkeypatch.setattr(checkpoint, "CAST_AT_ONCE", at_once)
+    item = Entry("y", dtype, (5, 7), read_header(tmp_path / "before")[0]["x"])
+    write_safetensors(tmp_path / "after", [item, entry("z", torch.ones(3))], {})
+    after = load_file(tmp_path / "after")
+    expected = value.to(getattr(torch, TORCH_DTYPES[dtype]))
+    assert torch.equal(after["y"], expected) and torch.equal(read_entry(item), expected) and torch.equal(after["z"], torch.ones(3))
+
+
+def test_a_value_that_the_other_dtype_cannot_hold_is_refused_by_name(tmp_path: Path) -> None:
+    write_safetensors(tmp_path / "before", [entry("x", torch.tensor([1.0, 1e5]))], {})
+    item = Entry("x", "F16", (2,), read_header(tmp_path / "before")[0]["x"])
+    with pytest.raises(InputError, match="x: was changed to values that F16 cannot hold"):
+        write_safetensors(tmp_path / "after", [item], {})
