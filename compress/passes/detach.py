@@ -156,7 +156,8 @@ class Pass(BaseModel):
                 for name, score in scores(block).items():
                     block.set_residual(name, block.residual(name, block.exact(name), choice.positions(score)), {})
             return
-        index, of_block = -1, dict[str, Tensor]()
+        index = -1
+        of_block: dict[str, Tensor] = {}
         for inputs in sweep(model, samples, workspace, lambda group: any(linear.name in model.exact for linear in group.linears)):
             block = inputs.block
             if block.layout.index != index:
