@@ -459,11 +459,17 @@ def _result(layout: Layout, model: str, wished: Wish, offers: list[Offer], chose
             {"name": offer.name, "verdict": offer.verdict, "needs": None if offer.against else offer.needs, "against": _against(offer, wished)}
             for offer in offers
         ],
-        "notes": [note.text for note in book().notes if note.when.fits(chosen.case)],
+        "notes": _unchanged(layout, wished) + [note.text for note in book().notes if note.when.fits(chosen.case)],
         "caveats": list(book().caveats),
     }
     result["recipe"] = _text(result, chosen, wished, plain)
     return result
+
+
+def _unchanged(layout: Layout, wished: Wish) -> list[str]:
+    """That the model would fit as it is, if it would."""
+    needs = layout.checkpoint.nbytes + cache_bytes(layout, wished.context, 16)
+    return [f"Unchanged, the model needs {_size(needs)}, which fits as well."] if needs <= wished.memory else []
 
 
 def _against(offer: Offer, wished: Wish) -> str | None:

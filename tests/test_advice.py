@@ -26,8 +26,7 @@ from compress.errors import Exit, InputError
 from compress.layout import Layout
 
 DEMOS = ("demo:dense", "demo:moe", "demo:vlm")
-KINDS = ("llama", "llama-tied", "llama-688", "mistral", "qwen2-sliding", "qwen3", "qwen3_moe", "mixtral", "llava")
-ENGINES = ("transformers", "vllm", "sglang")
+KINDS = ("llama", "llama-688", "qwen2-sliding", "qwen3_moe", "mixtral", "llava")
 
 
 def advised(model: Path | str, memory: str, **wish: Any) -> dict[str, Any]:
@@ -143,6 +142,11 @@ def test_transformers_saves_no_memory_and_is_told_so(seven: Path) -> None:
     assert advised(seven, "20GB", engine="transformers")["advice"]["file_bytes"] < 7.1e9
 
 
+def test_a_model_that_fits_as_it_is_is_said_to(seven: Path) -> None:
+    unchanged = "Unchanged, the model needs 15.6 GB, which fits as well."
+    assert unchanged in advised(seven, "16GB")["notes"] and unchanged not in advised(seven, "15GB")["notes"]
+
+
 def test_expected_changes_are_those_of_rounding_times_what_the_method_leaves(seven: Path) -> None:
     by_hand = {"hellaswag": (-1.2, -2.0), "mmlu": (-2.2, -2.7), "gsm8k": (-6.0, -12.7)}
     for use, left in (("chat", 0.5), ("reasoning", 0.39)):
@@ -230,15 +234,14 @@ def test_a_rule_without_a_way_to_find_out_is_no_rule() -> None:
 # What can be advised can be run -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("use", ["chat", "reasoning"])
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(("engine", "use"), [("transformers", "chat"), ("vllm", "chat"), ("vllm", "reasoning"), ("sglang", "reasoning")])
 @pytest.mark.parametrize("model", [*DEMOS, *KINDS])
 def test_whatever_is_advised_passes_every_check(model: str, engine: str, use: str, checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     folder = model if model.startswith("demo:") else str(checkpoint(model, torch.bfloat16))
     layout = pipeline.open_layout(folder)
     whole, outcomes = layout.checkpoint.nbytes + planning.cache_bytes(layout, 128, 16), []
     for goal in ("lossless", "balanced", "smallest"):
-        for share in (0.2, 0.5, 0.8, 1.1):
+        for share in (0.2, 0.6, 1.1):
             try:
                 found = advised(folder, f"{share * whole:.0f}B", engine=engine, use=use, goal=goal, context=128)
             except InputError as error:
