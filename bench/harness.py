@@ -179,7 +179,9 @@ def rival_command(python: Path, tool: str, model: Path, tokens: Path, out: Path,
 def our_grid(grid: Grid) -> dict[str, Any]:
     """The options of our passes that round which mean `grid`."""
     if grid.format == "int":
-        options = {"bits": grid.bits, "group_size": grid.group_size or "channel", "symmetric": grid.symmetric}
+        options: dict[str, Any] = {"bits": grid.bits, "group_size": grid.group_size or "channel", "symmetric": grid.symmetric}
+    elif grid.format == "mixed":
+        options = {"symmetric": grid.symmetric}
     else:
         options = {"format": grid.format}
     return options | ({"activations": "dynamic"} if grid.activations else {})

@@ -36,6 +36,9 @@ ROUNDING = ("rtn", "gptq", "autoround")
 
 WEIGHTS_IN_4_BITS = ("nvfp4", "mxfp4")
 
+THREE = ("w3g128", "w3g128-asym")
+AVERAGE_3 = {"allocate": {"options": [2, 3, 4], "average_bits": 3.0}}
+
 Passes = list[dict[str, Any]]
 
 RECIPES: dict[str, tuple[tuple[str, ...], Passes]] = {
@@ -46,6 +49,16 @@ RECIPES: dict[str, tuple[tuple[str, ...], Passes]] = {
     "awq": (INTEGER, [{"smooth": {"method": "awq"}}, {"rtn": {}}]),
     "smoothquant": (("w8a8",), [{"smooth": {"method": "smoothquant"}}, {"rtn": {}}]),
     "autoround": ((*INTEGER, *WEIGHTS_IN_4_BITS), [{"autoround": {}}]),
+    "rtn mse allocated": (THREE, [AVERAGE_3, {"rtn": {"bits": "allocated", "scales": "mse"}}]),
+    "gptq qep allocated": (THREE, [AVERAGE_3, {"gptq": {"bits": "allocated", "qep": 1.0}}]),
+    "allocate gptq qep": (
+        ("mixed-2.5",),
+        [{"allocate": {"options": [2, 3, 4], "bits_per_weight": 2.5}}, {"gptq": {"bits": "allocated", "group_size": 128, "qep": 1.0}}],
+    ),
+    "rtn detach": (("w3g128",), [{"rtn": {}}, {"detach": {}}]),
+    "rtn detach random": (("w3g128",), [{"rtn": {}}, {"detach": {"score": "random"}}]),
+    "gptq detach": (("w3g128",), [{"gptq": {}}, {"detach": {}}]),
+    "gptq detach random": (("w3g128",), [{"gptq": {}}, {"detach": {"score": "random"}}]),
 }
 """Ours: by name, the grids it is a row of and the recipe's passes; those that round are told the grid beside what stands here."""
 
@@ -66,7 +79,9 @@ class Cell:
     @property
     def calibrated(self) -> bool:
         """Whether other calibration tokens can give another result."""
-        return (self.tool, self.method) not in DATA_FREE and not (self.tool == OURS and self.method.startswith(BASELINE))
+        if self.tool == OURS:
+            return any(set(step) != {BASELINE} for step in RECIPES[self.method][1])
+        return (self.tool, self.method) not in DATA_FREE
 
 
 CELLS = [

