@@ -36,7 +36,6 @@ ROUNDING = ("rtn", "gptq", "autoround")
 
 WEIGHTS_IN_4_BITS = ("nvfp4", "mxfp4")
 
-THREE = ("w3g128", "w3g128-asym")
 AVERAGE_3 = {"allocate": {"options": [2, 3, 4], "average_bits": 3.0}}
 
 Passes = list[dict[str, Any]]
@@ -49,8 +48,8 @@ RECIPES: dict[str, tuple[tuple[str, ...], Passes]] = {
     "awq": (INTEGER, [{"smooth": {"method": "awq"}}, {"rtn": {}}]),
     "smoothquant": (("w8a8",), [{"smooth": {"method": "smoothquant"}}, {"rtn": {}}]),
     "autoround": ((*INTEGER, *WEIGHTS_IN_4_BITS), [{"autoround": {}}]),
-    "rtn mse allocated": (THREE, [AVERAGE_3, {"rtn": {"bits": "allocated", "scales": "mse"}}]),
-    "gptq qep allocated": (THREE, [AVERAGE_3, {"gptq": {"bits": "allocated", "qep": 1.0}}]),
+    "rtn mse allocated": (("w3g128",), [AVERAGE_3, {"rtn": {"bits": "allocated", "scales": "mse"}}]),
+    "gptq qep allocated": (("w3g128",), [AVERAGE_3, {"gptq": {"bits": "allocated", "qep": 1.0}}]),
     "allocate gptq qep": (
         ("mixed-2.5",),
         [{"allocate": {"options": [2, 3, 4], "bits_per_weight": 2.5}}, {"gptq": {"bits": "allocated", "group_size": 128, "qep": 1.0}}],

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from compress.checkpoint import entry, read_header, read_tensor, write_safetensors
 from compress.data import Batch, Samples
 from compress.errors import InputError
+from compress.hardware import widened
 from compress.layout import EXPERTS_IN, EXPERTS_OUT
 from compress.model import Block, Model
 
@@ -166,7 +167,7 @@ def _listening(block: Block, listener: Listener, count: int) -> Iterator[_Place]
     def watch(name: str) -> Any:
         def note(module: Any, arguments: Any, output: Any) -> None:
             if output.requires_grad:
-                output.register_hook(lambda gradient: listener(name, place.batch, gradient.float() / count))
+                output.register_hook(lambda gradient: listener(name, place.batch, widened(gradient) / count))
 
         return block.submodule(name).register_forward_hook(note)
 

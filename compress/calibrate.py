@@ -19,7 +19,7 @@ from torch import Tensor
 from compress.checkpoint import entry, read_header, read_tensor, write_safetensors
 from compress.data import Samples
 from compress.drift import Drift, Moved
-from compress.hardware import return_freed_memory
+from compress.hardware import return_freed_memory, widened
 from compress.layout import EXPERTS_IN, EXPERTS_OUT, Group, Stage
 from compress.model import Block, Model, Reached
 from compress.probe import Probe
@@ -58,13 +58,13 @@ class Workspace:
 
 
 class SecondMoment:
-    """Sum of ``x x^T`` over tokens, [batch, in, in] float32, and the tokens counted per member, [batch].
+    """Sum of ``x x^T`` over tokens, [batch, in, in] float32 or `dtype`, and the tokens counted per member, [batch].
 
     On request also the largest magnitude seen per member, ``peaks`` [batch]. Two of a kind merge, which is what makes them distributable.
     """
 
-    def __init__(self, batch: int, size: int, device: torch.device, *, peaks: bool = False) -> None:
-        self.total = torch.zeros(batch, size, size, device=device)
+    def __init__(self, batch: int, size: int, device: torch.device, *, peaks: bool = False, dtype: torch.dtype = torch.float32) -> None:
+        self.total = torch.zeros(batch, size, size, device=device, dtype=dtype)
         self.tokens = [0] * batch
         self.peaks: list[float | None] = [0.0 if peaks else None] * batch
 
@@ -75,7 +75,7 @@ class SecondMoment:
         if (peak := self.peaks[member]) is not None and rows.numel():
             self.peaks[member] = max(peak, float(rows.abs().max()))
         with fast_exact_products(rows.dtype):
-            rows = rows.float()
+            rows = rows.to(self.total.dtype)
             # Whole tiles of the upper triangle: about half the work of the full product.
             for start in range(0, size, TILE):
                 end = min(start + TILE, size)
@@ -120,7 +120,8 @@ def fast_exact_products(dtype: torch.dtype) -> Iterator[None]:
 class Inputs:
     """Input groups of equal shape in one block, measured as the model is now.
 
-    ``hessian`` [groups, in, in] float32 is the mean of ``x x^T``, the receiver's to overwrite; ``tokens`` how many each group saw.
+    ``hessian`` [groups, in, in] float32 (float64 if the model computes in that) is the mean of ``x x^T``, the receiver's to overwrite;
+    ``tokens`` how many each group saw.
     """
 
     block: Block
@@ -164,7 +165,8 @@ def sweep(
         with moved.beside(model, layout.index) if moved else nullcontext(), model.block(layout.index) as block, replay.within():
             for stage in layout.stages:
                 for groups in _turns(tuple(group for group in stage.groups if wanted(group))):
-                    moment = SecondMoment(len(groups), groups[0].columns, model.device, peaks=peaks)
+                    sums = torch.promote_types(model.dtype, torch.float32)
+                    moment = SecondMoment(len(groups), groups[0].columns, model.device, peaks=peaks, dtype=sums)
                     apart = moved if stage.name not in (EXPERTS_IN, EXPERTS_OUT) else None
                     finish = _measure(block, stage, groups, replay, moment, apart)
                     tokens, largest = tuple(moment.tokens), tuple(moment.peaks)
@@ -201,7 +203,7 @@ class Trainable:
         A share `trim` of the squares, the largest, is left out.
         """
         given = self.block.forward_with(weights, self.inputs[batch], self.kwargs[batch])
-        squared = (given.float() - self.targets[batch].float()).square()
+        squared = (widened(given) - widened(self.targets[batch])).square()
         if trim:
             squared = squared.flatten().topk(squared.numel() - int(trim * squared.numel()), largest=False, sorted=False).values
         return squared.mean()

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compress.hardware import widened
 from compress.layout import DOWN, OUT
 from compress.model import Block, Model, Reached
 
@@ -44,6 +45,7 @@ class Drift:
         self._inputs: Tensor
         self._stream: Tensor | None
         self._tokens = 0
+        self._sums = torch.promote_types(hidden[0].dtype, torch.float32)
 
     @contextmanager
     def beside(self, model: Model, index: int) -> Iterator[None]:
@@ -57,16 +59,16 @@ class Drift:
         stages = [(stage.name, stage.groups[0].linears[0].name) for stage in block.layout.stages]
         place = [name for _, name in stages].index(linear)
         self._linear, self._ends = linear, [name for stage, name in stages[:place] if stage in ADDED]
-        self._inputs, self._stream, self._tokens = torch.zeros(columns, columns, device=device), None, 0
+        self._inputs, self._stream, self._tokens = torch.zeros(columns, columns, device=device, dtype=self._sums), None, 0
         self._is_added = stages[place][0] in ADDED
         with _listening(block, self._ends) as self._outputs:
             yield
 
     def add(self, batch: int, inputs: Tensor, hidden: Tensor) -> None:
         """Count ``inputs`` [..., in] of the linear in the model as it is, whose block is given ``hidden`` in this batch."""
-        now = inputs.reshape(-1, inputs.shape[-1]).float()
+        now = widened(inputs.reshape(-1, inputs.shape[-1]))
         with _listening(self._block, self._ends) as outputs:
-            before = self._reads(batch).reshape(now.shape).float()
+            before = widened(self._reads(batch).reshape(now.shape))
         self._inputs.addmm_((before - now).T, now)
         self._tokens += len(now)
         if self._is_added:
@@ -119,7 +121,7 @@ def _listening(block: Block, ends: list[str]) -> Iterator[list[Tensor]]:
 
 def _sum(hidden: Tensor, outputs: list[Tensor]) -> Tensor:
     """The residual stream [rows, tokens, hidden] float32: what the block was given and what its submodules have added."""
-    total = hidden.float() if hidden.dtype != torch.float32 else hidden.clone()
+    total = hidden.to(torch.promote_types(hidden.dtype, torch.float32), copy=True)
     for output in outputs:
         total += output
     return total

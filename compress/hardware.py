@@ -109,11 +109,18 @@ def _workers(threads: int) -> ThreadPoolExecutor:
 
 def compute_dtype(stored: torch.dtype) -> torch.dtype:
     """The dtype blocks run in: the stored one where the hardware computes in it, float32 elsewhere."""
+    if stored == torch.float64:
+        return stored
     if stored == torch.bfloat16 and bf16_is_native():
         return stored
     if stored == torch.float16 and torch.cuda.is_available():
         return stored
     return torch.float32
+
+
+def widened(value: torch.Tensor) -> torch.Tensor:
+    """`value` in the dtype that sums are kept in: float64 if it is that, else float32."""
+    return value.to(torch.promote_types(value.dtype, torch.float32))
 
 
 def peak_bytes() -> int:

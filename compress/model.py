@@ -349,7 +349,8 @@ class Model:
         self.exact: dict[str, TensorInfo] = {}
         self.device = hardware.device()
         stored = {str(info.dtype) for name, info in self.tensors.items() if name.endswith("norm.weight")} or {"BF16"}
-        self.dtype = hardware.compute_dtype(torch.bfloat16 if stored == {"BF16"} else torch.float16 if stored == {"F16"} else torch.float32)
+        # Norms tell: they are never packed.
+        self.dtype = hardware.compute_dtype(DTYPES.get(stored.pop(), torch.float32) if len(stored) == 1 else torch.float32)
         self._inputs: dict[str, dict[str, Any]] = {}
         """How inputs of linears are rounded, as `Activations.arguments` says it, by name."""
         self._declared_inputs()
@@ -731,10 +732,10 @@ class Model:
         return [hidden for hidden, _ in embedded], [kwargs for _, kwargs in embedded]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[..., vocabulary] float32 from the output of the last block [..., hidden]."""
+        """[..., vocabulary] float32 (float64 if the model computes in that) from the output of the last block [..., hidden]."""
         parent, _, _ = self.layout.arch.module_blocks.rpartition(".")
         normed = self.skeleton.get_submodule(parent).norm(hidden)
-        return cast(Tensor, self.skeleton.lm_head(normed).float())
+        return hardware.widened(self.skeleton.lm_head(normed))
 
 
 def _dense_name(name: str) -> str:

@@ -10,15 +10,18 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import importlib
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
 import torch
 from hypothesis import HealthCheck, settings
+from torch import Tensor
 
 from compress import demo
 from compress.data import Tokenizer
@@ -77,3 +80,22 @@ def edit_config() -> Callable[..., None]:
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
     return Tokenizer(demo.path("dense"))
+
+
+@pytest.fixture
+def exact_norms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Norms of transformers that compute in the dtype they are given rather than in float32."""
+
+    def forward(self: Any, hidden: Tensor) -> Tensor:
+        return self.weight * hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + self.variance_epsilon)
+
+    for kind, name in (
+        ("llama", "Llama"),
+        ("mistral", "Mistral"),
+        ("mixtral", "Mixtral"),
+        ("qwen2", "Qwen2"),
+        ("qwen3", "Qwen3"),
+        ("qwen3_moe", "Qwen3Moe"),
+    ):
+        module = importlib.import_module(f"transformers.models.{kind}.modeling_{kind}")
+        monkeypatch.setattr(getattr(module, f"{name}RMSNorm"), "forward", forward)

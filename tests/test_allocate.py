@@ -139,8 +139,8 @@ def test_what_is_measured_is_what_will_be_stored_or_plain_rounding(
     compress(with_bits("gptq", ALLOCATE | {"rounding": rounding}, qep=1.0), checkpoint("llama"), tmp_path / "out")
     for bits in (2, 3, 8):
         # GPTQ by itself: what it would make good for other linears depends on their bits.
-        alike = {"gptq": ALSO["gptq"] | {"bits": bits, "group_size": 16}} if rounding == "recipe" else {"rtn": {"bits": bits, "group_size": 16, "scales": "mse"}}
-        compress(QUICK | {"passes": [alike]}, checkpoint("llama"), tmp_path / str(bits))
+        name, options = ("gptq", ALSO["gptq"]) if rounding == "recipe" else ("rtn", ALSO["rtn"])
+        compress(QUICK | {"passes": [{name: {"bits": bits, "group_size": 16} | options}]}, checkpoint("llama"), tmp_path / str(bits))
         stored = Model(Layout(Checkpoint(tmp_path / str(bits))))
         names = [name for name, each in rounded if each == bits]
         assert names and all(stored.dense(name).float().equal(rounded[name, bits]) for name in names)

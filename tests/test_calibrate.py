@@ -12,6 +12,7 @@ from oracles import statistics as oracle
 from torch import Tensor
 
 from compress import calibrate, data
+from compress.backsweep import all_linears, backsweep
 from compress.calibrate import Inputs, SecondMoment, Workspace, sweep
 from compress.checkpoint import Checkpoint
 from compress.layout import Group, Layout
@@ -82,6 +83,28 @@ def test_second_moments_do_not_depend_on_the_batch(
     monkeypatch.setattr(data, "TOKENS_PER_BATCH", per_batch)
     parts = swept(checkpoint(kind), samples, tmp_path / "parts")
     assert all(close(parts[name][0], hessian) and parts[name][1] == count for name, (hessian, count) in whole.items())
+
+
+@pytest.mark.parametrize("per_batch", [1, 30])
+def test_in_float64_nothing_depends_on_the_batch_but_the_last_digits(
+    per_batch: int, checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exact_norms: None
+) -> None:
+    """Sequences differ in length here; they are never padded, only batched with their like."""
+    folder, samples = checkpoint("llama", torch.float64), tiny.samples()
+
+    def measured(name: str) -> list[Tensor]:
+        work = Workspace(tmp_path / name, tiny.Silent())
+        swept = [(inputs.hessian, inputs.moved) for inputs in sweep(open_model(folder), samples, work, lambda group: True, drift=True)]
+        moved = [each for _, drift in swept if drift for each in (drift.inputs, drift.stream) if each is not None]
+        swept_back = backsweep(open_model(folder), samples, tmp_path / name, lambda block: {k: v.double() for k, v in all_linears(block).items()})
+        gradients = [gradient for found in swept_back for gradient in found.weights.values()]
+        return [*(hessian for hessian, _ in swept), *moved, *gradients]
+
+    whole = measured("whole")
+    monkeypatch.setattr(data, "TOKENS_PER_BATCH", per_batch)
+    parts = measured("parts")
+    assert {each.dtype for each in whole} == {torch.float64} and len(whole) == len(parts)
+    assert all(float((one - other).norm()) <= 1e-9 * float(one.norm()) for one, other in zip(whole, parts, strict=True))
 
 
 @pytest.fixture(autouse=True)

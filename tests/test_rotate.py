@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -80,25 +79,6 @@ def test_a_seed_decides_the_matrix() -> None:
 
 
 # The same function ------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def exact_norms(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Norms of transformers that compute in the dtype they are given rather than in float32."""
-
-    def forward(self: Any, hidden: Tensor) -> Tensor:
-        return self.weight * hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + self.variance_epsilon)
-
-    for kind, name in (
-        ("llama", "Llama"),
-        ("mistral", "Mistral"),
-        ("mixtral", "Mixtral"),
-        ("qwen2", "Qwen2"),
-        ("qwen3", "Qwen3"),
-        ("qwen3_moe", "Qwen3Moe"),
-    ):
-        module = importlib.import_module(f"transformers.models.{kind}.modeling_{kind}")
-        monkeypatch.setattr(getattr(module, f"{name}RMSNorm"), "forward", forward)
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:

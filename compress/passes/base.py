@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -160,6 +161,10 @@ class Quantize(BaseModel):
         copy = self.model_copy()
         copy._allocated = bits
         return copy
+
+    @abstractmethod
+    def run(self, model: Model, samples: Samples, workspace: Workspace) -> None:
+        """Round what it takes; finished blocks go to the workspace."""
 
     def alone(self) -> Self:
         """A copy that rounds each linear as if all others stayed as they are, so that what one of them costs can be measured."""

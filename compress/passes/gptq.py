@@ -70,7 +70,7 @@ class Pass(Calibrated):
         factor = factorize(inputs.hessian, self.damp, self.act_order, overwrite=True)
         for shape in sorted({tuple(linear.rows for linear in linears) for linears in members}):
             batch = [index for index, linears in enumerate(members) if tuple(linear.rows for linear in linears) == shape]
-            weight = torch.empty(len(batch), sum(shape), factor.upper.shape[1], device=factor.upper.device)
+            weight = torch.empty(len(batch), sum(shape), factor.upper.shape[1], device=factor.upper.device, dtype=factor.upper.dtype)
             for place, index in enumerate(batch):
                 torch.cat([block.weight(linear.name) for linear in members[index]], out=weight[place])
             reasons = [self._unfit(inputs, index, bool(factor.damp[index].isnan())) for index in batch]
