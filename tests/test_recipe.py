@@ -179,6 +179,11 @@ FITTING: dict[str, tuple[str, dict[str, Any], str]] = {
         with_passes({"rtn": {"group_size": 32, "exclude": ["*.experts.3.*"]}}),
         "r.yaml: export: the experts of model.layers.0 get different schemes",
     ),
+    "experts left dense": (
+        "qwen3_moe",
+        with_passes({"rtn": {"group_size": 32, "exclude": ["*.experts.*"]}}),
+        "r.yaml: export: the experts of model.layers.0 stay as they are, and of 1 blocks more; transformers opens no dense experts",
+    ),
     "a linear taken twice": (
         "llama",
         with_passes({"rtn": {"group_size": 32}}, {"gptq": {"group_size": 32}}),

@@ -31,6 +31,7 @@ def check(place: str, layout: Layout, plan: dict[str, Scheme], problems: Problem
     """Report what this layout or its readers cannot express."""
     kinds = _kinds(layout, plan)
     of_experts = []
+    dense: list[str] = []
     for block in layout.blocks:
         schemes = set()
         for stage in block.stages:
@@ -44,8 +45,17 @@ def check(place: str, layout: Layout, plan: dict[str, Scheme], problems: Problem
             problems.add(place, f"the experts of {block.prefix} get different schemes", "engines hold them in one tensor: treat them alike")
         if any(kind and not kind[0].symmetric for kind in schemes):
             problems.add(place, f"the experts of {block.prefix} are asymmetric; transformers ignores zero points of experts", "set symmetric: true")
+        if kinds and schemes == {None}:
+            dense.append(block.prefix)
         of_experts.append(schemes)
-    if len({kind for schemes in of_experts if len(schemes) == 1 for kind in schemes} - {None}) > 1:
+    if dense:
+        problems.add(
+            place,
+            f"the experts of {dense[0]} stay as they are{f', and of {len(dense) - 1} blocks more' if dense[1:] else ''}; "
+            "transformers opens no dense experts beside packed weights (seen with 5.23.0)",
+            "quantise them too, in 8 bits if need be",
+        )
+    if len({kind for schemes in of_experts if len(schemes) == 1 for kind in schemes if kind}) > 1:
         problems.add(place, "the experts of some blocks get other schemes than those of others; transformers unpacks all by one", "treat them alike")
     if len(set(kinds.values())) > 1 and any(not scheme.symmetric for scheme, _ in kinds.values()):
         problems.add(place, "transformers opens asymmetric weights only where all linears share one scheme", "set symmetric: true")
