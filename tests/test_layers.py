@@ -18,6 +18,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "demo": (),
     "hardware": ("errors",),
     "numerics": ("errors", "hardware", "numerics"),
+    "kernels": ("errors", "numerics", "kernels"),
     "formats": ("errors", "numerics"),
     "formats.sparse_residual": ("errors", "formats.base"),
     "formats.nvfp4_pack_quantized": ("errors", "numerics", "formats.mxfp4_pack_quantized"),

@@ -1,0 +1,1 @@
+"""Products with packed weights: one layout, and for each backend the code that reads it."""

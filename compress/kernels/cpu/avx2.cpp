@@ -1,0 +1,62 @@
+// AVX2 and FMA: a vector is two registers of 8 rows. Products of codes and digits are added in 16 bits, a few at a time, then in 32.
+#include <immintrin.h>
+
+#include "kernel.hpp"
+
+namespace {
+
+struct Avx2 {
+    using Bytes = __m256i;
+    using Sum = __m256i;
+    using Ints = __m256i;
+    using Floats = __m256;
+    static constexpr int PARTS = 2, BLOCKS = 2, AHEAD = 1024;
+
+    static Ints no_ints() { return _mm256_setzero_si256(); }
+    static Sum no_sum() { return _mm256_setzero_si256(); }
+    static Floats no_floats() { return _mm256_setzero_ps(); }
+    static Bytes load(const uint8_t *from) { return _mm256_loadu_si256(reinterpret_cast<const __m256i *>(from)); }
+    static void prefetch(const uint8_t *from) { _mm_prefetch(reinterpret_cast<const char *>(from), _MM_HINT_T0); }
+    static Bytes broadcast(const int8_t *from) {
+        int32_t four;
+        std::memcpy(&four, from, 4);
+        return _mm256_set1_epi32(four);
+    }
+    static Bytes masked(Bytes code, int mask) { return _mm256_and_si256(code, _mm256_set1_epi8(static_cast<char>(mask))); }
+    static Bytes either(Bytes one, Bytes other) { return _mm256_or_si256(one, other); }
+    template <int BY> static Bytes shifted(Bytes code) { return _mm256_srli_epi16(code, BY); }
+    static Sum add(Sum sum, Bytes code, Bytes digit) { return _mm256_add_epi16(sum, _mm256_maddubs_epi16(code, digit)); }
+    // Codes less 128 as a magnitude times digits with its sign: both factors fit, and so does the sum of two products.
+    static Ints add_signed(Ints total, Bytes code, Bytes digit) {
+        const __m256i centred = _mm256_xor_si256(code, _mm256_set1_epi8(static_cast<char>(0x80)));
+        const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(centred), _mm256_sign_epi8(digit, centred));
+        return _mm256_add_epi32(total, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    }
+    static Ints plus(Ints total, Sum sum) { return _mm256_add_epi32(total, _mm256_madd_epi16(sum, _mm256_set1_epi16(1))); }
+    static Ints plus_quarter(Ints total, Sum sum) {
+        return _mm256_add_epi32(total, _mm256_srai_epi32(_mm256_madd_epi16(sum, _mm256_set1_epi16(1)), 2));
+    }
+    static Floats floats(Ints value) { return _mm256_cvtepi32_ps(value); }
+    static Floats filled(float value) { return _mm256_set1_ps(value); }
+    static Floats times(Floats one, Floats other) { return _mm256_mul_ps(one, other); }
+    static Floats sum(Floats one, Floats other) { return _mm256_add_ps(one, other); }
+    static Floats minus(Floats one, Floats other) { return _mm256_sub_ps(one, other); }
+    static Floats less(Floats from, Floats one, Floats other) { return _mm256_fnmadd_ps(one, other, from); }
+    static Floats plus_product(Floats to, Floats one, Floats other) { return _mm256_fmadd_ps(one, other, to); }
+    static Floats scales(const void *from, int64_t place, int32_t kind) {
+        if (kind == T16_FLOAT32) return _mm256_loadu_ps(static_cast<const float *>(from) + place);
+        const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i *>(static_cast<const uint16_t *>(from) + place));
+        if (kind == T16_FLOAT16) return _mm256_cvtph_ps(halves);
+        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+    }
+    static Floats zeros(const uint8_t *from) {
+        return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(from))));
+    }
+    static void store(float *to, Floats value) { _mm256_storeu_ps(to, value); }
+};
+
+}  // namespace
+
+void t16_run_avx2(const t16_matrix &matrix, const t16_inputs &inputs, float *y, int64_t y_stride, int64_t first, int64_t last) {
+    t16::run<Avx2>(matrix, inputs, y, y_stride, first, last);
+}

@@ -1,0 +1,59 @@
+// AVX-512 with VNNI: a vector is one register; four products per lane are added at once, in 32 bits.
+#include <immintrin.h>
+
+#include "kernel.hpp"
+
+namespace {
+
+struct Avx512 {
+    using Bytes = __m512i;
+    using Sum = __m512i;
+    using Ints = __m512i;
+    using Floats = __m512;
+    static constexpr int PARTS = 1, BLOCKS = 2, AHEAD = 1024;
+
+    static Ints no_ints() { return _mm512_setzero_si512(); }
+    static Sum no_sum() { return _mm512_setzero_si512(); }
+    static Floats no_floats() { return _mm512_setzero_ps(); }
+    static Bytes load(const uint8_t *from) { return _mm512_loadu_si512(from); }
+    static void prefetch(const uint8_t *from) { _mm_prefetch(reinterpret_cast<const char *>(from), _MM_HINT_T0); }
+    static Bytes broadcast(const int8_t *from) {
+        int32_t four;
+        std::memcpy(&four, from, 4);
+        return _mm512_set1_epi32(four);
+    }
+    static Bytes masked(Bytes code, int mask) { return _mm512_and_si512(code, _mm512_set1_epi8(static_cast<char>(mask))); }
+    static Bytes either(Bytes one, Bytes other) { return _mm512_or_si512(one, other); }
+    template <int BY> static Bytes shifted(Bytes code) { return _mm512_srli_epi16(code, BY); }
+    static Sum add(Sum sum, Bytes code, Bytes digit) { return _mm512_dpbusd_epi32(sum, code, digit); }
+    // Codes times digits, less 128 times the digits.
+    static Ints add_signed(Ints total, Bytes code, Bytes digit) {
+        const __m512i all = _mm512_dpbusd_epi32(total, code, digit);
+        return _mm512_sub_epi32(all, _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(static_cast<char>(0x80)), digit));
+    }
+    static Ints plus(Ints total, Sum sum) { return _mm512_add_epi32(total, sum); }
+    static Ints plus_quarter(Ints total, Sum sum) { return _mm512_add_epi32(total, _mm512_srai_epi32(sum, 2)); }
+    static Floats floats(Ints value) { return _mm512_cvtepi32_ps(value); }
+    static Floats filled(float value) { return _mm512_set1_ps(value); }
+    static Floats times(Floats one, Floats other) { return _mm512_mul_ps(one, other); }
+    static Floats sum(Floats one, Floats other) { return _mm512_add_ps(one, other); }
+    static Floats minus(Floats one, Floats other) { return _mm512_sub_ps(one, other); }
+    static Floats less(Floats from, Floats one, Floats other) { return _mm512_fnmadd_ps(one, other, from); }
+    static Floats plus_product(Floats to, Floats one, Floats other) { return _mm512_fmadd_ps(one, other, to); }
+    static Floats scales(const void *from, int64_t place, int32_t kind) {
+        if (kind == T16_FLOAT32) return _mm512_loadu_ps(static_cast<const float *>(from) + place);
+        const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(static_cast<const uint16_t *>(from) + place));
+        if (kind == T16_FLOAT16) return _mm512_cvtph_ps(halves);
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+    }
+    static Floats zeros(const uint8_t *from) {
+        return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(from))));
+    }
+    static void store(float *to, Floats value) { _mm512_storeu_ps(to, value); }
+};
+
+}  // namespace
+
+void t16_run_avx512(const t16_matrix &matrix, const t16_inputs &inputs, float *y, int64_t y_stride, int64_t first, int64_t last) {
+    t16::run<Avx512>(matrix, inputs, y, y_stride, first, last);
+}

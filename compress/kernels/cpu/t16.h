@@ -1,0 +1,61 @@
+// The T16 kernels' plain C interface: pointers and sizes, no torch, no C++ types.
+//
+// A matrix of N rows and K columns is stored in blocks of 16 rows. Within a block, 64-byte vectors follow one another along K; lane n of a
+// vector, 4 bytes, belongs to row n, and byte j of a lane holds, in one bit field per width, the code of column (first of the field) + j:
+//
+//   8 bits   1 field                    4 columns per vector
+//   4 bits   0-3, 4-7                   8 columns per vector
+//   2 bits   0-1, 2-3, 4-5, 6-7        16 columns per vector
+//   3 bits   0-2, 3-5 of vectors 0, 1, 2 are fields 0 to 5; bits 6-7 of vector 0 hold the upper two bits of field 6 and bit 6 of vector 2 its
+//            lowest; bits 6-7 of vector 1 and bit 7 of vector 2 are field 7: 32 columns per three vectors
+//
+// so a weight takes exactly its bits. Scales are [N/16][groups][16], zero points likewise, a byte each.
+#pragma once
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum t16_scale { T16_FLOAT32 = 0, T16_BFLOAT16 = 1, T16_FLOAT16 = 2 };
+
+typedef struct {
+    const uint8_t *codes;  // [N/16][K * bits / 8][16]
+    const void *scales;    // [N/16][groups][16]
+    const uint8_t *zeros;  // [N/16][groups][16], or null: 2^(bits-1) everywhere
+    int64_t rows;          // of the matrix; blocks are padded to 16
+    int64_t columns;       // padded to whole units of the width
+    int64_t group;         // columns per scale
+    int64_t step;          // columns per scale of the inputs; divides group
+    int32_t bits;
+    int32_t scale;         // enum t16_scale
+} t16_matrix;
+
+typedef struct {
+    const int8_t *digits;   // [count][columns]
+    const float *scales;    // [count][columns / step]
+    const float *sums;      // [count / per_input][columns / step], of what the digits stand for
+    int32_t count;          // columns of the right-hand side: inputs times digits of each
+    int32_t per_input;      // digits of each input, 1 or 2
+} t16_inputs;
+
+// Which instruction sets this processor and this build have, one bit each: 1 plain C++, 2 AVX2, 4 AVX-512 VNNI.
+int32_t t16_tiers(void);
+
+// One 8-bit digit of `x` [columns] per value (x ~ scale * digit), or two (x ~ scale * (128 * first + second)), 15 bits together.
+// `out` is [digits][columns], `scales` [digits][columns / step], that of the first of two digits 128 times the other's, and `sums`
+// [columns / step]. Columns from `given` on are zero.
+void t16_digits(const float *x, int64_t given, int64_t columns, int64_t step, int32_t digits, int8_t *out, float *scales, float *sums);
+
+// y [inputs][rows] = W x for the blocks of 16 rows from `first` to `last`, by one of the tiers.
+void t16_multiply(int32_t tier, const t16_matrix *matrix, const t16_inputs *inputs, float *y, int64_t y_stride, int64_t first, int64_t last);
+
+// The same for all rows, shared out to so many threads.
+void t16_multiply_all(int32_t tier, const t16_matrix *matrix, const t16_inputs *inputs, float *y, int64_t y_stride, int32_t threads);
+
+// Reads `bytes`, a multiple of 256, from `data` as fast as this processor can, with so many threads; returns a sum so that it has to.
+uint64_t t16_read(const void *data, int64_t bytes, int32_t threads);
+
+#ifdef __cplusplus
+}
+#endif

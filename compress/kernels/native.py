@@ -1,0 +1,101 @@
+"""The compiled kernels: found, never built, when first asked for; where there are none, `tier` says so and torch does the work."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from ctypes import POINTER, byref, c_int32, c_int64, c_uint64, c_void_p
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from compress.errors import InputError
+
+LIBRARY = Path(__file__).parent / "cpu" / "libt16.so"
+TIERS = {"plain": 1, "avx2": 2, "avx512": 4}
+"""Instruction sets, the fastest last."""
+FORCE = "COMPRESS_CPU"
+"""The environment variable that names the one to use, or `torch` for none."""
+SCALES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+STEP = 128
+"""Inputs that share a scale, at most: their products must be summed without overflow."""
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = [
+        ("codes", c_void_p), ("scales", c_void_p), ("zeros", c_void_p),
+        ("rows", c_int64), ("columns", c_int64), ("group", c_int64), ("step", c_int64), ("bits", c_int32), ("scale", c_int32),
+    ]  # fmt: skip
+
+
+class _Inputs(ctypes.Structure):
+    _fields_ = [("digits", c_void_p), ("scales", c_void_p), ("sums", c_void_p), ("count", c_int32), ("per_input", c_int32)]
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The library, or None where it was not built."""
+    if not LIBRARY.exists():
+        return None
+    found = ctypes.CDLL(str(LIBRARY))
+    found.t16_tiers.restype = c_int32
+    found.t16_read.restype = c_uint64
+    found.t16_read.argtypes = [c_void_p, c_int64, c_int32]
+    found.t16_digits.argtypes = [c_void_p, c_int64, c_int64, c_int64, c_int32, c_void_p, c_void_p, c_void_p]
+    found.t16_multiply_all.argtypes = [c_int32, POINTER(_Matrix), POINTER(_Inputs), c_void_p, c_int64, c_int32]
+    return found
+
+
+def tiers() -> tuple[str, ...]:
+    """The instruction sets that both this processor and the library have, the fastest last; none without a library."""
+    found = library()
+    present = found.t16_tiers() if found else 0
+    return tuple(name for name, bit in TIERS.items() if present & bit)
+
+
+def tier() -> str:
+    """The one in use: the fastest, or what $COMPRESS_CPU names; `torch` if there is none. Raises `InputError` for one that is not there."""
+    present, wanted = tiers(), os.environ.get(FORCE)
+    if wanted and wanted not in (*present, "torch"):
+        raise InputError.one(f"${FORCE}", f"no kernels called {wanted!r} here", f"there are {', '.join((*present, 'torch'))}")
+    return wanted or (present[-1] if present else "torch")
+
+
+def step_of(group: int, unit: int) -> int | None:
+    """How many inputs share a scale where weights share one by `group`: the most that divide it, whole units, or None if there is no such number."""
+    return next((step for step in range(min(STEP, group), 0, -1) if group % step == 0 and step % unit == 0), None)
+
+
+def multiply(
+    inputs: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, *, bits: int, rows: int, columns: int, step: int, digits: int, tier: str
+) -> Tensor:
+    """``inputs`` [tokens, in] float32, contiguous, times the packed weight; [tokens, out] float32.
+
+    ``columns`` are those that are stored. Each input is rounded to so many digits of 8 bits, `step` of them to one scale.
+    """
+    found = library()
+    assert found is not None
+    tokens, given = inputs.shape
+    rounded = torch.empty(tokens, digits, columns, dtype=torch.int8)
+    units, sums = torch.empty(tokens, digits, columns // step), torch.empty(tokens, columns // step)
+    for token in range(tokens):
+        found.t16_digits(
+            inputs[token].data_ptr(), given, columns, step, digits, rounded[token].data_ptr(), units[token].data_ptr(), sums[token].data_ptr()
+        )
+    outputs = torch.empty(tokens, rows)
+    matrix = _Matrix(
+        codes.data_ptr(), scales.data_ptr(), None if zeros is None else zeros.data_ptr(),
+        rows, columns, columns // scales.shape[1], step, bits, SCALES[scales.dtype],
+    )  # fmt: skip
+    right = _Inputs(rounded.data_ptr(), units.data_ptr(), sums.data_ptr(), tokens * digits, digits)
+    found.t16_multiply_all(TIERS[tier], byref(matrix), byref(right), outputs.data_ptr(), rows, torch.get_num_threads())
+    return outputs
+
+
+def read(data: Tensor, threads: int) -> None:
+    """Read ``data``, contiguous, as fast as the processor can: what kernels are measured against."""
+    found = library()
+    assert found is not None
+    found.t16_read(data.data_ptr(), data.numel() * data.element_size() // 512 * 512, threads)
