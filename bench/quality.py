@@ -54,10 +54,6 @@ RECIPES: dict[str, tuple[tuple[str, ...], Passes]] = {
         ("mixed-2.5",),
         [{"allocate": {"options": [2, 3, 4], "bits_per_weight": 2.5}}, {"gptq": {"bits": "allocated", "group_size": 128, "qep": 1.0}}],
     ),
-    "rtn detach": (("w3g128",), [{"rtn": {}}, {"detach": {}}]),
-    "rtn detach random": (("w3g128",), [{"rtn": {}}, {"detach": {"score": "random"}}]),
-    "gptq detach": (("w3g128",), [{"gptq": {}}, {"detach": {}}]),
-    "gptq detach random": (("w3g128",), [{"gptq": {}}, {"detach": {"score": "random"}}]),
 }
 """Ours: by name, the grids it is a row of and the recipe's passes; those that round are told the grid beside what stands here."""
 
