@@ -126,6 +126,23 @@ def advise(
             typer.echo(result["recipe"], nl=False)
 
 
+@app.command()
+def generate(
+    model: ModelArgument,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="what to continue")],
+    tokens: Annotated[int, typer.Option(help="at most this many new tokens", min=1)] = 100,
+    digits: Annotated[int, typer.Option(help="8-bit digits per input of a packed linear: 2 costs next to nothing, 1 is faster", min=1, max=2)] = 2,
+) -> None:
+    """Continue PROMPT with MODEL, packed weights staying packed, and print tokens as they come."""
+    with _errors(False):
+        from compress.runtime import stream
+
+        with _interruptible():
+            for piece in stream(model, prompt, tokens, digits=digits):
+                typer.echo(piece, nl=False)
+        typer.echo()
+
+
 @app.command("eval")
 def evaluate(
     model: ModelArgument,

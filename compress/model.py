@@ -678,6 +678,27 @@ class Model:
             block.release()
             hardware.return_freed_memory()
 
+    def settled(self, made: Callable[[str, Tensor | None], nn.Module]) -> Any:
+        """The whole model of transformers in memory, to keep; this object is not to be used afterwards.
+
+        ``made`` gives, for the name of a quantised linear and its bias, the module that is to stand for it. Experts are not supported.
+        """
+        whole = self.skeleton
+        for layout, module, slots in zip(self.blocks, self._modules, self._slots, strict=True):
+            packed = {linear.name: slots[f"{linear.name}.weight"] for linear in layout.linears if self.packed_as(linear.name)}
+            for linear, slot in packed.items():
+                owner, _, leaf = slot.parameter.removesuffix(".weight").rpartition(".")
+                bias = read_entry(self.final(f"{linear}.bias")).to(self.dtype) if f"{linear}.bias" in self.tensors else None
+                setattr(module.get_submodule(owner), leaf, made(linear, bias))
+            for name, parameter in list(module.named_parameters()):
+                owner, _, leaf = name.rpartition(".")
+                empty = torch.empty(parameter.shape, dtype=self.dtype, device=self.device)
+                module.get_submodule(owner)._parameters[leaf] = nn.Parameter(empty, requires_grad=False)
+            for name, slot in slots.items():
+                if name.removesuffix(".weight") not in packed and name.removesuffix(".bias") not in packed:
+                    slot.view(module).copy_(read_entry(self.final(name)))
+        return whole.to(self.device).eval()
+
     def write_outside(self, path: Path, tensors: dict[str, Tensor], settings: dict[str, Any], records: list[dict[str, Any]]) -> None:
         """Write, durably, tensors outside the blocks as a pass makes them, in the dtype they are to have, and what it changes of the config."""
         metadata = {"records": json.dumps(records), "settings": json.dumps(settings)}
