@@ -9,7 +9,7 @@ import math
 from typing import Any
 
 from compress.layout import BlockLayout, Group, Layout
-from compress.passes.base import Allocator, Differentiating, Transform
+from compress.passes.base import Allocator, Differentiating, Quantize, Transform
 from compress.recipe import Recipe, cache_scheme, export_module
 from compress.scheme import Scheme, dense_bytes, output_bytes
 
@@ -54,8 +54,9 @@ def plan(recipe: Recipe, layout: Layout, schemes: dict[str, tuple[str, Scheme]])
     per_linear = {name: scheme for name, (_, scheme) in schemes.items()}
     weights = sum(layout.linears[name].rows * layout.linears[name].columns for name in per_linear)
     stored = sum(_packed(layout, name, scheme) - scheme.shape_bytes for name, scheme in per_linear.items())
-    passes = []
+    passes: list[dict[str, Any]] = []
     mixed = dict(per_linear)
+    trying: tuple[int, dict[str, Any]] | None = None
     for name, step in recipe.instances():
         mine = {linear: scheme for linear, (by, scheme) in schemes.items() if by == name}
         tokens = recipe.calibration.samples * recipe.calibration.length if step.needs_data else 0
@@ -78,6 +79,12 @@ def plan(recipe: Recipe, layout: Layout, schemes: dict[str, tuple[str, Scheme]])
                 "seconds": operations / ASSUMED_FLOPS,
             }
         )
+        if isinstance(step, Allocator):
+            trying = step.trials, passes[-1]
+        elif trying and isinstance(step, Quantize) and step.bits == "allocated":
+            times, allocating = trying
+            allocating["seconds"] += times * passes[-1]["seconds"]
+            allocating["disk_bytes"] += times * passes[-1]["disk_bytes"]
     return {
         "passes": passes,
         "size": {

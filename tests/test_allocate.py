@@ -316,6 +316,14 @@ def test_what_a_run_will_take_is_planned_for_the_most_bits_and_judged_for_a_mix(
     assert planned["passes"][0]["seconds"] > planned["passes"][1]["seconds"]
 
 
+def test_rounding_each_option_beforehand_is_planned_for(checkpoint: Callable[..., Path]) -> None:
+    layout = Layout(Checkpoint(checkpoint("llama")))
+    own, nearest = (recipe.validate(with_bits("gptq", ALLOCATE | {"rounding": rounding}), "r.yaml") for rounding in ("recipe", "nearest"))
+    with_trials, without = (planning.plan(each, layout, recipe.check(each, layout, "r.yaml"))["passes"] for each in (own, nearest))
+    for what in ("seconds", "disk_bytes"):
+        assert with_trials[0][what] - without[0][what] == pytest.approx(3 * without[1][what]) and with_trials[1] == without[1]
+
+
 def test_decoding_reads_experts_that_are_routed_to_and_a_row_of_an_embedding(checkpoint: Callable[..., Path]) -> None:
     def draft(kind: str) -> tuple[allocation.Allocation, dict[str, int]]:
         layout = Layout(Checkpoint(checkpoint(kind)))

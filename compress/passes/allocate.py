@@ -116,6 +116,10 @@ class Pass(Budget):
         forwards = sum(around if kind == "kl" else gradients[kind] for kind in kinds) + rounds * around + len(kinds) + rounds + 2
         return math.ceil((self.samples or SAMPLES) * forwards)
 
+    @property
+    def trials(self) -> int:
+        return 0 if self.reuse or self.rounding == "nearest" else len(self._options())
+
     def plan(self, layout: Layout) -> dict[str, Scheme]:
         return {}
 

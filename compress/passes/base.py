@@ -72,6 +72,10 @@ class Allocator(Pass, Protocol):
     def sequences(self, layout: Layout) -> int:
         """How many sequences it runs through all blocks, for which a pass backward counts twice."""
 
+    @property
+    def trials(self) -> int:
+        """How often each pass that waits for its bits is run beforehand."""
+
     def examples(self, layout: Layout) -> list[dict[str, int]]:
         """Some of the bits it may come to, by linear: each option everywhere, from the most on, then a mix of all."""
 
