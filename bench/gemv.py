@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True, help="where the numbers go")
     parser.add_argument("--quick", action="store_true", help="one shape, one thread, few repeats")
     arguments = parser.parse_args()
-    if not native.tiers():
+    if not native.built():
         raise SystemExit("the kernels were not built: python -m compress.kernels.build")
     shapes, threads, repeats = (SHAPES[:1], (1,), 5) if arguments.quick else (SHAPES, tuple(sorted({1, os.cpu_count() or 1})), 15)
     # As much as the largest weight and its copies take, each page touched.

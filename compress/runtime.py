@@ -36,7 +36,7 @@ def load(name: str | Path, *, digits: int = 2) -> Any:
     def made(linear: str, bias: Tensor | None) -> PackedLinear:
         weight = model.quantized(linear)
         assert weight is not None
-        return PackedLinear(weight, bias, digits)
+        return PackedLinear(weight, bias, digits, name=linear)
 
     return model.settled(made)
 
@@ -62,9 +62,6 @@ def stream(name: str, prompt: str, tokens: int, *, digits: int = 2) -> Iterator[
 
 
 def _refuse(model: Model, name: str) -> None:
-    from compress.kernels.linear import can_pack
-    from compress.numerics.grid import Integer
-
     problems, advice = Problems(), "open it with transformers"
     packed = [linear for linear in model.layout.linears if model.packed_as(linear)]
     if model.layout.arch.experts and packed:
@@ -76,10 +73,4 @@ def _refuse(model: Model, name: str) -> None:
         problems.add(name, "has residuals beside its codes, which no kernel here adds yet", advice)
     if any(model.cache_scales(block) for block in model.blocks):
         problems.add(name, "has a quantised cache, which is not supported here yet", advice)
-    for linear in packed:
-        weight = model.quantized(linear)
-        assert weight is not None
-        if not isinstance(weight.grid, Integer) or not can_pack(weight.bits, weight.group_size, weight.codes.shape[1]):
-            problems.add(name, f"{linear} is stored as {weight.grid} in groups of {weight.group_size}, for which there is no kernel", advice)
-            break
     problems.raise_if_any()

@@ -64,7 +64,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "export": ("errors", "formats", "checkpoint", "layout", "model", "scheme"),
     "evaluate": ("errors", "hardware", "checkpoint", "layout", "data", "model", "recipe", "evaluate"),
     "reopen": ("errors", "hardware", "checkpoint", "layout", "data", "model", "evaluate"),
-    "runtime": ("errors", "numerics", "checkpoint", "source", "layout", "model", "kernels"),
+    "runtime": ("errors", "checkpoint", "source", "layout", "model", "kernels"),
     "plots": ("errors",),
     "report": ("errors", "checkpoint", "plots"),
     "card": ("errors", "scheme", "passes.base", "recipe"),

@@ -1,5 +1,8 @@
 """Compile the CPU kernels: what installing the package does, and `python -m compress.kernels.build` after a change to them.
 
+Each file in `cpu` but `t16.cpp` is one instruction set; its line `// Needs:` names the machine and the features it is compiled for, and
+asks of a processor, so that another one is another file and nothing else. One that needs more is taken to be faster.
+
 Only the standard library is imported, since this runs before anything else is installed.
 """
 
@@ -16,8 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 SOURCES = Path(__file__).parent / "cpu"
-X86 = {"avx2": ["-mavx2", "-mfma", "-mf16c"], "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni", "-mfma", "-mf16c"]}
-"""By source, the instructions it may use: those it is named after, never all that the building machine has."""
+NEEDS = "// Needs:"
 FLAGS = ["-std=c++17", "-fPIC", "-fno-math-errno", "-ffp-contract=off"]
 
 
@@ -28,21 +30,37 @@ def compiler() -> str | None:
 
 def compile_library(called: str, target: Path, extra: Sequence[str] = ()) -> None:
     """Compile the kernels to `target` by the compiler so `called`. Raises `CalledProcessError` with what it said."""
-    on_x86 = platform.machine().lower() in ("x86_64", "amd64")
     common = [*extra, *(["-fopenmp"] if sys.platform.startswith("linux") else [])]
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        tiers = _tiers()
+        Path(folder, "tiers.inc").write_text("".join(f"TIER({name}, {_question(features)})\n" for name, features in tiers.items()))
         objects, commands = [], []
-        for name in (*(X86 if on_x86 else ()), "plain", "t16"):
+        for name, features in (*reversed(tiers.items()), ("t16", ())):  # those that take longest first
             # The plain kernels are there to compare with: what -O3 would add to them is half of the time to compile.
-            speed = "-O1" if name == "plain" else "-O3"
-            flags = [speed, *FLAGS, *common, *X86.get(name, []), *(["-DT16_X86"] if on_x86 else [])]
+            flags = ["-O3" if features or name == "t16" else "-O1", *FLAGS, *common, *(f"-m{feature}" for feature in features)]
             objects.append(f"{folder}/{name}.o")
-            commands.append([called, *flags, "-c", str(SOURCES / f"{name}.cpp"), "-o", objects[-1]])
+            commands.append([called, *flags, f"-I{folder}", "-c", str(SOURCES / f"{name}.cpp"), "-o", objects[-1]])
         with ThreadPoolExecutor() as pool:
             list(pool.map(_run, commands))
         whole = f"{folder}/{target.name}"
         _run([called, "-shared", *common, *objects, "-o", whole])
         os.replace(whole, target)
+
+
+def _tiers() -> dict[str, tuple[str, ...]]:
+    """The files that can be compiled for this machine and the features each needs, the fastest last."""
+    found = {}
+    for path in SOURCES.glob("*.cpp"):
+        if path.stem != "t16":
+            needs = next(line for line in path.read_text().splitlines() if line.startswith(NEEDS)).removeprefix(NEEDS).split()
+            if needs[0] in ("any", platform.machine().lower().replace("amd64", "x86_64")):
+                found[path.stem] = tuple(needs[1:])
+    return dict(sorted(found.items(), key=lambda item: len(item[1])))
+
+
+def _question(features: Sequence[str]) -> str:
+    """Whether a processor has `features`, in C++."""
+    return " && ".join(f'__builtin_cpu_supports("{feature}")' for feature in features) or "true"
 
 
 def _run(command: list[str]) -> None:

@@ -78,15 +78,15 @@ class PackedLinear(nn.Module):
     zeros: Tensor | None
     bias: Tensor | None
 
-    def __init__(self, weight: Quantized, bias: Tensor | None = None, digits: int = DIGITS) -> None:
-        """Raises `InputError` if there is no kernel for the grid of ``weight``, and `ValueError` for digits other than 1 and 2."""
+    def __init__(self, weight: Quantized, bias: Tensor | None = None, digits: int = DIGITS, *, name: str = "weight") -> None:
+        """``weight`` goes by `name` in errors. Raises `InputError` if no kernel takes its grid, `ValueError` for digits other than 1 and 2."""
         super().__init__()
         if digits not in (1, 2):
             raise ValueError(f"digits must be 1 or 2, got {digits}")
-        grid = weight.grid
-        if not isinstance(grid, Integer) or not can_pack(grid.bits, weight.codes.shape[1] // weight.scale.shape[1], weight.codes.shape[1]):
-            groups = weight.codes.shape[1] // weight.scale.shape[1]
-            raise InputError.one("kernels", f"there is none for {grid} in groups of {groups}", "open it with transformers")
+        grid, group = weight.grid, weight.group_size
+        # Groups must be whole units of the layout, or one group the whole row.
+        if not isinstance(grid, Integer) or grid.bits not in t16.COLUMNS or (group < weight.codes.shape[1] and group % t16.COLUMNS[grid.bits]):
+            raise InputError.one(name, f"is stored as {grid} in groups of {group}, for which there is no kernel", "open it with transformers")
         self.bits, self.digits = grid.bits, digits
         self.out_features, self.in_features = weight.codes.shape
         offset = 1 << (grid.bits - 1)
@@ -105,8 +105,3 @@ class PackedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, digits={self.digits}"
-
-
-def can_pack(bits: int, group: int, columns: int) -> bool:
-    """Whether the layout holds such codes: groups must be whole units of it, or one group the whole row."""
-    return bits in t16.COLUMNS and (group == columns or group % t16.COLUMNS[bits] == 0)

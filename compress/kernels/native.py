@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import os
-from ctypes import POINTER, byref, c_int32, c_int64, c_uint64, c_void_p
+from ctypes import POINTER, byref, c_char_p, c_int32, c_int64, c_uint64, c_void_p
 from functools import cache
+from itertools import count, takewhile
 from pathlib import Path
 
 import torch
@@ -14,8 +15,6 @@ from torch import Tensor
 from compress.errors import InputError
 
 LIBRARY = Path(__file__).parent / "cpu" / "libt16.so"
-TIERS = {"plain": 1, "avx2": 2, "avx512": 4}
-"""Instruction sets, the fastest last."""
 FORCE = "COMPRESS_CPU"
 """The environment variable that names the one to use, or `torch` for none."""
 SCALES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -40,29 +39,32 @@ def library() -> ctypes.CDLL | None:
     if not LIBRARY.exists():
         return None
     found = ctypes.CDLL(str(LIBRARY))
-    found.t16_tiers.restype = c_int32
+    found.t16_tier.restype = c_char_p
+    found.t16_tier.argtypes = found.t16_present.argtypes = [c_int32]
     found.t16_read.restype = c_uint64
     found.t16_read.argtypes = [c_void_p, c_int64, c_int32]
     found.t16_digits.argtypes = [c_void_p, c_int64, c_int64, c_int64, c_int32, c_void_p, c_void_p, c_void_p]
-    found.t16_multiply_all.argtypes = [c_int32, POINTER(_Matrix), POINTER(_Inputs), c_void_p, c_int64, c_int32]
+    found.t16_multiply.argtypes = [c_int32, POINTER(_Matrix), POINTER(_Inputs), c_void_p, c_int64, c_int32]
     return found
 
 
-def tiers() -> tuple[str, ...]:
-    """The instruction sets that both this processor and the library have, the fastest last; none without a library."""
+@cache
+def built() -> dict[str, bool]:
+    """The instruction sets of the library, the fastest last, and whether this processor has them; none without a library."""
     found = library()
-    present = found.t16_tiers() if found else 0
-    return tuple(name for name, bit in TIERS.items() if present & bit)
+    names = takewhile(bool, map(found.t16_tier, count())) if found else ()
+    return {name.decode(): bool(found and found.t16_present(number)) for number, name in enumerate(names)}
 
 
 def tier() -> str:
     """The one in use: the fastest, or what $COMPRESS_CPU names; `torch` if there is none. Raises `InputError` for one that is not there."""
-    present, wanted = tiers(), os.environ.get(FORCE)
+    present, wanted = [name for name, here in built().items() if here], os.environ.get(FORCE)
     if wanted and wanted not in (*present, "torch"):
         raise InputError.one(f"${FORCE}", f"no kernels called {wanted!r} here", f"there are {', '.join((*present, 'torch'))}")
     return wanted or (present[-1] if present else "torch")
 
 
+@cache
 def step_of(group: int, unit: int) -> int | None:
     """How many inputs share a scale where weights share one by `group`: the most that divide it, whole units, or None if there is no such number."""
     return next((step for step in range(min(STEP, group), 0, -1) if group % step == 0 and step % unit == 0), None)
@@ -90,7 +92,7 @@ def multiply(
         rows, columns, columns // scales.shape[1], step, bits, SCALES[scales.dtype],
     )  # fmt: skip
     right = _Inputs(rounded.data_ptr(), units.data_ptr(), sums.data_ptr(), tokens * digits, digits)
-    found.t16_multiply_all(TIERS[tier], byref(matrix), byref(right), outputs.data_ptr(), rows, torch.get_num_threads())
+    found.t16_multiply(list(built()).index(tier), byref(matrix), byref(right), outputs.data_ptr(), rows, torch.get_num_threads())
     return outputs
 
 

@@ -1,4 +1,5 @@
 // AVX2 and FMA: a vector is two registers of 8 rows. Products of codes and digits are added in 16 bits, a few at a time, then in 32.
+// Needs: x86_64 avx2 fma f16c
 #include <immintrin.h>
 
 #include "kernel.hpp"

@@ -1,4 +1,5 @@
 // AVX-512 with VNNI: a vector is one register; four products per lane are added at once, in 32 bits.
+// Needs: x86_64 avx512f avx512bw avx512vl avx512vnni fma f16c
 #include <immintrin.h>
 
 #include "kernel.hpp"

@@ -1,4 +1,5 @@
 // Plain C++: the same kernels on arrays, for processors without a file of their own and to compare the others with, bit for bit.
+// Needs: any
 #include "kernel.hpp"
 
 namespace {

@@ -8,37 +8,33 @@
 #include "kernel.hpp"
 
 using Run = void (*)(const t16_matrix &, const t16_inputs &, float *, int64_t, int64_t, int64_t);
-void t16_run_plain(const t16_matrix &, const t16_inputs &, float *, int64_t, int64_t, int64_t);
-#ifdef T16_X86
-void t16_run_avx2(const t16_matrix &, const t16_inputs &, float *, int64_t, int64_t, int64_t);
-void t16_run_avx512(const t16_matrix &, const t16_inputs &, float *, int64_t, int64_t, int64_t);
-#endif
+
+// tiers.inc is written by build.py: TIER(file, whether the processor has all it needs) for each file.
+#define TIER(name, present) void t16_run_##name(const t16_matrix &, const t16_inputs &, float *, int64_t, int64_t, int64_t);
+#include "tiers.inc"
+#undef TIER
 
 namespace {
 
-enum { PLAIN = 1, AVX2 = 2, AVX512 = 4 };
+struct Tier {
+    const char *name;
+    Run run;
+    bool (*present)();
+};
 
-Run of_tier(int32_t tier) {
-#ifdef T16_X86
-    if (tier == AVX512) return t16_run_avx512;
-    if (tier == AVX2) return t16_run_avx2;
-#endif
-    return t16_run_plain;
-}
+constexpr Tier TIERS[] = {
+#define TIER(name, present) {#name, t16_run_##name, [] { return static_cast<bool>(present); }},
+#include "tiers.inc"
+#undef TIER
+};
+
+constexpr int32_t COUNT = sizeof TIERS / sizeof *TIERS;
 
 }  // namespace
 
-extern "C" int32_t t16_tiers(void) {
-    int32_t tiers = PLAIN;
-#ifdef T16_X86
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) tiers |= AVX2;
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512vnni"))
-        tiers |= AVX512;
-#endif
-    return tiers;
-}
+extern "C" const char *t16_tier(int32_t number) { return number < COUNT ? TIERS[number].name : nullptr; }
+
+extern "C" int32_t t16_present(int32_t number) { return number < COUNT && TIERS[number].present(); }
 
 extern "C" void t16_digits(const float *x, int64_t given, int64_t columns, int64_t step, int32_t digits, int8_t *out, float *scales, float *sums) {
     const float reach = digits == 2 ? 128 * 127 : 127;
@@ -71,14 +67,9 @@ extern "C" void t16_digits(const float *x, int64_t given, int64_t columns, int64
     }
 }
 
-extern "C" void t16_multiply(int32_t tier, const t16_matrix *matrix, const t16_inputs *inputs, float *y, int64_t y_stride, int64_t first,
-                             int64_t last) {
-    of_tier(tier)(*matrix, *inputs, y, y_stride, first, last);
-}
-
-extern "C" void t16_multiply_all(int32_t tier, const t16_matrix *matrix, const t16_inputs *inputs, float *y, int64_t y_stride, int32_t threads) {
+extern "C" void t16_multiply(int32_t tier, const t16_matrix *matrix, const t16_inputs *inputs, float *y, int64_t y_stride, int32_t threads) {
     const int64_t blocks = (matrix->rows + t16::ROWS - 1) / t16::ROWS;
-    const Run run = of_tier(tier);
+    const Run run = TIERS[tier].run;
     if (threads <= 1) return run(*matrix, *inputs, y, y_stride, 0, blocks);
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (int32_t thread = 0; thread < threads; ++thread) run(*matrix, *inputs, y, y_stride, blocks * thread / threads, blocks * (thread + 1) / threads);

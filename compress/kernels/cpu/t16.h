@@ -39,19 +39,18 @@ typedef struct {
     int32_t per_input;      // digits of each input, 1 or 2
 } t16_inputs;
 
-// Which instruction sets this processor and this build have, one bit each: 1 plain C++, 2 AVX2, 4 AVX-512 VNNI.
-int32_t t16_tiers(void);
+// The instruction sets of this build, one per source file, by number, the fastest last: its name, or null from the last on, and whether this
+// processor has it.
+const char *t16_tier(int32_t number);
+int32_t t16_present(int32_t number);
 
 // One 8-bit digit of `x` [columns] per value (x ~ scale * digit), or two (x ~ scale * (128 * first + second)), 15 bits together.
 // `out` is [digits][columns], `scales` [digits][columns / step], that of the first of two digits 128 times the other's, and `sums`
 // [columns / step]. Columns from `given` on are zero.
 void t16_digits(const float *x, int64_t given, int64_t columns, int64_t step, int32_t digits, int8_t *out, float *scales, float *sums);
 
-// y [inputs][rows] = W x for the blocks of 16 rows from `first` to `last`, by one of the tiers.
-void t16_multiply(int32_t tier, const t16_matrix *matrix, const t16_inputs *inputs, float *y, int64_t y_stride, int64_t first, int64_t last);
-
-// The same for all rows, shared out to so many threads.
-void t16_multiply_all(int32_t tier, const t16_matrix *matrix, const t16_inputs *inputs, float *y, int64_t y_stride, int32_t threads);
+// y [inputs][rows] = W x by one of the instruction sets, rows shared out to so many threads.
+void t16_multiply(int32_t tier, const t16_matrix *matrix, const t16_inputs *inputs, float *y, int64_t y_stride, int32_t threads);
 
 // Reads `bytes`, a multiple of 256, from `data` as fast as this processor can, with so many threads; returns a sum so that it has to.
 uint64_t t16_read(const void *data, int64_t bytes, int32_t threads);
