@@ -19,19 +19,15 @@ int main() {
                                     const int blocks = (rows + 15) / 16, steps = columns / step;
                                     std::vector<uint8_t> codes(blocks * columns * bits * 2, 0xff), points(blocks * 16 * steps, 1);
                                     std::vector<uint16_t> scales(blocks * 16 * steps, 0x3f80);
-                                    std::vector<float> x(columns - 3, -1.5f), y(inputs * rows, 7), units(inputs * digits * steps), sums(inputs * steps);
-                                    std::vector<int8_t> rounded(inputs * digits * columns);
-                                    for (int input = 0; input < inputs; ++input)
-                                        t16_digits(x.data(), x.size(), columns, step, digits, &rounded[input * digits * columns],
-                                                   &units[input * digits * steps], &sums[input * steps]);
+                                    std::vector<float> x((columns - 3) * inputs, -1.5f), y(inputs * rows, 7);
                                     const t16_matrix matrix = {codes.data(), scales.data(), zeros ? points.data() : nullptr, rows, columns, step, step, bits, 1};
-                                    const t16_inputs right = {rounded.data(), units.data(), sums.data(), inputs * digits, digits};
-                                    t16_multiply(tier, &matrix, &right, y.data(), rows, 2);
+                                    t16_linear(tier, &matrix, x.data(), inputs, columns - 3, digits, y.data(), 2);
                                     for (float value : y)
                                         if (value == 7) std::abort();
                                 }
     }
     std::vector<uint64_t> data(1024, 1);
-    if (t16_read(data.data(), 8192, 2) == 0) std::abort();
+    t16_large_pages(data.data(), 8192);
+    if (t16_read(data.data(), 8192, 2) != 1024) std::abort();
     std::puts("clean");
 }

@@ -29,10 +29,6 @@ class _Matrix(ctypes.Structure):
     ]  # fmt: skip
 
 
-class _Inputs(ctypes.Structure):
-    _fields_ = [("digits", c_void_p), ("scales", c_void_p), ("sums", c_void_p), ("count", c_int32), ("per_input", c_int32)]
-
-
 @cache
 def library() -> ctypes.CDLL | None:
     """The library, or None where it was not built."""
@@ -43,8 +39,8 @@ def library() -> ctypes.CDLL | None:
     found.t16_tier.argtypes = found.t16_present.argtypes = [c_int32]
     found.t16_read.restype = c_uint64
     found.t16_read.argtypes = [c_void_p, c_int64, c_int32]
-    found.t16_digits.argtypes = [c_void_p, c_int64, c_int64, c_int64, c_int32, c_void_p, c_void_p, c_void_p]
-    found.t16_multiply.argtypes = [c_int32, POINTER(_Matrix), POINTER(_Inputs), c_void_p, c_int64, c_int32]
+    found.t16_linear.argtypes = [c_int32, POINTER(_Matrix), c_void_p, c_int64, c_int64, c_int32, c_void_p, c_int32]
+    found.t16_large_pages.argtypes = [c_void_p, c_int64]
     return found
 
 
@@ -80,24 +76,26 @@ def multiply(
     found = library()
     assert found is not None
     tokens, given = inputs.shape
-    rounded = torch.empty(tokens, digits, columns, dtype=torch.int8)
-    units, sums = torch.empty(tokens, digits, columns // step), torch.empty(tokens, columns // step)
-    for token in range(tokens):
-        found.t16_digits(
-            inputs[token].data_ptr(), given, columns, step, digits, rounded[token].data_ptr(), units[token].data_ptr(), sums[token].data_ptr()
-        )
     outputs = torch.empty(tokens, rows)
     matrix = _Matrix(
         codes.data_ptr(), scales.data_ptr(), None if zeros is None else zeros.data_ptr(),
         rows, columns, columns // scales.shape[1], step, bits, SCALES[scales.dtype],
     )  # fmt: skip
-    right = _Inputs(rounded.data_ptr(), units.data_ptr(), sums.data_ptr(), tokens * digits, digits)
-    found.t16_multiply(list(built()).index(tier), byref(matrix), byref(right), outputs.data_ptr(), rows, torch.get_num_threads())
+    number, threads = list(built()).index(tier), torch.get_num_threads()
+    found.t16_linear(number, byref(matrix), inputs.data_ptr(), tokens, given, digits, outputs.data_ptr(), threads)
     return outputs
+
+
+def empty(*shape: int) -> Tensor:
+    """uint8, uninitialised, in large pages where the system has them: reading it is then a tenth faster."""
+    memory = torch.empty(*shape, dtype=torch.uint8)
+    if found := library():
+        found.t16_large_pages(memory.data_ptr(), memory.numel())
+    return memory
 
 
 def read(data: Tensor, threads: int) -> None:
     """Read ``data``, contiguous, as fast as the processor can: what kernels are measured against."""
     found = library()
     assert found is not None
-    found.t16_read(data.data_ptr(), data.numel() * data.element_size() // 512 * 512, threads)
+    found.t16_read(data.data_ptr(), data.numel() * data.element_size() // 4096 * 4096, threads)

@@ -11,22 +11,28 @@ struct Avx2 {
     using Sum = __m256i;
     using Ints = __m256i;
     using Floats = __m256;
-    static constexpr int PARTS = 2, BLOCKS = 2, AHEAD = 1024;
+    static constexpr int PARTS = 2, BLOCKS = 2, MOST = 4;
 
     static Ints no_ints() { return _mm256_setzero_si256(); }
     static Sum no_sum() { return _mm256_setzero_si256(); }
     static Floats no_floats() { return _mm256_setzero_ps(); }
     static Bytes load(const uint8_t *from) { return _mm256_loadu_si256(reinterpret_cast<const __m256i *>(from)); }
-    static void prefetch(const uint8_t *from) { _mm_prefetch(reinterpret_cast<const char *>(from), _MM_HINT_T0); }
     static Bytes broadcast(const int8_t *from) {
         int32_t four;
         std::memcpy(&four, from, 4);
         return _mm256_set1_epi32(four);
     }
     static Bytes masked(Bytes code, int mask) { return _mm256_and_si256(code, _mm256_set1_epi8(static_cast<char>(mask))); }
-    static Bytes either(Bytes one, Bytes other) { return _mm256_or_si256(one, other); }
+    static Bytes twice(Bytes code) { return _mm256_add_epi8(code, code); }
+    // One more where the top bit of `other` is set.
+    static Bytes plus_top(Bytes code, Bytes other) { return _mm256_sub_epi8(code, _mm256_cmpgt_epi8(_mm256_setzero_si256(), other)); }
     template <int BY> static Bytes shifted(Bytes code) { return _mm256_srli_epi16(code, BY); }
-    static Sum add(Sum sum, Bytes code, Bytes digit) { return _mm256_add_epi16(sum, _mm256_maddubs_epi16(code, digit)); }
+    static Sum add(Sum sum, Bytes code, Bytes digit) {
+        sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(code, digit));
+        // In this order: a compiler that adds in trees runs out of registers, and half of its instructions are then spills.
+        asm("" : "+x"(sum));
+        return sum;
+    }
     // Codes less 128 as a magnitude times digits with its sign: both factors fit, and so does the sum of two products.
     static Ints add_signed(Ints total, Bytes code, Bytes digit) {
         const __m256i centred = _mm256_xor_si256(code, _mm256_set1_epi8(static_cast<char>(0x80)));
@@ -34,9 +40,8 @@ struct Avx2 {
         return _mm256_add_epi32(total, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
     }
     static Ints plus(Ints total, Sum sum) { return _mm256_add_epi32(total, _mm256_madd_epi16(sum, _mm256_set1_epi16(1))); }
-    static Ints plus_quarter(Ints total, Sum sum) {
-        return _mm256_add_epi32(total, _mm256_srai_epi32(_mm256_madd_epi16(sum, _mm256_set1_epi16(1)), 2));
-    }
+    // `quadrupled` is a sum of multiples of four.
+    static Sum plus_quarter(Sum sum, Sum quadrupled) { return _mm256_add_epi16(sum, _mm256_srai_epi16(quadrupled, 2)); }
     static Floats floats(Ints value) { return _mm256_cvtepi32_ps(value); }
     static Floats filled(float value) { return _mm256_set1_ps(value); }
     static Floats times(Floats one, Floats other) { return _mm256_mul_ps(one, other); }

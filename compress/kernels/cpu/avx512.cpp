@@ -11,20 +11,21 @@ struct Avx512 {
     using Sum = __m512i;
     using Ints = __m512i;
     using Floats = __m512;
-    static constexpr int PARTS = 1, BLOCKS = 2, AHEAD = 1024;
+    static constexpr int PARTS = 1, BLOCKS = 2, MOST = 8;
 
     static Ints no_ints() { return _mm512_setzero_si512(); }
     static Sum no_sum() { return _mm512_setzero_si512(); }
     static Floats no_floats() { return _mm512_setzero_ps(); }
     static Bytes load(const uint8_t *from) { return _mm512_loadu_si512(from); }
-    static void prefetch(const uint8_t *from) { _mm_prefetch(reinterpret_cast<const char *>(from), _MM_HINT_T0); }
     static Bytes broadcast(const int8_t *from) {
         int32_t four;
         std::memcpy(&four, from, 4);
         return _mm512_set1_epi32(four);
     }
     static Bytes masked(Bytes code, int mask) { return _mm512_and_si512(code, _mm512_set1_epi8(static_cast<char>(mask))); }
-    static Bytes either(Bytes one, Bytes other) { return _mm512_or_si512(one, other); }
+    static Bytes twice(Bytes code) { return _mm512_add_epi8(code, code); }
+    // One more where the top bit of `other` is set.
+    static Bytes plus_top(Bytes code, Bytes other) { return _mm512_or_si512(code, masked(_mm512_srli_epi16(other, 7), 0x01)); }
     template <int BY> static Bytes shifted(Bytes code) { return _mm512_srli_epi16(code, BY); }
     static Sum add(Sum sum, Bytes code, Bytes digit) { return _mm512_dpbusd_epi32(sum, code, digit); }
     // Codes times digits, less 128 times the digits.
@@ -33,7 +34,7 @@ struct Avx512 {
         return _mm512_sub_epi32(all, _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(static_cast<char>(0x80)), digit));
     }
     static Ints plus(Ints total, Sum sum) { return _mm512_add_epi32(total, sum); }
-    static Ints plus_quarter(Ints total, Sum sum) { return _mm512_add_epi32(total, _mm512_srai_epi32(sum, 2)); }
+    static Sum plus_quarter(Sum sum, Sum quadrupled) { return _mm512_add_epi32(sum, _mm512_srai_epi32(quadrupled, 2)); }
     static Floats floats(Ints value) { return _mm512_cvtepi32_ps(value); }
     static Floats filled(float value) { return _mm512_set1_ps(value); }
     static Floats times(Floats one, Floats other) { return _mm512_mul_ps(one, other); }

@@ -3,16 +3,28 @@
 // Bytes moved per multiplication: N * K * bits / 8 codes, N * K / group scales of 2 or 4 bytes and zero points of 1; K bytes per digit of an
 // input, N floats out. Everything else lives in registers or the first-level cache: the digits of the inputs are read once per block of rows.
 //
-// `Isa` has: Bytes, a register of codes (64 / PARTS bytes of a vector); Sum, what dot products of up to SPAN codes with digits are kept in;
-// Ints and Floats, 32 bits per lane.
+// `Isa` has: Bytes, a register of codes (64 / PARTS bytes of a vector); Sum, what dot products of up to SPAN units with digits are kept in;
+// Ints and Floats, 32 bits per lane; BLOCKS of rows read at once for one input; MOST digits, for which its registers suffice.
 #pragma once
 #include <cstring>
 
 #include "t16.h"
 
+struct t16_inputs {
+    const int8_t *digits;  // [count][columns]
+    const float *scales;   // [count][columns / step]
+    const float *sums;     // [count / per_input][columns / step], of what the digits stand for
+    int32_t count;         // columns of the right-hand side: inputs times digits of each
+    int32_t per_input;     // digits of each input, 1 or 2: x ~ scale * digit, or the sum of both; the first has 128 times the other's scale
+};
+
 namespace t16 {
 
 constexpr int ROWS = 16;
+
+// Where to fetch, in bytes past what is read. It has to be inlined: of a call that only fetches, compilers find that it does nothing.
+constexpr int AHEAD = 2048;
+inline __attribute__((always_inline)) void prefetch(const uint8_t *from) { __builtin_prefetch(from); }
 
 inline float widened(const void *scales, int64_t place, int32_t kind) {
     if (kind == T16_FLOAT32) return static_cast<const float *>(scales)[place];
@@ -43,68 +55,101 @@ template <> struct Width<4> { static constexpr int COLUMNS = 8, VECTORS = 1; };
 template <> struct Width<3> { static constexpr int COLUMNS = 32, VECTORS = 3; };
 template <> struct Width<2> { static constexpr int COLUMNS = 16, VECTORS = 1; };
 
-// Adds to 16-bit sums the products of one unit's codes with COUNT digits.
+// Whether every other code of 2 bits is multiplied where it stands, as four times itself, into sums of its own: it saves shifts, which a
+// few digits feel, and costs registers, which many digits need.
+template <int COUNT> constexpr bool FOURFOLD = COUNT <= 2;
+
+// What COUNT digits times the registers of a vector are summed in.
+template <class Isa, class T, int COUNT> using Sums = T[Isa::PARTS][COUNT];
+
+// Adds to `low` and `high` the products of one unit's codes with COUNT digits. The registers of a vector share what is loaded of the inputs.
 template <class Isa, int BITS, int COUNT>
-inline __attribute__((always_inline)) void unit(const uint8_t *codes, const int8_t *digits, int64_t stride, typename Isa::Sum (&low)[COUNT],
-                                                typename Isa::Sum (&high)[COUNT]) {
+inline __attribute__((always_inline)) void unit(const uint8_t *codes, const int8_t *digits, int64_t stride,
+                                                Sums<Isa, typename Isa::Sum, COUNT> &low, Sums<Isa, typename Isa::Sum, COUNT> &high) {
     using Bytes = typename Isa::Bytes;
-    const auto field = [&](Bytes code, int place, typename Isa::Sum(&sums)[COUNT]) __attribute__((always_inline)) {
-        for (int c = 0; c < COUNT; ++c) sums[c] = Isa::add(sums[c], code, Isa::broadcast(digits + c * stride + 4 * place));
+    constexpr int PARTS = Isa::PARTS;
+    const auto field = [&](int place, Sums<Isa, typename Isa::Sum, COUNT> &sums, auto code) __attribute__((always_inline)) {
+        Bytes fields[PARTS];
+        for (int part = 0; part < PARTS; ++part) fields[part] = code(part);
+        for (int c = 0; c < COUNT; ++c) {
+            const Bytes digit = Isa::broadcast(digits + c * stride + 4 * place);
+            for (int part = 0; part < PARTS; ++part) sums[part][c] = Isa::add(sums[part][c], fields[part], digit);
+        }
     };
+    Bytes first[PARTS], second[PARTS], third[PARTS];
+    for (int part = 0; part < PARTS; ++part) {
+        first[part] = Isa::load(codes + part * (64 / PARTS));
+        if constexpr (BITS == 3) {
+            second[part] = Isa::load(codes + part * (64 / PARTS) + 64);
+            third[part] = Isa::load(codes + part * (64 / PARTS) + 128);
+        }
+    }
     if constexpr (BITS == 4) {
-        const Bytes code = Isa::load(codes);
-        field(Isa::masked(code, 0x0f), 0, low);
-        field(Isa::masked(Isa::template shifted<4>(code), 0x0f), 1, low);
+        field(0, low, [&](int part) { return Isa::masked(first[part], 0x0f); });
+        field(1, low, [&](int part) { return Isa::masked(Isa::template shifted<4>(first[part]), 0x0f); });
     } else if constexpr (BITS == 2) {
-        const Bytes code = Isa::load(codes), upper = Isa::template shifted<4>(code);
-        field(Isa::masked(code, 0x03), 0, low);
-        field(Isa::masked(code, 0x0c), 1, high);
-        field(Isa::masked(upper, 0x03), 2, low);
-        field(Isa::masked(upper, 0x0c), 3, high);
+        for (int place = 0; place < 4; place += 2) {
+            field(place, low, [&](int part) { return Isa::masked(first[part], 0x03); });
+            if constexpr (FOURFOLD<COUNT>)
+                field(place + 1, high, [&](int part) { return Isa::masked(first[part], 0x0c); });
+            else
+                field(place + 1, low, [&](int part) { return Isa::masked(Isa::template shifted<2>(first[part]), 0x03); });
+            for (int part = 0; part < PARTS; ++part) first[part] = Isa::template shifted<4>(first[part]);
+        }
     } else {
-        const Bytes first = Isa::load(codes), second = Isa::load(codes + 64), third = Isa::load(codes + 128);
-        field(Isa::masked(first, 0x07), 0, low);
-        field(Isa::masked(Isa::template shifted<3>(first), 0x07), 1, low);
-        field(Isa::masked(second, 0x07), 2, low);
-        field(Isa::masked(Isa::template shifted<3>(second), 0x07), 3, low);
-        field(Isa::masked(third, 0x07), 4, low);
-        field(Isa::masked(Isa::template shifted<3>(third), 0x07), 5, low);
-        const Bytes lowest = Isa::masked(Isa::template shifted<6>(third), 0x03);
-        field(Isa::either(Isa::masked(Isa::template shifted<5>(first), 0x06), Isa::masked(lowest, 0x01)), 6, low);
-        field(Isa::either(Isa::masked(Isa::template shifted<5>(second), 0x06), Isa::masked(Isa::template shifted<1>(lowest), 0x01)), 7, low);
+        field(0, low, [&](int part) { return Isa::masked(first[part], 0x07); });
+        field(1, low, [&](int part) { return Isa::masked(Isa::template shifted<3>(first[part]), 0x07); });
+        field(2, low, [&](int part) { return Isa::masked(second[part], 0x07); });
+        field(3, low, [&](int part) { return Isa::masked(Isa::template shifted<3>(second[part]), 0x07); });
+        field(4, low, [&](int part) { return Isa::masked(third[part], 0x07); });
+        field(5, low, [&](int part) { return Isa::masked(Isa::template shifted<3>(third[part]), 0x07); });
+        field(6, low, [&](int part) { return Isa::plus_top(Isa::masked(Isa::template shifted<5>(first[part]), 0x06), Isa::twice(third[part])); });
+        field(7, low, [&](int part) { return Isa::plus_top(Isa::masked(Isa::template shifted<5>(second[part]), 0x06), third[part]); });
     }
 }
 
-// Dot products of COUNT digits with one register of codes, `units` units long; what comes AHEAD of them is fetched. For 8 bits as if each
-// code were less by 128, which no 8-bit product then overflows.
-template <class Isa, int BITS, int COUNT, bool FETCH>
+// Dot products of COUNT digits with 16 rows of codes, `units` units long; what comes AHEAD of them is fetched. For 8 bits as if each code
+// were less by 128, which no 8-bit product then overflows.
+template <class Isa, int BITS, int COUNT>
 inline __attribute__((always_inline)) void dots(const uint8_t *codes, const int8_t *digits, int64_t stride, int64_t units,
-                                                typename Isa::Ints (&total)[COUNT]) {
-    constexpr int BYTES = 64 * Width<BITS>::VECTORS, COLUMNS = Width<BITS>::COLUMNS;
+                                                Sums<Isa, typename Isa::Ints, COUNT> &total) {
+    constexpr int PARTS = Isa::PARTS, BYTES = 64 * Width<BITS>::VECTORS, COLUMNS = Width<BITS>::COLUMNS;
     const auto fetch = [&](int64_t place) __attribute__((always_inline)) {
-        if constexpr (FETCH)
-            for (int vector = 0; vector < Width<BITS>::VECTORS; ++vector) Isa::prefetch(codes + place * BYTES + 64 * vector + Isa::AHEAD);
+        for (int vector = 0; vector < Width<BITS>::VECTORS; ++vector) prefetch(codes + place * BYTES + 64 * vector + AHEAD);
     };
-    for (int c = 0; c < COUNT; ++c) total[c] = Isa::no_ints();
+    for (int part = 0; part < PARTS; ++part)
+        for (int c = 0; c < COUNT; ++c) total[part][c] = Isa::no_ints();
     if constexpr (BITS == 8) {
         for (int64_t place = 0; place < units; ++place) {
-            const typename Isa::Bytes code = Isa::load(codes + place * BYTES);
             fetch(place);
-            for (int c = 0; c < COUNT; ++c) total[c] = Isa::add_signed(total[c], code, Isa::broadcast(digits + c * stride + place * 4));
+            typename Isa::Bytes code[PARTS];
+            for (int part = 0; part < PARTS; ++part) code[part] = Isa::load(codes + place * BYTES + part * (64 / PARTS));
+            for (int c = 0; c < COUNT; ++c) {
+                const typename Isa::Bytes digit = Isa::broadcast(digits + c * stride + place * 4);
+                for (int part = 0; part < PARTS; ++part) total[part][c] = Isa::add_signed(total[part][c], code[part], digit);
+            }
         }
     } else {
-        constexpr int SPAN = BITS == 3 ? 2 : 4;  // units until 16-bit sums could overflow
+        // Units until 16-bit sums could overflow; of 2 bits, where one sum is of fourfold codes, that one comes back to the other earlier.
+        constexpr int SPAN = BITS == 3 ? 2 : BITS == 4 ? 4 : 8, INNER = BITS == 2 && FOURFOLD<COUNT> ? 4 : SPAN;
         const auto some = [&](int64_t start, int64_t count) __attribute__((always_inline)) {
-            typename Isa::Sum low[COUNT], high[COUNT];
-            for (int c = 0; c < COUNT; ++c) low[c] = high[c] = Isa::no_sum();
-            for (int64_t place = start; place < start + count; ++place) {
-                fetch(place);
-                unit<Isa, BITS, COUNT>(codes + place * BYTES, digits + place * COLUMNS, stride, low, high);
+            Sums<Isa, typename Isa::Sum, COUNT> low, high;
+            for (int part = 0; part < PARTS; ++part)
+                for (int c = 0; c < COUNT; ++c) low[part][c] = Isa::no_sum();
+            for (int64_t inner = start; inner < start + count; inner += INNER) {
+                if constexpr (BITS == 2 && FOURFOLD<COUNT>)
+                    for (int part = 0; part < PARTS; ++part)
+                        for (int c = 0; c < COUNT; ++c) high[part][c] = Isa::no_sum();
+                for (int64_t place = inner; place < inner + INNER && place < start + count; ++place) {
+                    fetch(place);
+                    unit<Isa, BITS, COUNT>(codes + place * BYTES, digits + place * COLUMNS, stride, low, high);
+                }
+                if constexpr (BITS == 2 && FOURFOLD<COUNT>)
+                    for (int part = 0; part < PARTS; ++part)
+                        for (int c = 0; c < COUNT; ++c) low[part][c] = Isa::plus_quarter(low[part][c], high[part][c]);
             }
-            for (int c = 0; c < COUNT; ++c) {
-                total[c] = Isa::plus(total[c], low[c]);
-                if constexpr (BITS == 2) total[c] = Isa::plus_quarter(total[c], high[c]);
-            }
+            for (int part = 0; part < PARTS; ++part)
+                for (int c = 0; c < COUNT; ++c) total[part][c] = Isa::plus(total[part][c], low[part][c]);
         };
         int64_t place = 0;
         for (; place + SPAN <= units; place += SPAN) some(place, SPAN);
@@ -135,13 +180,9 @@ void multiply(const t16_matrix &matrix, const t16_inputs &inputs, int first_digi
         for (const int64_t end = step + per_group; step < end; ++step, digits += width)
 #pragma GCC unroll 4
             for (int block = 0; block < BLOCKS; ++block) {
-#pragma GCC unroll 2
+                Sums<Isa, typename Isa::Ints, COUNT> total;
+                dots<Isa, BITS, COUNT>(codes[block], digits, columns, units, total);
                 for (int part = 0; part < PARTS; ++part) {
-                    typename Isa::Ints total[COUNT];
-                    if (part == 0)
-                        dots<Isa, BITS, COUNT, true>(codes[block], digits, columns, units, total);
-                    else
-                        dots<Isa, BITS, COUNT, false>(codes[block] + part * (64 / PARTS), digits, columns, units, total);
                     const int64_t rows = place[block] + group * ROWS + part * LANES;
                     const Floats scale = Isa::scales(matrix.scales, rows, matrix.scale);
                     // Codes of 8 bits were multiplied as if less by 128.
@@ -152,7 +193,7 @@ void multiply(const t16_matrix &matrix, const t16_inputs &inputs, int first_digi
                     for (int input = 0; input < INPUTS; ++input) {
                         Floats &to = result[block][part][input];
                         for (int digit = input * DIGITS; digit < (input + 1) * DIGITS; ++digit)
-                            to = Isa::plus_product(to, Isa::floats(total[digit]), Isa::times(scale, Isa::filled(unit[digit * steps + step])));
+                            to = Isa::plus_product(to, Isa::floats(total[part][digit]), Isa::times(scale, Isa::filled(unit[digit * steps + step])));
                         if (BITS != 8 || matrix.zeros) to = Isa::less(to, scaled_zero, Isa::filled(sum[input * steps + step]));
                     }
                 }
@@ -169,27 +210,29 @@ void multiply(const t16_matrix &matrix, const t16_inputs &inputs, int first_digi
         }
 }
 
-template <class Isa, int BITS, int COUNT, int DIGITS>
-void blocks_of(const t16_matrix &matrix, const t16_inputs &inputs, int digit, float *y, int64_t y_stride, int64_t first, int64_t last) {
-    // What is common is compiled for itself: every variant costs seconds of compiling.
-    if constexpr (COUNT <= 2 && Isa::BLOCKS > 1)
+// One digit of one input, or both of it. What is common is compiled for itself: every variant costs seconds of compiling.
+template <class Isa, int BITS, int DIGITS>
+void one_input(const t16_matrix &matrix, const t16_inputs &inputs, float *y, int64_t first, int64_t last) {
+    if constexpr (Isa::BLOCKS > 1)
         if (matrix.step == 128) {
             const int64_t apart = (last - first) / Isa::BLOCKS;
             for (int64_t block = first; block < first + apart; ++block)
-                multiply<Isa, BITS, COUNT, DIGITS, Isa::BLOCKS, 128>(matrix, inputs, digit, y, y_stride, block, apart);
+                multiply<Isa, BITS, DIGITS, DIGITS, Isa::BLOCKS, 128>(matrix, inputs, 0, y, 0, block, apart);
             first += apart * Isa::BLOCKS;
         }
-    for (int64_t block = first; block < last; ++block) multiply<Isa, BITS, COUNT, DIGITS, 1, 0>(matrix, inputs, digit, y, y_stride, block, 0);
+    for (int64_t block = first; block < last; ++block) multiply<Isa, BITS, DIGITS, DIGITS, 1, 0>(matrix, inputs, 0, y, 0, block, 0);
 }
 
 template <class Isa, int BITS, int DIGITS>
 void width(const t16_matrix &matrix, const t16_inputs &inputs, float *y, int64_t y_stride, int64_t first, int64_t last) {
-    int digit = 0;
-    for (; inputs.count - digit >= 8; digit += 8) blocks_of<Isa, BITS, 8, DIGITS>(matrix, inputs, digit, y, y_stride, first, last);
-    for (; inputs.count - digit >= 4; digit += 4) blocks_of<Isa, BITS, 4, DIGITS>(matrix, inputs, digit, y, y_stride, first, last);
-    for (; inputs.count - digit >= 2; digit += 2) blocks_of<Isa, BITS, 2, DIGITS>(matrix, inputs, digit, y, y_stride, first, last);
-    if constexpr (DIGITS == 1)
-        if (digit < inputs.count) blocks_of<Isa, BITS, 1, 1>(matrix, inputs, digit, y, y_stride, first, last);
+    if (inputs.count == DIGITS) return one_input<Isa, BITS, DIGITS>(matrix, inputs, y, first, last);
+    // Of many inputs, a block stays in the cache while all of them are multiplied with it.
+    for (int64_t block = first; block < last; ++block) {
+        int digit = 0;
+        for (; inputs.count - digit >= Isa::MOST; digit += Isa::MOST)
+            multiply<Isa, BITS, Isa::MOST, DIGITS, 1, 0>(matrix, inputs, digit, y, y_stride, block, 0);
+        for (; digit < inputs.count; digit += DIGITS) multiply<Isa, BITS, DIGITS, DIGITS, 1, 0>(matrix, inputs, digit, y, y_stride, block, 0);
+    }
 }
 
 template <class Isa, int BITS>

@@ -9,7 +9,7 @@ struct Plain {
     struct Ints { int32_t lane[16]; };
     struct Floats { float lane[16]; };
     using Sum = Ints;
-    static constexpr int PARTS = 1, BLOCKS = 1, AHEAD = 0;
+    static constexpr int PARTS = 1, BLOCKS = 1, MOST = 4;
 
     static Ints no_ints() { return Ints{}; }
     static Sum no_sum() { return Sum{}; }
@@ -19,7 +19,6 @@ struct Plain {
         std::memcpy(bytes.lane, from, 64);
         return bytes;
     }
-    static void prefetch(const uint8_t *) {}
     static Bytes broadcast(const int8_t *from) {
         Bytes bytes;
         for (int lane = 0; lane < 16; ++lane) std::memcpy(bytes.lane + 4 * lane, from, 4);
@@ -29,9 +28,13 @@ struct Plain {
         for (uint8_t &byte : code.lane) byte &= static_cast<uint8_t>(mask);
         return code;
     }
-    static Bytes either(Bytes one, Bytes other) {
-        for (int byte = 0; byte < 64; ++byte) one.lane[byte] |= other.lane[byte];
-        return one;
+    static Bytes twice(Bytes code) {
+        for (uint8_t &byte : code.lane) byte = static_cast<uint8_t>(2 * byte);
+        return code;
+    }
+    static Bytes plus_top(Bytes code, Bytes other) {
+        for (int byte = 0; byte < 64; ++byte) code.lane[byte] = static_cast<uint8_t>(code.lane[byte] + (other.lane[byte] >> 7));
+        return code;
     }
     template <int BY> static Bytes shifted(Bytes code) {
         for (uint8_t &byte : code.lane) byte = static_cast<uint8_t>(byte >> BY);
@@ -49,9 +52,9 @@ struct Plain {
         for (int lane = 0; lane < 16; ++lane) total.lane[lane] += sum.lane[lane];
         return total;
     }
-    static Ints plus_quarter(Ints total, Sum sum) {
-        for (int lane = 0; lane < 16; ++lane) total.lane[lane] += sum.lane[lane] / 4;
-        return total;
+    static Sum plus_quarter(Sum sum, Sum quadrupled) {
+        for (int lane = 0; lane < 16; ++lane) sum.lane[lane] += quadrupled.lane[lane] / 4;
+        return sum;
     }
     template <class F> static Floats each(F value) {
         Floats floats;

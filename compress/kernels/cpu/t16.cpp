@@ -1,9 +1,15 @@
-// The digits of inputs, the choice of an instruction set, and threads.
+// The digits of inputs, the choice of an instruction set, threads, and memory.
 #include "t16.h"
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <vector>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
 
 #include "kernel.hpp"
 
@@ -36,12 +42,23 @@ extern "C" const char *t16_tier(int32_t number) { return number < COUNT ? TIERS[
 
 extern "C" int32_t t16_present(int32_t number) { return number < COUNT && TIERS[number].present(); }
 
-extern "C" void t16_digits(const float *x, int64_t given, int64_t columns, int64_t step, int32_t digits, int8_t *out, float *scales, float *sums) {
+namespace {
+
+// Rounds one input. `out` is [digits][columns], `scales` [digits][steps], `sums`, of what the digits stand for, [steps].
+void round_input(const float *x, int64_t given, int64_t columns, int64_t step, int32_t digits, int8_t *out, float *scales, float *sums) {
     const float reach = digits == 2 ? 128 * 127 : 127;
+    // Adding and taking away this rounds to whole numbers, ties to even, and unlike library calls several at once.
+    constexpr float WHOLE = 12582912;
     for (int64_t start = 0, place = 0; start < columns; start += step, ++place) {
         const int64_t end = std::max(start, std::min(start + step, given));
-        float largest = 0;
-        for (int64_t k = start; k < end; ++k) largest = std::max(largest, std::fabs(x[k]));
+        uint32_t magnitude = 0;  // as bits, which order as the numbers do
+        for (int64_t k = start; k < end; ++k) {
+            uint32_t bits;
+            std::memcpy(&bits, x + k, 4);
+            magnitude = std::max(magnitude, bits & 0x7fffffffu);
+        }
+        float largest;
+        std::memcpy(&largest, &magnitude, 4);
         const float inverse = reach / largest, scale = std::isfinite(inverse) ? largest / reach : 0, factor = scale > 0 ? inverse : 0;
         int32_t sum = 0;
         std::memset(out + start, 0, step);
@@ -49,7 +66,7 @@ extern "C" void t16_digits(const float *x, int64_t given, int64_t columns, int64
             int8_t *second = out + columns;
             std::memset(second + start, 0, step);
             for (int64_t k = start; k < end; ++k) {
-                const int32_t whole = static_cast<int32_t>(std::nearbyint(x[k] * factor)), first = (whole + 64) >> 7;
+                const int32_t whole = static_cast<int32_t>((x[k] * factor + WHOLE) - WHOLE), first = (whole + 64) >> 7;
                 out[k] = static_cast<int8_t>(first);
                 second[k] = static_cast<int8_t>(whole - 128 * first);
                 sum += whole;
@@ -57,7 +74,7 @@ extern "C" void t16_digits(const float *x, int64_t given, int64_t columns, int64
             scales[columns / step + place] = scale;
         } else {
             for (int64_t k = start; k < end; ++k) {
-                const int32_t whole = static_cast<int32_t>(std::nearbyint(x[k] * factor));
+                const int32_t whole = static_cast<int32_t>((x[k] * factor + WHOLE) - WHOLE);
                 out[k] = static_cast<int8_t>(whole);
                 sum += whole;
             }
@@ -67,30 +84,64 @@ extern "C" void t16_digits(const float *x, int64_t given, int64_t columns, int64
     }
 }
 
-extern "C" void t16_multiply(int32_t tier, const t16_matrix *matrix, const t16_inputs *inputs, float *y, int64_t y_stride, int32_t threads) {
-    const int64_t blocks = (matrix->rows + t16::ROWS - 1) / t16::ROWS;
+}  // namespace
+
+extern "C" void t16_linear(int32_t tier, const t16_matrix *matrix, const float *x, int64_t tokens, int64_t given, int32_t digits, float *y,
+                           int32_t threads) {
+    // As many inputs at a time as stay in the second-level cache while every block of rows is multiplied with them.
+    constexpr int64_t CACHED = 256 << 10;
+    const int64_t columns = matrix->columns, steps = columns / matrix->step, blocks = (matrix->rows + t16::ROWS - 1) / t16::ROWS;
+    const int64_t most = std::min(tokens, std::max<int64_t>(8, CACHED / (columns * digits)));
+    std::vector<int8_t> rounded(most * digits * columns);
+    std::vector<float> scales(most * digits * steps), sums(most * steps);
     const Run run = TIERS[tier].run;
-    if (threads <= 1) return run(*matrix, *inputs, y, y_stride, 0, blocks);
-#pragma omp parallel for num_threads(threads) schedule(static, 1)
-    for (int32_t thread = 0; thread < threads; ++thread) run(*matrix, *inputs, y, y_stride, blocks * thread / threads, blocks * (thread + 1) / threads);
+    for (int64_t start = 0; start < tokens; start += most) {
+        const int64_t count = std::min(most, tokens - start);
+        const t16_inputs inputs = {rounded.data(), scales.data(), sums.data(), static_cast<int32_t>(count * digits), digits};
+        const auto round_one = [&](int64_t token) {
+            round_input(x + (start + token) * given, given, columns, matrix->step, digits, rounded.data() + token * digits * columns,
+                        scales.data() + token * digits * steps, sums.data() + token * steps);
+        };
+        float *to = y + start * matrix->rows;
+        if (threads <= 1) {
+            for (int64_t token = 0; token < count; ++token) round_one(token);
+            run(*matrix, inputs, to, matrix->rows, 0, blocks);
+            continue;
+        }
+#pragma omp parallel num_threads(threads)
+        {
+#pragma omp for schedule(static)
+            for (int64_t token = 0; token < count; ++token) round_one(token);
+#pragma omp for schedule(static, 1)
+            for (int32_t thread = 0; thread < threads; ++thread)
+                run(*matrix, inputs, to, matrix->rows, blocks * thread / threads, blocks * (thread + 1) / threads);
+        }
+    }
+}
+
+extern "C" void t16_large_pages(void *data, int64_t bytes) {
+#ifdef __linux__
+    const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE)), start = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
+    const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / page * page;
+    if (end > start) madvise(reinterpret_cast<void *>(start), end - start, MADV_HUGEPAGE);
+#endif
 }
 
 extern "C" uint64_t t16_read(const void *data, int64_t bytes, int32_t threads) {
     uint64_t total = 0;
 #pragma omp parallel for num_threads(threads) schedule(static, 1) reduction(+ : total)
     for (int32_t thread = 0; thread < threads; ++thread) {
-        // Two streams, as the kernels have them.
-        const int64_t half = bytes / threads / 512 * 32;
-        const uint64_t *one = static_cast<const uint64_t *>(data) + 2 * half * thread, *other = one + half;
-        uint64_t sums[16] = {};
-        for (int64_t place = 0; place + 8 <= half; place += 8) {
-            __builtin_prefetch(one + place + 256);
-            __builtin_prefetch(other + place + 256);
-            for (int lane = 0; lane < 8; ++lane) {
-                sums[lane] += one[place + lane];
-                sums[8 + lane] += other[place + lane];
+        // Eight streams, 256 bytes of each in turn: what was fastest of one to eight.
+        constexpr int64_t STREAMS = 8, WORDS = 32;
+        const int64_t part = bytes / threads / STREAMS / 256 * WORDS;
+        const uint64_t *from = static_cast<const uint64_t *>(data) + STREAMS * part * thread;
+        uint64_t sums[WORDS] = {};
+        for (int64_t place = 0; place < part; place += WORDS)
+            for (int64_t stream = 0; stream < STREAMS; ++stream) {
+                const uint64_t *words = from + stream * part + place;
+                for (int64_t line = 0; line < WORDS; line += 8) __builtin_prefetch(words + line + 64);
+                for (int64_t word = 0; word < WORDS; ++word) sums[word] += words[word];
             }
-        }
         for (const uint64_t sum : sums) total += sum;
     }
     return total;

@@ -31,28 +31,19 @@ typedef struct {
     int32_t scale;         // enum t16_scale
 } t16_matrix;
 
-typedef struct {
-    const int8_t *digits;   // [count][columns]
-    const float *scales;    // [count][columns / step]
-    const float *sums;      // [count / per_input][columns / step], of what the digits stand for
-    int32_t count;          // columns of the right-hand side: inputs times digits of each
-    int32_t per_input;      // digits of each input, 1 or 2
-} t16_inputs;
-
 // The instruction sets of this build, one per source file, by number, the fastest last: its name, or null from the last on, and whether this
 // processor has it.
 const char *t16_tier(int32_t number);
 int32_t t16_present(int32_t number);
 
-// One 8-bit digit of `x` [columns] per value (x ~ scale * digit), or two (x ~ scale * (128 * first + second)), 15 bits together.
-// `out` is [digits][columns], `scales` [digits][columns / step], that of the first of two digits 128 times the other's, and `sums`
-// [columns / step]. Columns from `given` on are zero.
-void t16_digits(const float *x, int64_t given, int64_t columns, int64_t step, int32_t digits, int8_t *out, float *scales, float *sums);
+// y [tokens][rows] = x [tokens][given] times W', by one of the instruction sets and so many threads. Columns from `given` on are zero.
+// Inputs are rounded, `step` of them to one scale: x ~ scale * digit of 8 bits, or x ~ scale * (128 * first + second), 15 bits together.
+void t16_linear(int32_t tier, const t16_matrix *matrix, const float *x, int64_t tokens, int64_t given, int32_t digits, float *y, int32_t threads);
 
-// y [inputs][rows] = W x by one of the instruction sets, rows shared out to so many threads.
-void t16_multiply(int32_t tier, const t16_matrix *matrix, const t16_inputs *inputs, float *y, int64_t y_stride, int32_t threads);
+// Asks for large pages for memory that nothing was written to yet: addresses are then looked up less often. A hint.
+void t16_large_pages(void *data, int64_t bytes);
 
-// Reads `bytes`, a multiple of 256, from `data` as fast as this processor can, with so many threads; returns a sum so that it has to.
+// Reads `bytes`, a multiple of 4096, from `data` as fast as this processor can, with so many threads; returns a sum so that it has to.
 uint64_t t16_read(const void *data, int64_t bytes, int32_t threads);
 
 #ifdef __cplusplus
