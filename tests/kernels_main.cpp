@@ -1,33 +1,50 @@
-// Runs every kernel once on memory of exactly the size it may touch, for a sanitizer to watch.
+// Runs every kernel on memory of exactly the size it may touch, for a sanitizer to watch, and compares it with the plain one, bit for bit.
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
+#include <string>
 #include <vector>
 
 #include "t16.h"
 
+static uint32_t seed = 1;
+static uint32_t next() { return (seed = seed * 1664525u + 1013904223u) >> 8; }
+
 int main() {
-    for (int tier = 0; t16_tier(tier); ++tier) {
-        if (!t16_present(tier)) continue;
-        for (int bits : {2, 3, 4, 8})
-            for (int columns : {32, 128, 384})
-                for (int step : {32, 128})
-                    for (int rows : {1, 16, 37})
-                        for (int inputs : {1, 3, 9})
-                            for (int digits : {1, 2})
-                                for (int zeros : {0, 1}) {
+    std::string ran;
+    for (int tier = 0; t16_tier(tier); ++tier)
+        if (t16_present(tier)) ran += std::string(" ") + t16_tier(tier);
+    for (int bits : {2, 3, 4, 8})
+        for (int columns : {32, 128, 384})
+            for (int step : {32, 128})
+                for (int rows : {1, 16, 37})
+                    for (int inputs : {1, 3, 9})
+                        for (int digits : {1, 2})
+                            for (int zeros : {0, 1})
+                                for (int scale : {T16_FLOAT32, T16_BFLOAT16, T16_FLOAT16}) {
                                     if (columns % step) continue;
-                                    const int blocks = (rows + 15) / 16, steps = columns / step;
-                                    std::vector<uint8_t> codes(blocks * columns * bits * 2, 0xff), points(blocks * 16 * steps, 1);
-                                    std::vector<uint16_t> scales(blocks * 16 * steps, 0x3f80);
-                                    std::vector<float> x((columns - 3) * inputs, -1.5f), y(inputs * rows, 7);
-                                    const t16_matrix matrix = {codes.data(), scales.data(), zeros ? points.data() : nullptr, rows, columns, step, step, bits, 1};
-                                    t16_linear(tier, &matrix, x.data(), inputs, columns - 3, digits, y.data(), 2);
-                                    for (float value : y)
-                                        if (value == 7) std::abort();
+                                    const int blocks = (rows + 15) / 16, steps = columns / step, given = columns - 3;
+                                    std::vector<uint8_t> codes(blocks * columns * bits * 2), points(blocks * 16 * steps);
+                                    for (uint8_t &code : codes) code = static_cast<uint8_t>(next());
+                                    for (uint8_t &point : points) point = static_cast<uint8_t>(next() % (1u << bits));
+                                    std::vector<uint16_t> halves(blocks * 16 * steps, 0x3c12);
+                                    std::vector<float> floats(blocks * 16 * steps, 0.37f), x(given * inputs), expected;
+                                    for (float &value : x) value = static_cast<float>(next() % 2001) - 1000;
+                                    const void *scales = scale == T16_FLOAT32 ? static_cast<const void *>(floats.data()) : halves.data();
+                                    const t16_matrix matrix = {codes.data(), scales, zeros ? points.data() : nullptr, rows, columns, step, step, bits, scale};
+                                    for (int tier = 0; t16_tier(tier); ++tier) {
+                                        if (!t16_present(tier)) continue;
+                                        std::vector<float> y(inputs * rows, 7);
+                                        t16_linear(tier, &matrix, x.data(), inputs, given, digits, y.data(), 2);
+                                        if (expected.empty()) expected = y;
+                                        if (std::memcmp(y.data(), expected.data(), y.size() * sizeof(float))) {
+                                            std::printf("%s differs: %d bits, %d columns, %d inputs\n", t16_tier(tier), bits, columns, inputs);
+                                            return 1;
+                                        }
+                                    }
                                 }
-    }
     std::vector<uint64_t> data(1024, 1);
     t16_large_pages(data.data(), 8192);
     if (t16_read(data.data(), 8192, 2) != 1024) std::abort();
-    std::puts("clean");
+    std::printf("clean:%s\n", ran.c_str());
 }

@@ -20,6 +20,8 @@ from pathlib import Path
 
 SOURCES = Path(__file__).parent / "cpu"
 NEEDS = "// Needs:"
+MACHINES = {"amd64": "x86_64", "arm64": "aarch64"}
+"""What some systems call machines that have another name here."""
 FLAGS = ["-std=c++17", "-fPIC", "-fno-math-errno", "-ffp-contract=off"]
 
 
@@ -28,16 +30,17 @@ def compiler() -> str | None:
     return os.environ.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
 
 
-def compile_library(called: str, target: Path, extra: Sequence[str] = ()) -> None:
-    """Compile the kernels to `target` by the compiler so `called`. Raises `CalledProcessError` with what it said."""
+def compile_library(called: str, target: Path, extra: Sequence[str] = (), machine: str = platform.machine()) -> None:
+    """Compile the kernels for `machine` to `target` by the compiler so `called`. Raises `CalledProcessError` with what it said."""
+    machine = MACHINES.get(machine.lower(), machine)
     common = [*extra, *(["-fopenmp"] if sys.platform.startswith("linux") else [])]
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        tiers = _tiers()
+        tiers = _tiers(machine)
         Path(folder, "tiers.inc").write_text("".join(f"TIER({name}, {_question(features)})\n" for name, features in tiers.items()))
         objects, commands = [], []
         for name, features in (*reversed(tiers.items()), ("t16", ())):  # those that take longest first
             # The plain kernels are there to compare with: what -O3 would add to them is half of the time to compile.
-            flags = ["-O3" if features or name == "t16" else "-O1", *FLAGS, *common, *(f"-m{feature}" for feature in features)]
+            flags = ["-O3" if features or name == "t16" else "-O1", *FLAGS, *common, *_options(machine, features)]
             objects.append(f"{folder}/{name}.o")
             commands.append([called, *flags, f"-I{folder}", "-c", str(SOURCES / f"{name}.cpp"), "-o", objects[-1]])
         with ThreadPoolExecutor() as pool:
@@ -47,20 +50,27 @@ def compile_library(called: str, target: Path, extra: Sequence[str] = ()) -> Non
         os.replace(whole, target)
 
 
-def _tiers() -> dict[str, tuple[str, ...]]:
-    """The files that can be compiled for this machine and the features each needs, the fastest last."""
+def _tiers(machine: str) -> dict[str, tuple[str, ...]]:
+    """The files that can be compiled for `machine` and the features each needs, the fastest last."""
     found = {}
     for path in SOURCES.glob("*.cpp"):
         if path.stem != "t16":
             needs = next(line for line in path.read_text().splitlines() if line.startswith(NEEDS)).removeprefix(NEEDS).split()
-            if needs[0] in ("any", platform.machine().lower().replace("amd64", "x86_64")):
+            if needs[0] in ("any", machine):
                 found[path.stem] = tuple(needs[1:])
     return dict(sorted(found.items(), key=lambda item: len(item[1])))
 
 
+def _options(machine: str, features: Sequence[str]) -> list[str]:
+    """What lets a compiler use `features`."""
+    if machine == "aarch64":
+        return ["-march=armv8.2-a" + "".join(f"+{feature}" for feature in features)]
+    return [f"-m{feature}" for feature in features]
+
+
 def _question(features: Sequence[str]) -> str:
     """Whether a processor has `features`, in C++."""
-    return " && ".join(f'__builtin_cpu_supports("{feature}")' for feature in features) or "true"
+    return " && ".join(f'HAS("{feature}")' for feature in features) or "true"
 
 
 def _run(command: list[str]) -> None:

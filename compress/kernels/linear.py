@@ -1,9 +1,9 @@
 """The product with a packed weight as an operator of torch, and the module that holds one.
 
-``compress::packed_linear`` has one meaning and several implementations: compiled kernels for a few tokens on a CPU, and everywhere else, and
-for many tokens, unpacking and torch's own product, a block of rows at a time. Fake tensors pass through it, so it can be compiled and exported.
+``compress::packed_linear`` has one meaning and several implementations: compiled kernels on a CPU, and everywhere else unpacking and torch's own
+product, a block of rows at a time. Fake tensors pass through it, so it can be compiled and exported.
 
-For a few tokens on a CPU inputs are rounded, `digits` of 8 bits each, at most 128 of them to one scale: 2 digits, the default, cost about 5e-5 of
+The compiled kernels round inputs, `digits` of 8 bits each, at most 128 of them to one scale: 2 digits, the default, cost about 5e-5 of
 an output, less than inputs in bfloat16 do; 1 digit is faster and costs about 7e-3.
 """
 
@@ -18,8 +18,6 @@ from compress.errors import InputError
 from compress.kernels import native, t16
 from compress.numerics.grid import Integer, Quantized
 
-FEW = 32
-"""Tokens from which on unpacking a weight costs less than multiplying it once more."""
 ROWS_AT_ONCE = 1024
 DIGITS = 2
 
@@ -48,10 +46,10 @@ def _by_unpacking(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None
 
 
 def _on_cpu(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, rows: int, columns: int, digits: int) -> Tensor:
-    tier, tokens = native.tier(), x.numel() // columns
+    tier = native.tier()
     stored = codes[0].numel() * 8 // bits // t16.ROWS
     step = native.step_of(stored // scales.shape[1], t16.COLUMNS[bits])
-    if tier == "torch" or tokens > FEW or step is None or tokens == 0:
+    if tier == "torch" or step is None:
         return _by_unpacking(x, codes, scales, zeros, bits, rows, columns, digits)
     given = x.reshape(-1, columns).float().contiguous()
     outputs = native.multiply(given, codes, scales, zeros, bits=bits, rows=rows, columns=stored, step=step, digits=digits, tier=tier)
@@ -90,7 +88,8 @@ class PackedLinear(nn.Module):
         self.bits, self.digits = grid.bits, digits
         self.out_features, self.in_features = weight.codes.shape
         offset = 1 << (grid.bits - 1)
-        self.register_buffer("codes", t16.pack((weight.codes.to(torch.int16) + offset).to(torch.uint8), grid.bits))
+        packed = t16.pack((weight.codes.to(torch.int16) + offset).to(torch.uint8), grid.bits)
+        self.register_buffer("codes", native.empty(*packed.shape).copy_(packed))
         self.register_buffer("scales", t16.by_block(weight.scale))
         zeros = None if weight.zero_point is None else t16.by_block((weight.zero_point.to(torch.int16) + offset).to(torch.uint8))
         self.register_buffer("zeros", zeros)

@@ -45,7 +45,6 @@ struct Avx2 {
     static Floats floats(Ints value) { return _mm256_cvtepi32_ps(value); }
     static Floats filled(float value) { return _mm256_set1_ps(value); }
     static Floats times(Floats one, Floats other) { return _mm256_mul_ps(one, other); }
-    static Floats sum(Floats one, Floats other) { return _mm256_add_ps(one, other); }
     static Floats minus(Floats one, Floats other) { return _mm256_sub_ps(one, other); }
     static Floats less(Floats from, Floats one, Floats other) { return _mm256_fnmadd_ps(one, other, from); }
     static Floats plus_product(Floats to, Floats one, Floats other) { return _mm256_fmadd_ps(one, other, to); }

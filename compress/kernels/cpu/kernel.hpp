@@ -59,16 +59,13 @@ template <> struct Width<2> { static constexpr int COLUMNS = 16, VECTORS = 1; };
 // few digits feel, and costs registers, which many digits need.
 template <int COUNT> constexpr bool FOURFOLD = COUNT <= 2;
 
-// What COUNT digits times the registers of a vector are summed in.
-template <class Isa, class T, int COUNT> using Sums = T[Isa::PARTS][COUNT];
-
 // Adds to `low` and `high` the products of one unit's codes with COUNT digits. The registers of a vector share what is loaded of the inputs.
 template <class Isa, int BITS, int COUNT>
 inline __attribute__((always_inline)) void unit(const uint8_t *codes, const int8_t *digits, int64_t stride,
-                                                Sums<Isa, typename Isa::Sum, COUNT> &low, Sums<Isa, typename Isa::Sum, COUNT> &high) {
+                                                typename Isa::Sum (&low)[Isa::PARTS][COUNT], typename Isa::Sum (&high)[Isa::PARTS][COUNT]) {
     using Bytes = typename Isa::Bytes;
     constexpr int PARTS = Isa::PARTS;
-    const auto field = [&](int place, Sums<Isa, typename Isa::Sum, COUNT> &sums, auto code) __attribute__((always_inline)) {
+    const auto field = [&](int place, typename Isa::Sum(&sums)[PARTS][COUNT], auto code) __attribute__((always_inline)) {
         Bytes fields[PARTS];
         for (int part = 0; part < PARTS; ++part) fields[part] = code(part);
         for (int c = 0; c < COUNT; ++c) {
@@ -112,7 +109,7 @@ inline __attribute__((always_inline)) void unit(const uint8_t *codes, const int8
 // were less by 128, which no 8-bit product then overflows.
 template <class Isa, int BITS, int COUNT>
 inline __attribute__((always_inline)) void dots(const uint8_t *codes, const int8_t *digits, int64_t stride, int64_t units,
-                                                Sums<Isa, typename Isa::Ints, COUNT> &total) {
+                                                typename Isa::Ints (&total)[Isa::PARTS][COUNT]) {
     constexpr int PARTS = Isa::PARTS, BYTES = 64 * Width<BITS>::VECTORS, COLUMNS = Width<BITS>::COLUMNS;
     const auto fetch = [&](int64_t place) __attribute__((always_inline)) {
         for (int vector = 0; vector < Width<BITS>::VECTORS; ++vector) prefetch(codes + place * BYTES + 64 * vector + AHEAD);
@@ -133,7 +130,7 @@ inline __attribute__((always_inline)) void dots(const uint8_t *codes, const int8
         // Units until 16-bit sums could overflow; of 2 bits, where one sum is of fourfold codes, that one comes back to the other earlier.
         constexpr int SPAN = BITS == 3 ? 2 : BITS == 4 ? 4 : 8, INNER = BITS == 2 && FOURFOLD<COUNT> ? 4 : SPAN;
         const auto some = [&](int64_t start, int64_t count) __attribute__((always_inline)) {
-            Sums<Isa, typename Isa::Sum, COUNT> low, high;
+            typename Isa::Sum low[PARTS][COUNT], high[PARTS][COUNT];
             for (int part = 0; part < PARTS; ++part)
                 for (int c = 0; c < COUNT; ++c) low[part][c] = Isa::no_sum();
             for (int64_t inner = start; inner < start + count; inner += INNER) {
@@ -180,7 +177,7 @@ void multiply(const t16_matrix &matrix, const t16_inputs &inputs, int first_digi
         for (const int64_t end = step + per_group; step < end; ++step, digits += width)
 #pragma GCC unroll 4
             for (int block = 0; block < BLOCKS; ++block) {
-                Sums<Isa, typename Isa::Ints, COUNT> total;
+                typename Isa::Ints total[PARTS][COUNT];
                 dots<Isa, BITS, COUNT>(codes[block], digits, columns, units, total);
                 for (int part = 0; part < PARTS; ++part) {
                     const int64_t rows = place[block] + group * ROWS + part * LANES;

@@ -64,7 +64,6 @@ struct Plain {
     static Floats floats(Ints value) { return each([&](int lane) { return static_cast<float>(value.lane[lane]); }); }
     static Floats filled(float value) { return each([&](int) { return value; }); }
     static Floats times(Floats one, Floats other) { return each([&](int lane) { return one.lane[lane] * other.lane[lane]; }); }
-    static Floats sum(Floats one, Floats other) { return each([&](int lane) { return one.lane[lane] + other.lane[lane]; }); }
     static Floats minus(Floats one, Floats other) { return each([&](int lane) { return one.lane[lane] - other.lane[lane]; }); }
     static Floats less(Floats from, Floats one, Floats other) {
         return each([&](int lane) { return __builtin_fmaf(-one.lane[lane], other.lane[lane], from.lane[lane]); });

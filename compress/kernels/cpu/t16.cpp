@@ -15,7 +15,17 @@
 
 using Run = void (*)(const t16_matrix &, const t16_inputs &, float *, int64_t, int64_t, int64_t);
 
-// tiers.inc is written by build.py: TIER(file, whether the processor has all it needs) for each file.
+// What files need beyond any processor of their kind. On ARM that is dotprod, which Apple's have always had.
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#define HAS(feature) (getauxval(AT_HWCAP) & HWCAP_ASIMDDP)
+#elif defined(__aarch64__)
+#define HAS(feature) true
+#else
+#define HAS(feature) __builtin_cpu_supports(feature)
+#endif
+
+// tiers.inc is written by build.py: TIER(file, whether the processor HAS all it needs) for each file.
 #define TIER(name, present) void t16_run_##name(const t16_matrix &, const t16_inputs &, float *, int64_t, int64_t, int64_t);
 #include "tiers.inc"
 #undef TIER

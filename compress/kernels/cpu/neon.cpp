@@ -1,0 +1,60 @@
+// NEON with dot products: a vector is four registers of 4 rows; four products per lane are added at once, in 32 bits.
+// Needs: aarch64 dotprod
+#include <arm_neon.h>
+
+#include "kernel.hpp"
+
+namespace {
+
+struct Neon {
+    using Bytes = uint8x16_t;
+    using Sum = int32x4_t;
+    using Ints = int32x4_t;
+    using Floats = float32x4_t;
+    static constexpr int PARTS = 4, BLOCKS = 2, MOST = 4;
+
+    static Ints no_ints() { return vdupq_n_s32(0); }
+    static Sum no_sum() { return vdupq_n_s32(0); }
+    static Floats no_floats() { return vdupq_n_f32(0); }
+    static Bytes load(const uint8_t *from) { return vld1q_u8(from); }
+    static Bytes broadcast(const int8_t *from) {
+        int32_t four;
+        std::memcpy(&four, from, 4);
+        return vreinterpretq_u8_s32(vdupq_n_s32(four));
+    }
+    static Bytes masked(Bytes code, int mask) { return vandq_u8(code, vdupq_n_u8(static_cast<uint8_t>(mask))); }
+    static Bytes twice(Bytes code) { return vaddq_u8(code, code); }
+    // One more where the top bit of `other` is set.
+    static Bytes plus_top(Bytes code, Bytes other) { return vsraq_n_u8(code, other, 7); }
+    template <int BY> static Bytes shifted(Bytes code) { return vshrq_n_u8(code, BY); }
+    static Sum add(Sum sum, Bytes code, Bytes digit) { return vdotq_s32(sum, vreinterpretq_s8_u8(code), vreinterpretq_s8_u8(digit)); }
+    // Codes less 128 are signed bytes.
+    static Ints add_signed(Ints total, Bytes code, Bytes digit) { return add(total, veorq_u8(code, vdupq_n_u8(0x80)), digit); }
+    static Ints plus(Ints total, Sum sum) { return vaddq_s32(total, sum); }
+    // `quadrupled` is a sum of multiples of four.
+    static Sum plus_quarter(Sum sum, Sum quadrupled) { return vsraq_n_s32(sum, quadrupled, 2); }
+    static Floats floats(Ints value) { return vcvtq_f32_s32(value); }
+    static Floats filled(float value) { return vdupq_n_f32(value); }
+    static Floats times(Floats one, Floats other) { return vmulq_f32(one, other); }
+    static Floats minus(Floats one, Floats other) { return vsubq_f32(one, other); }
+    static Floats less(Floats from, Floats one, Floats other) { return vfmsq_f32(from, one, other); }
+    static Floats plus_product(Floats to, Floats one, Floats other) { return vfmaq_f32(to, one, other); }
+    static Floats scales(const void *from, int64_t place, int32_t kind) {
+        if (kind == T16_FLOAT32) return vld1q_f32(static_cast<const float *>(from) + place);
+        const uint16x4_t halves = vld1_u16(static_cast<const uint16_t *>(from) + place);
+        if (kind == T16_FLOAT16) return vcvt_f32_f16(vreinterpret_f16_u16(halves));
+        return vreinterpretq_f32_u32(vshll_n_u16(halves, 16));
+    }
+    static Floats zeros(const uint8_t *from) {
+        uint32_t four;
+        std::memcpy(&four, from, 4);
+        return vcvtq_f32_u32(vmovl_u16(vget_low_u16(vmovl_u8(vcreate_u8(four)))));
+    }
+    static void store(float *to, Floats value) { vst1q_f32(to, value); }
+};
+
+}  // namespace
+
+void t16_run_neon(const t16_matrix &matrix, const t16_inputs &inputs, float *y, int64_t y_stride, int64_t first, int64_t last) {
+    t16::run<Neon>(matrix, inputs, y, y_stride, first, last);
+}
