@@ -1,10 +1,11 @@
-"""Products with one packed weight: what share of the speed of reading memory the kernels reach.
+"""Products with one packed weight: what share of the speed of reading memory the kernels reach, and how torch's own compare.
 
     python bench/gemv.py --json gemv.json [--quick]
 
 For each width, number of digits of the inputs, number of threads and shape, copies of the weight that together exceed the last-level cache are
 multiplied in turn. Between these runs the same amount of memory is only read, by the same threads; the share is the ratio of the medians, with
-the least and the greatest beside it. Bytes are those of codes and scales.
+the least and the greatest beside it. Bytes are those of codes and scales. Then several inputs at once, one thread: our products with 4 bits and
+torch's with 4 bits (its own kernel for CPUs), bfloat16 and float32, in turn, copies of each again larger than the cache.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from compress.kernels import native, t16
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336))
 WIDTHS = (4, 8, 3, 2)
 GROUP = 128
+BATCHES = (1, 4, 16, 64, 512)
 BEYOND_CACHE = 160 << 20
 """Bytes of all copies of a weight together."""
 
@@ -63,6 +66,42 @@ def measure(bits: int, rows: int, columns: int, digits: int, threads: int, memor
     }  # fmt: skip
 
 
+def several(inputs: int, rows: int, columns: int, memory: torch.Tensor, repeats: int) -> dict[str, Any]:
+    """One row: milliseconds of a product of so many inputs, by what multiplies."""
+    size = rows * columns // 2
+    packed = [memory[place * size : (place + 1) * size] for place in range(BEYOND_CACHE // size)]
+    blocked, scales = (
+        [each.view(rows // t16.ROWS, -1, t16.ROWS, 4) for each in packed],
+        torch.rand(rows // t16.ROWS, columns // GROUP, t16.ROWS).bfloat16(),
+    )
+    dense = [torch.randn(rows, columns) for _ in range(3)]
+    halves = [each.bfloat16() for each in dense]
+    theirs = [torch.ops.aten._convert_weight_to_int4pack_for_cpu(torch.randint(0, 16, (rows, columns), dtype=torch.int32), 2) for _ in range(8)]
+    scales_and_zeros = torch.rand(columns // GROUP, rows, 2).bfloat16()
+    x, tier = torch.randn(inputs, columns), native.tier()
+    half = x.bfloat16()
+    torch.set_num_threads(1)
+
+    def ours(digits: int) -> Callable[[int], object]:
+        return lambda turn: native.multiply(
+            x, blocked[turn % len(blocked)], scales, None, bits=4, rows=rows, columns=columns, step=GROUP, digits=digits, tier=tier
+        )
+
+    sides: dict[str, Callable[[int], object]] = {
+        "two digits": ours(2),
+        "one digit": ours(1),
+        "torch int4": lambda turn: torch.ops.aten._weight_int4pack_mm_for_cpu(half, theirs[turn % len(theirs)], GROUP, scales_and_zeros),
+        "torch bfloat16": lambda turn: torch.nn.functional.linear(half, halves[turn % len(halves)]),
+        "torch float32": lambda turn: torch.nn.functional.linear(x, dense[turn % len(dense)]),
+    }
+    taken: dict[str, list[float]] = {name: [] for name in sides}
+    for turn in range(repeats + 1):
+        for name, product in sides.items():
+            taken[name].append(seconds(partial(product, turn)))
+    # The first of each warms up.
+    return {"inputs": inputs, "rows": rows, "columns": columns, "milliseconds": {name: statistics.median(of[1:]) * 1e3 for name, of in taken.items()}}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True, help="where the numbers go")
@@ -72,12 +111,13 @@ def main() -> None:
         raise SystemExit("the kernels were not built: python -m compress.kernels.build")
     shapes, threads, repeats = (SHAPES[:1], (1,), 5) if arguments.quick else (SHAPES, tuple(sorted({1, os.cpu_count() or 1})), 15)
     # As much as the largest weight and its copies take, each page touched.
-    memory = torch.randint(0, 256, (BEYOND_CACHE + 2 * max(rows * columns for rows, columns in shapes),), dtype=torch.uint8)
+    memory = native.empty(BEYOND_CACHE + 2 * max(rows * columns for rows, columns in shapes)).random_(0, 256)
     results = [
         measure(bits, *shape, digits, count, memory, repeats)
         for count, bits, digits, shape in itertools.product(threads, WIDTHS, (1, 2), shapes)
     ]  # fmt: skip
-    document = {"benchmark": "gemv", "tier": native.tier(), "group": GROUP, "stamp": harness.stamp({}), "results": results}
+    batches = [several(inputs, *SHAPES[0], memory, 5 if inputs > 64 else 3 * repeats) for inputs in (BATCHES[1:3] if arguments.quick else BATCHES)]
+    document = {"benchmark": "gemv", "tier": native.tier(), "group": GROUP, "stamp": harness.stamp({}), "results": results, "batches": batches}
     arguments.json.write_text(json.dumps(document, indent=1) + "\n")
     table = Table(title=f"{native.tier()}: share of the speed of reading, median [least to greatest]")
     for heading in ("threads", "bits", "digits", *(f"{rows} x {columns}" for rows, columns in shapes)):
@@ -85,6 +125,12 @@ def main() -> None:
     for (count, bits, digits), rows in itertools.groupby(results, lambda row: (row["threads"], row["bits"], row["digits"])):
         cells = [f"{row['share']:.0%} \\[{row['share_range'][0]:.0%}-{row['share_range'][1]:.0%}]" for row in rows]
         table.add_row(str(count), str(bits), str(digits), *cells)
+    Console().print(table)
+    table = Table(title=f"milliseconds, 4 bits, {SHAPES[0][0]} x {SHAPES[0][1]}, one thread, medians")
+    for heading in ("inputs", *batches[0]["milliseconds"]):
+        table.add_column(heading, justify="right")
+    for row in batches:
+        table.add_row(str(row["inputs"]), *(f"{value:.2f}" for value in row["milliseconds"].values()))
     Console().print(table)
 
 

@@ -138,11 +138,11 @@ def render(documents: list[tuple[str, dict[str, Any]]]) -> str:
     ]
     lines = ["| | " + " | ".join(TITLES[tool] for tool in columns) + " |", "|---|" + "---:|" * len(columns)]
     lines += ["| " + " | ".join([label, *(cells.get(tool, "") for tool in columns)]) + " |" for label, cells in rows]
-    return "\n".join([*lines, "", " ".join(notes(documents))])
+    return "\n".join([*lines, "", " ".join(notes(documents, columns))])
 
 
-def notes(documents: list[tuple[str, dict[str, Any]]]) -> Iterable[str]:
-    """Protocol, versions and hardware, one sentence each."""
+def notes(documents: list[tuple[str, dict[str, Any]]], shown: Iterable[str]) -> Iterable[str]:
+    """Protocol, versions of the tools that are `shown`, and hardware, one sentence each."""
     seen = set()
     for name, document in documents:
         if name == "quality":
@@ -157,8 +157,11 @@ def notes(documents: list[tuple[str, dict[str, Any]]]) -> Iterable[str]:
         if name == "speed":
             options, dtype = (document["protocol"].get(key) for key in ("our_options", "rival_dtype"))
             yield f"Speed and memory: `gptq` with {options or 'its defaults, so without QEP'}; rivals compute in {dtype or 'auto'}."
-        versions = document.get("stamp", {}).get("versions", {})
-        seen |= {(TITLES[tool], found[tool]) for tool, found in versions.items() if tool in TITLES and found and tool in found}
+        for tool, versions in document.get("stamp", {}).get("versions", {}).items():
+            # Some packages have a hyphen where the tool has none.
+            found = {package.replace("-", ""): version for package, version in (versions or {}).items()}
+            if tool in shown and tool in found:
+                seen.add((TITLES[tool], found[tool]))
     if seen:
         yield ", ".join(f"{tool} {version}" for tool, version in sorted(seen)) + "."
     machines = {

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from compress.errors import InputError
-from compress.kernels import linear, native, t16
+from compress.kernels import native, t16
 from compress.kernels.build import SOURCES, compile_library, compiler
 from compress.kernels.linear import PackedLinear
 from compress.numerics.grid import Integer, Quantized
@@ -183,7 +183,7 @@ def test_a_tier_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_without_a_library_torch_does_the_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(native, "LIBRARY", tmp_path / "none.so")
-    caches = (native.library, native.built)
+    caches = (native.library, native.built, native._chosen)
     for each in caches:
         each.cache_clear()
     try:

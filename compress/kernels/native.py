@@ -54,10 +54,20 @@ def built() -> dict[str, bool]:
 
 def tier() -> str:
     """The one in use: the fastest, or what $COMPRESS_CPU names; `torch` if there is none. Raises `InputError` for one that is not there."""
-    present, wanted = [name for name, here in built().items() if here], os.environ.get(FORCE)
+    return _chosen(os.environ.get(FORCE))
+
+
+@cache
+def _chosen(wanted: str | None) -> str:
+    present = [name for name, here in built().items() if here]
     if wanted and wanted not in (*present, "torch"):
         raise InputError.one(f"${FORCE}", f"no kernels called {wanted!r} here", f"there are {', '.join((*present, 'torch'))}")
     return wanted or (present[-1] if present else "torch")
+
+
+@cache
+def _number(name: str) -> int:
+    return list(built()).index(name)
 
 
 @cache
@@ -81,8 +91,8 @@ def multiply(
         codes.data_ptr(), scales.data_ptr(), None if zeros is None else zeros.data_ptr(),
         rows, columns, columns // scales.shape[1], step, bits, SCALES[scales.dtype],
     )  # fmt: skip
-    number, threads = list(built()).index(tier), torch.get_num_threads()
-    found.t16_linear(number, byref(matrix), inputs.data_ptr(), tokens, given, digits, outputs.data_ptr(), threads)
+    threads = torch.get_num_threads()
+    found.t16_linear(_number(tier), byref(matrix), inputs.data_ptr(), tokens, given, digits, outputs.data_ptr(), threads)
     return outputs
 
 
