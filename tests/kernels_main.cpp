@@ -43,6 +43,20 @@ int main() {
                                         }
                                     }
                                 }
+    for (int columns : {1, 16, 37})
+        for (int rows : {1, 4, 7})
+            for (int kind : {T16_FLOAT32, T16_BFLOAT16, T16_FLOAT16}) {
+                const std::vector<float> floats(rows * columns, 2), x(3 * columns, 1.5f);
+                const std::vector<uint16_t> halves(rows * columns, 0x4000);  // 2 in either type
+                const void *weight = kind == T16_FLOAT32 ? static_cast<const void *>(floats.data()) : halves.data();
+                for (int tier = 0; t16_tier(tier); ++tier) {
+                    if (!t16_present(tier)) continue;
+                    std::vector<float> y(3 * rows);
+                    t16_dense(tier, weight, kind, rows, columns, x.data(), 3, y.data(), 2);
+                    for (const float value : y)
+                        if (value != 3.0f * columns) return std::printf("%s: a dense product is wrong\n", t16_tier(tier)), 1;
+                }
+            }
     std::vector<uint64_t> data(1024, 1);
     t16_large_pages(data.data(), 8192);
     if (t16_read(data.data(), 8192, 2) != 1024) std::abort();

@@ -17,7 +17,7 @@ from compress.errors import InputError
 LIBRARY = Path(__file__).parent / "cpu" / "libt16.so"
 FORCE = "COMPRESS_CPU"
 """The environment variable that names the one to use, or `torch` for none."""
-SCALES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 STEP = 128
 """Inputs that share a scale, at most: their products must be summed without overflow."""
 
@@ -40,6 +40,7 @@ def library() -> ctypes.CDLL | None:
     found.t16_read.restype = c_uint64
     found.t16_read.argtypes = [c_void_p, c_int64, c_int32]
     found.t16_linear.argtypes = [c_int32, POINTER(_Matrix), c_void_p, c_int64, c_int64, c_int32, c_void_p, c_int32]
+    found.t16_dense.argtypes = [c_int32, c_void_p, c_int32, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_int32]
     found.t16_large_pages.argtypes = [c_void_p, c_int64]
     return found
 
@@ -89,10 +90,21 @@ def multiply(
     outputs = torch.empty(tokens, rows)
     matrix = _Matrix(
         codes.data_ptr(), scales.data_ptr(), None if zeros is None else zeros.data_ptr(),
-        rows, columns, columns // scales.shape[1], step, bits, SCALES[scales.dtype],
+        rows, columns, columns // scales.shape[1], step, bits, FLOATS[scales.dtype],
     )  # fmt: skip
     threads = torch.get_num_threads()
     found.t16_linear(_number(tier), byref(matrix), inputs.data_ptr(), tokens, given, digits, outputs.data_ptr(), threads)
+    return outputs
+
+
+def dense(inputs: Tensor, weight: Tensor, tier: str) -> Tensor:
+    """``inputs`` [tokens, in] float32, contiguous, times ``weight`` [out, in] in a dtype of `FLOATS`; [tokens, out] float32."""
+    found = library()
+    assert found is not None
+    (tokens, columns), rows = inputs.shape, weight.shape[0]
+    outputs, threads = torch.empty(tokens, rows), torch.get_num_threads()
+    kind = FLOATS[weight.dtype]
+    found.t16_dense(_number(tier), weight.data_ptr(), kind, rows, columns, inputs.data_ptr(), tokens, outputs.data_ptr(), threads)
     return outputs
 
 

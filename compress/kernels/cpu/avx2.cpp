@@ -48,7 +48,7 @@ struct Avx2 {
     static Floats minus(Floats one, Floats other) { return _mm256_sub_ps(one, other); }
     static Floats less(Floats from, Floats one, Floats other) { return _mm256_fnmadd_ps(one, other, from); }
     static Floats plus_product(Floats to, Floats one, Floats other) { return _mm256_fmadd_ps(one, other, to); }
-    static Floats scales(const void *from, int64_t place, int32_t kind) {
+    static Floats widened(const void *from, int64_t place, int32_t kind) {
         if (kind == T16_FLOAT32) return _mm256_loadu_ps(static_cast<const float *>(from) + place);
         const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i *>(static_cast<const uint16_t *>(from) + place));
         if (kind == T16_FLOAT16) return _mm256_cvtph_ps(halves);
@@ -62,6 +62,5 @@ struct Avx2 {
 
 }  // namespace
 
-void t16_run_avx2(const t16_matrix &matrix, const t16_inputs &inputs, float *y, int64_t y_stride, int64_t first, int64_t last) {
-    t16::run<Avx2>(matrix, inputs, y, y_stride, first, last);
-}
+extern const t16::Kernels t16_avx2;
+const t16::Kernels t16_avx2 = t16::KERNELS<Avx2>;

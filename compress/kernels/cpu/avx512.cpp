@@ -41,7 +41,7 @@ struct Avx512 {
     static Floats minus(Floats one, Floats other) { return _mm512_sub_ps(one, other); }
     static Floats less(Floats from, Floats one, Floats other) { return _mm512_fnmadd_ps(one, other, from); }
     static Floats plus_product(Floats to, Floats one, Floats other) { return _mm512_fmadd_ps(one, other, to); }
-    static Floats scales(const void *from, int64_t place, int32_t kind) {
+    static Floats widened(const void *from, int64_t place, int32_t kind) {
         if (kind == T16_FLOAT32) return _mm512_loadu_ps(static_cast<const float *>(from) + place);
         const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(static_cast<const uint16_t *>(from) + place));
         if (kind == T16_FLOAT16) return _mm512_cvtph_ps(halves);
@@ -55,6 +55,5 @@ struct Avx512 {
 
 }  // namespace
 
-void t16_run_avx512(const t16_matrix &matrix, const t16_inputs &inputs, float *y, int64_t y_stride, int64_t first, int64_t last) {
-    t16::run<Avx512>(matrix, inputs, y, y_stride, first, last);
-}
+extern const t16::Kernels t16_avx512;
+const t16::Kernels t16_avx512 = t16::KERNELS<Avx512>;

@@ -181,7 +181,7 @@ void multiply(const t16_matrix &matrix, const t16_inputs &inputs, int first_digi
                 dots<Isa, BITS, COUNT>(codes[block], digits, columns, units, total);
                 for (int part = 0; part < PARTS; ++part) {
                     const int64_t rows = place[block] + group * ROWS + part * LANES;
-                    const Floats scale = Isa::scales(matrix.scales, rows, matrix.scale);
+                    const Floats scale = Isa::widened(matrix.scales, rows, matrix.scale);
                     // Codes of 8 bits were multiplied as if less by 128.
                     constexpr float MIDDLE = BITS == 8 ? 128 : 0;
                     const Floats zero = matrix.zeros ? Isa::minus(Isa::zeros(matrix.zeros + rows), Isa::filled(MIDDLE))
@@ -248,5 +248,54 @@ template <class Isa> void run(const t16_matrix &matrix, const t16_inputs &inputs
         case 8: return digits<Isa, 8>(matrix, inputs, y, y_stride, first, last);
     }
 }
+
+// y for rows first to last of a weight that is stored in floats of 16 or 32 bits: four rows at once share what is loaded of an input.
+template <class Isa, int KIND>
+void dense_of(const void *weight, int64_t rows, int64_t columns, const float *x, int64_t tokens, float *y, int64_t first, int64_t last) {
+    using Floats = typename Isa::Floats;
+    constexpr int TOGETHER = 4, LANES = ROWS / Isa::PARTS, SIZE = KIND == T16_FLOAT32 ? 4 : 2;
+    const int64_t whole = columns / LANES * LANES;
+    for (int64_t row = first; row < last; row += TOGETHER) {
+        int64_t starts[TOGETHER];  // the last of too few rows stands in for those that are missing
+        for (int r = 0; r < TOGETHER; ++r) starts[r] = (row + r < last ? row + r : last - 1) * columns;
+        for (int64_t token = 0; token < tokens; ++token) {
+            const float *input = x + token * columns;
+            Floats sums[TOGETHER];
+            for (Floats &sum : sums) sum = Isa::no_floats();
+            for (int64_t line = 0; line < whole; line += 64 / SIZE) {
+                for (const int64_t start : starts) prefetch(static_cast<const uint8_t *>(weight) + (start + line) * SIZE + AHEAD);
+                for (int64_t k = line; k < whole && k < line + 64 / SIZE; k += LANES) {
+                    const Floats given = Isa::widened(input, k, T16_FLOAT32);
+                    for (int r = 0; r < TOGETHER; ++r) sums[r] = Isa::plus_product(sums[r], Isa::widened(weight, starts[r] + k, KIND), given);
+                }
+            }
+            for (int r = 0; r < TOGETHER && row + r < last; ++r) {
+                float lanes[LANES], total = 0;
+                Isa::store(lanes, sums[r]);
+                for (const float lane : lanes) total += lane;
+                for (int64_t k = whole; k < columns; ++k) total += widened(weight, starts[r] + k, KIND) * input[k];
+                y[token * rows + row + r] = total;
+            }
+        }
+    }
+}
+
+template <class Isa> void dense(const void *weight, int32_t kind, int64_t rows, int64_t columns, const float *x, int64_t tokens, float *y,
+                                int64_t first, int64_t last) {
+    switch (kind) {
+        case T16_FLOAT32: return dense_of<Isa, T16_FLOAT32>(weight, rows, columns, x, tokens, y, first, last);
+        case T16_BFLOAT16: return dense_of<Isa, T16_BFLOAT16>(weight, rows, columns, x, tokens, y, first, last);
+        case T16_FLOAT16: return dense_of<Isa, T16_FLOAT16>(weight, rows, columns, x, tokens, y, first, last);
+    }
+}
+
+// What a file gives of its instruction set.
+using Run = void (*)(const t16_matrix &, const t16_inputs &, float *, int64_t, int64_t, int64_t);
+using Dense = void (*)(const void *, int32_t, int64_t, int64_t, const float *, int64_t, float *, int64_t, int64_t);
+struct Kernels {
+    Run run;
+    Dense dense;
+};
+template <class Isa> constexpr Kernels KERNELS = {run<Isa>, dense<Isa>};
 
 }  // namespace t16

@@ -39,7 +39,7 @@ struct Neon {
     static Floats minus(Floats one, Floats other) { return vsubq_f32(one, other); }
     static Floats less(Floats from, Floats one, Floats other) { return vfmsq_f32(from, one, other); }
     static Floats plus_product(Floats to, Floats one, Floats other) { return vfmaq_f32(to, one, other); }
-    static Floats scales(const void *from, int64_t place, int32_t kind) {
+    static Floats widened(const void *from, int64_t place, int32_t kind) {
         if (kind == T16_FLOAT32) return vld1q_f32(static_cast<const float *>(from) + place);
         const uint16x4_t halves = vld1_u16(static_cast<const uint16_t *>(from) + place);
         if (kind == T16_FLOAT16) return vcvt_f32_f16(vreinterpret_f16_u16(halves));
@@ -55,6 +55,5 @@ struct Neon {
 
 }  // namespace
 
-void t16_run_neon(const t16_matrix &matrix, const t16_inputs &inputs, float *y, int64_t y_stride, int64_t first, int64_t last) {
-    t16::run<Neon>(matrix, inputs, y, y_stride, first, last);
-}
+extern const t16::Kernels t16_neon;
+const t16::Kernels t16_neon = t16::KERNELS<Neon>;

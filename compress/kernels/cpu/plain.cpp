@@ -71,7 +71,7 @@ struct Plain {
     static Floats plus_product(Floats to, Floats one, Floats other) {
         return each([&](int lane) { return __builtin_fmaf(one.lane[lane], other.lane[lane], to.lane[lane]); });
     }
-    static Floats scales(const void *from, int64_t place, int32_t kind) {
+    static Floats widened(const void *from, int64_t place, int32_t kind) {
         return each([&](int lane) { return t16::widened(from, place + lane, kind); });
     }
     static Floats zeros(const uint8_t *from) { return each([&](int lane) { return static_cast<float>(from[lane]); }); }
@@ -80,6 +80,5 @@ struct Plain {
 
 }  // namespace
 
-void t16_run_plain(const t16_matrix &matrix, const t16_inputs &inputs, float *y, int64_t y_stride, int64_t first, int64_t last) {
-    t16::run<Plain>(matrix, inputs, y, y_stride, first, last);
-}
+extern const t16::Kernels t16_plain;
+const t16::Kernels t16_plain = t16::KERNELS<Plain>;

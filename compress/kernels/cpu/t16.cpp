@@ -13,8 +13,6 @@
 
 #include "kernel.hpp"
 
-using Run = void (*)(const t16_matrix &, const t16_inputs &, float *, int64_t, int64_t, int64_t);
-
 // What files need beyond any processor of their kind. On ARM that is dotprod, which Apple's have always had.
 #if defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
@@ -26,7 +24,7 @@ using Run = void (*)(const t16_matrix &, const t16_inputs &, float *, int64_t, i
 #endif
 
 // tiers.inc is written by build.py: TIER(file, whether the processor HAS all it needs) for each file.
-#define TIER(name, present) void t16_run_##name(const t16_matrix &, const t16_inputs &, float *, int64_t, int64_t, int64_t);
+#define TIER(name, present) extern const t16::Kernels t16_##name;
 #include "tiers.inc"
 #undef TIER
 
@@ -34,12 +32,12 @@ namespace {
 
 struct Tier {
     const char *name;
-    Run run;
+    const t16::Kernels &kernels;
     bool (*present)();
 };
 
 constexpr Tier TIERS[] = {
-#define TIER(name, present) {#name, t16_run_##name, [] { return static_cast<bool>(present); }},
+#define TIER(name, present) {#name, t16_##name, [] { return static_cast<bool>(present); }},
 #include "tiers.inc"
 #undef TIER
 };
@@ -104,7 +102,7 @@ extern "C" void t16_linear(int32_t tier, const t16_matrix *matrix, const float *
     const int64_t most = std::min(tokens, std::max<int64_t>(8, CACHED / (columns * digits)));
     std::vector<int8_t> rounded(most * digits * columns);
     std::vector<float> scales(most * digits * steps), sums(most * steps);
-    const Run run = TIERS[tier].run;
+    const t16::Run run = TIERS[tier].kernels.run;
     for (int64_t start = 0; start < tokens; start += most) {
         const int64_t count = std::min(most, tokens - start);
         const t16_inputs inputs = {rounded.data(), scales.data(), sums.data(), static_cast<int32_t>(count * digits), digits};
@@ -127,6 +125,15 @@ extern "C" void t16_linear(int32_t tier, const t16_matrix *matrix, const float *
                 run(*matrix, inputs, to, matrix->rows, blocks * thread / threads, blocks * (thread + 1) / threads);
         }
     }
+}
+
+extern "C" void t16_dense(int32_t tier, const void *weight, int32_t kind, int64_t rows, int64_t columns, const float *x, int64_t tokens, float *y,
+                          int32_t threads) {
+    const t16::Dense dense = TIERS[tier].kernels.dense;
+    if (threads <= 1) return dense(weight, kind, rows, columns, x, tokens, y, 0, rows);
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+    for (int32_t thread = 0; thread < threads; ++thread)
+        dense(weight, kind, rows, columns, x, tokens, y, rows * thread / threads, rows * (thread + 1) / threads);
 }
 
 extern "C" void t16_large_pages(void *data, int64_t bytes) {

@@ -17,7 +17,7 @@
 extern "C" {
 #endif
 
-enum t16_scale { T16_FLOAT32 = 0, T16_BFLOAT16 = 1, T16_FLOAT16 = 2 };
+enum t16_float { T16_FLOAT32 = 0, T16_BFLOAT16 = 1, T16_FLOAT16 = 2 };
 
 typedef struct {
     const uint8_t *codes;  // [N/16][K * bits / 8][16]
@@ -28,7 +28,7 @@ typedef struct {
     int64_t group;         // columns per scale
     int64_t step;          // columns per scale of the inputs; divides group
     int32_t bits;
-    int32_t scale;         // enum t16_scale
+    int32_t scale;         // enum t16_float
 } t16_matrix;
 
 // The instruction sets of this build, one per source file, by number, the fastest last: its name, or null from the last on, and whether this
@@ -39,6 +39,10 @@ int32_t t16_present(int32_t number);
 // y [tokens][rows] = x [tokens][given] times W', by one of the instruction sets and so many threads. Columns from `given` on are zero.
 // Inputs are rounded, `step` of them to one scale: x ~ scale * digit of 8 bits, or x ~ scale * (128 * first + second), 15 bits together.
 void t16_linear(int32_t tier, const t16_matrix *matrix, const float *x, int64_t tokens, int64_t given, int32_t digits, float *y, int32_t threads);
+
+// y [tokens][rows] = x [tokens][columns] times W', W [rows][columns] of the floats `kind` says (enum t16_float).
+void t16_dense(int32_t tier, const void *weight, int32_t kind, int64_t rows, int64_t columns, const float *x, int64_t tokens, float *y,
+               int32_t threads);
 
 // Asks for large pages for memory that nothing was written to yet: addresses are then looked up less often. A hint.
 void t16_large_pages(void *data, int64_t bytes);
