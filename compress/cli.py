@@ -135,10 +135,13 @@ def generate(
 ) -> None:
     """Continue PROMPT with MODEL, packed weights staying packed, and print tokens as they come."""
     with _errors(False):
-        from compress.runtime import stream
+        from compress import runtime
 
         with _interruptible():
-            for piece in stream(model, prompt, tokens, digits=digits):
+            loaded = runtime.load(model, digits=digits)
+            for line in runtime.remarks(loaded):
+                typer.echo(line, err=True)
+            for piece in runtime.stream(loaded, model, prompt, tokens):
                 typer.echo(piece, nl=False)
         typer.echo()
 

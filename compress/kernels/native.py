@@ -5,9 +5,10 @@ from __future__ import annotations
 import ctypes
 import os
 from ctypes import POINTER, byref, c_char_p, c_int32, c_int64, c_uint64, c_void_p
-from functools import cache
+from functools import cache, lru_cache
 from itertools import count, takewhile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,6 +65,13 @@ def tier() -> str:
     return wanted or (present[-1] if present else "torch")
 
 
+def missing_why() -> str | None:
+    """Why torch does the work on this machine, or None if a kernel does."""
+    if tier() != "torch":
+        return None
+    return f"${FORCE} is torch" if built() else "no kernels were built (python -m compress.kernels.build)"
+
+
 @cache
 def step_of(group: int, unit: int) -> int | None:
     """How many inputs share a scale where weights share one by `group`: the most that divide it, whole units, or None if there is no such number."""
@@ -86,14 +94,39 @@ def multiply(
         found.t16_digits(
             inputs[token].data_ptr(), given, columns, step, digits, rounded[token].data_ptr(), units[token].data_ptr(), sums[token].data_ptr()
         )
+    return products(rounded, units, sums, codes, scales, zeros, bits=bits, rows=rows, step=step, tier=tier)
+
+
+def products(
+    rounded: Tensor, units: Tensor, sums: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, *, bits: int, rows: int, step: int, tier: str
+) -> Tensor:
+    """`multiply` for inputs that are rounded already; float32 [tokens, out].
+
+    ``rounded`` int8 [tokens, digits, columns], from -127 to 127; ``units`` float32 [tokens, digits, steps], what each digit counts; ``sums`` float32
+    [tokens, steps] of the inputs. All contiguous.
+    """
+    found = library()
+    assert found is not None
+    tokens, digits, columns = rounded.shape
     outputs = torch.empty(tokens, rows)
-    matrix = _Matrix(
+    matrix = _matrix(
         codes.data_ptr(), scales.data_ptr(), None if zeros is None else zeros.data_ptr(),
         rows, columns, columns // scales.shape[1], step, bits, SCALES[scales.dtype],
     )  # fmt: skip
     right = _Inputs(rounded.data_ptr(), units.data_ptr(), sums.data_ptr(), tokens * digits, digits)
-    found.t16_multiply(list(built()).index(tier), byref(matrix), byref(right), outputs.data_ptr(), rows, torch.get_num_threads())
+    found.t16_multiply(_number(tier), matrix, byref(right), outputs.data_ptr(), rows, torch.get_num_threads())
     return outputs
+
+
+@lru_cache(1 << 14)
+def _matrix(*fields: int | None) -> Any:
+    """The C structure of these fields: a token asks for the same ones as the token before it."""
+    return byref(_Matrix(*fields))
+
+
+@cache
+def _number(tier: str) -> int:
+    return list(built()).index(tier)
 
 
 def read(data: Tensor, threads: int) -> None:
