@@ -340,7 +340,8 @@ class Model:
 
     `tensors` maps every name of the model as it is now to where its bytes lie: the source, or a block file of a finished pass. `exact` maps
     every linear that a pass has quantised to the weight it had just before.
-    `schemes` says how each linear will be stored in the end, by name; those not in it stay as they are.
+    `schemes` says how each linear will be stored in the end, by name; those not in it stay as they are. `stored` is the dtype of what is not
+    quantised, `dtype` the one to compute in.
     Memory holds the parts outside the blocks and the block in use.
     """
 
@@ -353,7 +354,8 @@ class Model:
         self.device = hardware.device()
         stored = {str(info.dtype) for name, info in self.tensors.items() if name.endswith("norm.weight")} or {"BF16"}
         # Norms tell: they are never packed.
-        self.dtype = hardware.compute_dtype(DTYPES.get(stored.pop(), torch.float32) if len(stored) == 1 else torch.float32)
+        self.stored = DTYPES.get(stored.pop(), torch.float32) if len(stored) == 1 else torch.float32
+        self.dtype = hardware.compute_dtype(self.stored)
         self._inputs: dict[str, dict[str, Any]] = {}
         """How inputs of linears are rounded, as `Activations.arguments` says it, by name."""
         self._declared_inputs()

@@ -34,43 +34,48 @@ def load(name: str | Path, *, digits: int = 2) -> Any:
     if digits not in (1, 2):
         raise InputError.one("digits", f"must be 1 or 2, got {digits}")
     model = Model(Layout(Checkpoint(locate_model(str(name)))))
-    return _Loading(model, digits).whole()
+    whole = _Loading(model, digits).whole()
+    if model.stored.itemsize < model.dtype.itemsize:
+        _narrow(whole, model.stored)
+    return whole
 
 
 def explain(model: Any) -> list[dict[str, Any]]:
-    """For each part of a model of `load` that is packed or rounds: its ``module``, how it is ``stored``, the ``kernel`` that multiplies a few tokens
-    by it (``torch`` where it is unpacked for each product), and ``why`` it is unpacked, or None.
+    """How each part of a model of `load` is computed that transformers alone would compute otherwise.
+
+    Records have the name of the ``module``, what ``part`` it is (`linear`, `experts`, `dense`, `cache`), how it is ``stored``, the ``kernel`` that
+    multiplies by it (`torch` where it is unpacked for each product), for up to how many ``tokens`` (None: for any), and ``why`` torch does it.
     """
     from compress.kernels import native
     from compress.kernels.experts import Stack
     from compress.kernels.linear import FEW
     from compress.kernels.packed import Packed
+    from compress.kernels.unpacked import DenseLinear
     from compress.model import CACHE_BUFFERS
 
     records: list[dict[str, Any]] = []
     for name, module in model.named_modules():
         if isinstance(module, Packed | Stack):
             why = module.why_unpacked(module.stored, module.codes.device)
-            records.append(
-                {"module": name, "stored": module.stored, "kernel": "torch" if why else native.tier(), "tokens": None if why else FEW, "why": why}
-            )
+            part = "experts" if isinstance(module, Stack) else "dense" if isinstance(module, DenseLinear) else "linear"
+            kernel, tokens = ("torch", None) if why else (native.tier(), FEW)
+            records.append({"module": name, "part": part, "stored": module.stored, "kernel": kernel, "tokens": tokens, "why": why})
         elif all(hasattr(module, buffer) for buffer in CACHE_BUFFERS):
-            why = "rounded as the checkpoint says, and kept in the dtype of the model"
-            records.append({"module": name, "stored": "cache in FP8", "kernel": "torch", "tokens": None, "why": why})
+            why = "rounded as the checkpoint says, but kept in the dtype of the model"
+            records.append({"module": name, "part": "cache", "stored": "fp8", "kernel": "torch", "tokens": None, "why": why})
     return records
 
 
 def remarks(model: Any) -> list[str]:
-    """What of `explain` anyone who waits for the model should know, a line each."""
+    """What of `explain` those who wait for the model should know, a line each."""
     records = explain(model)
-    packed = [record for record in records if not record["stored"].startswith("cache")]
-    counted = Counter(record["why"] for record in packed if record["why"])
+    packed = [record for record in records if record["part"] in ("linear", "experts")]
     lines = []
-    if counted:
+    if counted := Counter(record["why"] for record in packed if record["why"]):
         reasons = "; ".join(f"{why} ({count})" for why, count in counted.most_common())
         lines.append(f"{counted.total()} of {len(packed)} packed modules are unpacked for each product: {reasons}")
-    if caches := len(records) - len(packed):
-        lines.append(f"the cache of {caches} blocks is rounded to FP8 as the checkpoint says, and kept in the dtype of the model")
+    if caches := Counter(record["why"] for record in records if record["part"] == "cache"):
+        lines += [f"the cache of {count} blocks is {why}" for why, count in caches.items()]
     return lines
 
 
@@ -147,3 +152,28 @@ class _Loading:
         weight = self._model.quantized(name)
         assert weight is not None
         return weight
+
+
+def _narrow(model: Any, stored: Any) -> None:
+    """Keep linears and embeddings in the dtype they are ``stored`` in, where the processor cannot compute in it and nothing is lost."""
+    from torch import nn
+
+    from compress.kernels.packed import Extras
+    from compress.kernels.unpacked import DenseLinear
+
+    narrow: dict[int, Tensor] = {}
+    for name, module in list(model.named_modules()):
+        if type(module) not in (nn.Linear, nn.Embedding):
+            continue
+        wide = module.weight
+        # A head may be the embedding.
+        if id(wide) not in narrow:
+            narrow[id(wide)] = wide.data.to(stored)
+        if not narrow[id(wide)].to(wide.dtype).equal(wide.data):
+            continue
+        if isinstance(module, nn.Linear):
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, DenseLinear(narrow[id(wide)], Extras(module.bias)))
+        else:
+            module.weight = nn.Parameter(narrow[id(wide)], requires_grad=False)
+            module.register_forward_hook(lambda _, given, output, dtype=wide.dtype: output.to(dtype))

@@ -65,6 +65,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "evaluate": ("errors", "hardware", "checkpoint", "layout", "data", "model", "recipe", "evaluate"),
     "reopen": ("errors", "hardware", "checkpoint", "layout", "data", "model", "evaluate"),
     "runtime": ("errors", "checkpoint", "source", "layout", "model", "kernels", "numerics", "formats"),
+    "speed": ("errors", "checkpoint", "source", "layout", "kernels", "runtime"),
     "plots": ("errors",),
     "report": ("errors", "checkpoint", "plots"),
     "card": ("errors", "scheme", "passes.base", "recipe"),
@@ -93,6 +94,7 @@ LIGHT = (
     "cli",
     "inspection",
     "runtime",
+    "speed",
     "view",
 )
 

@@ -26,7 +26,8 @@ from compress.formats.pack_quantized import pack_stream, unpack_stream
 from compress.kernels.packed import NOTHING, Extras, Packed, described
 from compress.numerics.grid import E2M1, E4M3, Grid, Integer, Quantized
 
-ROWS_AT_ONCE = 1024
+AT_ONCE = 1 << 20
+"""Weights unpacked at a time."""
 
 _library: Any = torch.library.Library("compress", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define("unpacked_linear(Tensor x, Tensor codes, Tensor? scales, Tensor? zeros, Tensor? units, str coding) -> Tensor")
@@ -64,7 +65,8 @@ def unpacked(codes: Tensor, scales: Tensor | None, zeros: Tensor | None, units: 
 def by_rows(x: Tensor, rows: int, weight: Callable[[slice], Tensor]) -> Tensor:
     """``x`` [..., in] times a weight [out, in] of which ``weight`` gives some rows, float32, in the dtype of ``x``."""
     given = x.reshape(-1, x.shape[-1]).float()
-    outputs = torch.cat([given @ weight(slice(start, min(rows, start + ROWS_AT_ONCE))).T for start in range(0, rows, ROWS_AT_ONCE)], 1)
+    some = max(1, AT_ONCE // x.shape[-1])
+    outputs = torch.cat([given @ weight(slice(start, start + some)).T for start in range(0, rows, some)], 1)
     return outputs.to(x.dtype).view(*x.shape[:-1], rows)
 
 
