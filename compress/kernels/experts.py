@@ -94,4 +94,4 @@ class PackedExperts(nn.Module):
         ends = torch.searchsorted(experts, torch.arange(len(self.down.codes), device=experts.device), right=True)
         gate, up = self.gate_up(hidden_states[order // several], ends).chunk(2, -1)
         outputs = self.down(self.activation(gate) * up, ends) * top_k_weights.flatten()[order, None]
-        return torch.empty_like(outputs).index_copy_(0, order, outputs).view(tokens, several, -1).sum(1).to(hidden_states.dtype)
+        return torch.empty_like(outputs).index_copy_(0, order, outputs).view(tokens, several, self.down.out_features).sum(1).to(hidden_states.dtype)
