@@ -783,9 +783,9 @@ def _round_cache(attention: nn.Module, scales: tuple[Tensor, Tensor]) -> None:
     for name, scale in zip(CACHE_BUFFERS, scales, strict=True):
         attention.register_buffer(name, scale)
 
-    def before(module: nn.Module, _: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def before(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         keys, values = (module.get_buffer(name) for name in CACHE_BUFFERS)
-        return _, kwargs | {"past_key_values": Cache((keys, values), kept=kwargs.get("past_key_values"))}
+        return given, named | {"past_key_values": Cache((keys, values), kept=named.get("past_key_values"))}
 
     attention.register_forward_pre_hook(before, with_kwargs=True)
 

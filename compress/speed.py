@@ -47,16 +47,16 @@ def measure(name: str, tokens: int, threads: int | None = None) -> dict[str, Any
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(0, config.vocab_size, (1, min(PREFILL, most)), generator=generator).to(model.device)
         steps = [seconds for repeat in range(REPEATS + 1) for seconds in _decode(model, ids[:, :PROMPT], tokens) if repeat]
-        prefill = [_seconds(lambda: model(input_ids=ids, use_cache=True)) for _ in range(REPEATS + 1)][1:]
+        prefill = _seconds(lambda: model(input_ids=ids, use_cache=True), REPEATS)
         read, cache = read_bytes(model, layout), cache_bytes()
-        data = torch.ones(max(LEAST_READ, 2 * cache) // 8, dtype=torch.int64)
-        by_kernel = native.tier() != "torch"
-        reads = [_seconds(lambda: native.read(data, torch.get_num_threads()) if by_kernel else data.sum()) for _ in range(READS + 1)][1:]
+        data = torch.ones(max(LEAST_READ, 2 * cache) // 8, dtype=torch.int64, device=model.device)
+        why = f"the model is on {model.device}" if model.device.type != "cpu" else native.missing_why()
+        reads = _seconds(data.sum if why else lambda: native.read(data, torch.get_num_threads()), READS)
         used = torch.get_num_threads()
     step, roofline = median(steps), data.nbytes / median(reads)
     remarks = runtime.remarks(model)
-    if not by_kernel:
-        remarks.append(f"memory was read by torch's sum: {native.missing_why()}")
+    if why:
+        remarks.append(f"memory was read by torch's sum: {why}")
     if read < cache:
         remarks.append("what a token reads fits into the processor's cache, which is faster than memory: the roofline does not bind")
     return {
@@ -64,7 +64,7 @@ def measure(name: str, tokens: int, threads: int | None = None) -> dict[str, Any
         "kernel": native.tier(),
         "threads": used,
         "decode": {"tokens": tokens, "repeats": REPEATS, "tokens_per_second": 1 / step, "bytes_per_token": read, "bytes_per_second": read / step},
-        "roofline": {"bytes_per_second": roofline, "by": "kernel" if by_kernel else "torch", "fraction": read / step / roofline},
+        "roofline": {"bytes_per_second": roofline, "by": "torch" if why else "kernel", "fraction": read / step / roofline},
         "prefill": {"tokens": ids.shape[1], "repeats": REPEATS, "tokens_per_second": ids.shape[1] / median(prefill)},
         "memory": {"resident_bytes": resident_bytes(model), "file_bytes": layout.checkpoint.nbytes},
         "remarks": remarks,
@@ -106,16 +106,29 @@ def _decode(model: Any, ids: Tensor, tokens: int) -> list[float]:
     given = model(input_ids=ids, use_cache=True)
     cache, seconds = given.past_key_values, []
     for _ in range(tokens):
-        ids, start = given.logits[:, -1:].argmax(-1), perf_counter()
+        ids, start = given.logits[:, -1:].argmax(-1), _now()
         given = model(input_ids=ids, past_key_values=cache, use_cache=True)
-        seconds.append(perf_counter() - start)
+        seconds.append(_now() - start)
     return seconds
 
 
-def _seconds(work: Callable[[], Any]) -> float:
-    start = perf_counter()
-    work()
-    return perf_counter() - start
+def _seconds(work: Callable[[], Any], repeats: int) -> list[float]:
+    """Of each time but the first, which warms up."""
+    found = []
+    for _ in range(repeats + 1):
+        start = _now()
+        work()
+        found.append(_now() - start)
+    return found[1:]
+
+
+def _now() -> float:
+    """The time, once all work is done that was begun."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return perf_counter()
 
 
 @contextmanager

@@ -125,9 +125,11 @@ class PackedLinear(Packed):
 
     @staticmethod
     def takes(weight: Quantized) -> bool:
-        """Whether the layout holds it: a width there is, and groups that are whole units of the layout, or one the whole row."""
+        """Whether kernels read it: a width of the layout, groups that are whole units of it, or one the whole row, and scales of 2 or 4 bytes."""
         grid, group = weight.grid, weight.group_size
-        return isinstance(grid, Integer) and grid.bits in t16.COLUMNS and (group == weight.codes.shape[1] or not group % t16.COLUMNS[grid.bits])
+        if not isinstance(grid, Integer) or grid.bits not in t16.COLUMNS or weight.scale.dtype not in native.SCALES:
+            return False
+        return group == weight.codes.shape[1] or group % t16.COLUMNS[grid.bits] == 0
 
     def product(self, x: Tensor) -> Tensor:
         if self.inputs is not None and self.inputs.kind == "int8" and self.inputs.group_size is None:
