@@ -27,7 +27,7 @@ from rich.table import Table
 
 import compress
 from compress.kernels import native
-from compress.kernels.linear import PackedLinear
+from compress.kernels.packed import Packed
 
 RIVALS = {4: "Q4_0", 3: "Q3_K", 2: "Q2_K"}
 GROUP = 128
@@ -50,7 +50,7 @@ def packed(folder: Path, checkpoint: Path, bits: int) -> Path:
 def ours(folder: Path, digits: int) -> tuple[Decode, int]:
     """What decodes by our runtime, and the bytes it reads for a token."""
     model = compress.load(folder, digits=digits)
-    read = sum(buffer.nbytes for module in model.modules() if isinstance(module, PackedLinear) for buffer in module.buffers())
+    read = sum(buffer.nbytes for module in model.modules() if isinstance(module, Packed) for buffer in module.buffers())
 
     @torch.inference_mode()
     def decode(tokens: int) -> list[float]:
@@ -62,7 +62,7 @@ def ours(folder: Path, digits: int) -> tuple[Decode, int]:
             seconds.append(time.perf_counter() - began)
         return seconds
 
-    return decode, read + model.lm_head.weight.nbytes
+    return decode, read
 
 
 def theirs(folder: Path, kind: str, shape: dict[str, Any], threads: int, python: Path) -> tuple[Decode, dict[str, Any], subprocess.Popen[str]]:

@@ -117,7 +117,7 @@ def advise(
         layout = open_layout(model)
         result = advice.advise(layout, model, advice.wish(layout, memory, engine, goal, use, context), str(out or "recipe.yaml"))
         if out:
-            _write_new(out, result["recipe"])
+            _write_new(out, result["recipe"], "choose another --out")
         if as_json:
             typer.echo(json.dumps(result))
             return
@@ -135,12 +135,33 @@ def generate(
 ) -> None:
     """Continue PROMPT with MODEL, packed weights staying packed, and print tokens as they come."""
     with _errors(False):
-        from compress.runtime import stream
+        from compress import runtime
 
         with _interruptible():
-            for piece in stream(model, prompt, tokens, digits=digits):
+            loaded = runtime.load(model, digits=digits)
+            for line in runtime.remarks(loaded):
+                typer.echo(line, err=True)
+            for piece in runtime.stream(loaded, model, prompt, tokens):
                 typer.echo(piece, nl=False)
         typer.echo()
+
+
+@app.command()
+def bench(
+    model: ModelArgument,
+    tokens: Annotated[int, typer.Option(help="so many to decode, three times", min=1)] = 32,
+    threads: Annotated[int | None, typer.Option(help="to compute with [default: as many as torch takes]", min=1)] = None,
+    out: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write everything measured here too, as JSON")] = None,
+) -> None:
+    """How fast MODEL runs here, packed: decoding beside the speed of memory, reading a prompt, and the memory it takes."""
+    with _errors(False):
+        from compress import speed, view
+
+        with _interruptible():
+            result = speed.measure(model, tokens, threads)
+        if out is not None:
+            _write_new(out, json.dumps(result, indent=2) + "\n", "choose another --json")
+        view.speed(result)
 
 
 @app.command("eval")
@@ -242,13 +263,13 @@ def main() -> None:
     app(prog_name="compress")
 
 
-def _write_new(path: Path, text: str) -> None:
+def _write_new(path: Path, text: str, remedy: str) -> None:
     """Write a file that must not exist yet."""
     try:
         with path.open("x", encoding="utf-8") as file:
             file.write(text)
     except OSError as error:
-        raise InputError.one(str(path), f"cannot be written ({error.strerror})", "choose another --out") from error
+        raise InputError.one(str(path), f"cannot be written ({error.strerror})", remedy) from error
 
 
 def _find(path: Path) -> Path:

@@ -35,6 +35,8 @@ from compress.scheme import Scheme
 EXPERTS_FUNCTION = "compress"
 EXACT = "weight_exact"
 """Part of a linear in a block file: its dense weight, if one pass both changed and quantised it."""
+CACHE_BUFFERS = ("k_scale", "v_scale")
+"""Of attention in a model that is kept whole: the scales of its cache, if that is quantised."""
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 Recorder = Callable[[int, Tensor, Tensor], None]
 
@@ -85,7 +87,7 @@ def experts_forward(self: Any, hidden: Tensor, top_k_index: Tensor, top_k_weight
 
 @dataclass
 class Cache:
-    """Stands where attention expects its cache, for forwards over whole sequences.
+    """Stands where attention expects its cache: for forwards over whole sequences, or before the one of transformers, `kept`.
 
     `listener` is told what the cache is given: keys, after rotation, and values, [rows, heads, tokens, head size]. With `scales`, one for
     keys and one for values, attention gets both back as `as_cached` says.
@@ -93,19 +95,20 @@ class Cache:
 
     scales: tuple[Tensor, Tensor] | None = None
     listener: Callable[[Tensor, Tensor], None] | None = None
+    kept: Any = None
 
     @property
     def idle(self) -> bool:
         """Whether attention may as well do without."""
         return self.scales is None and self.listener is None
 
-    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    def update(self, keys: Tensor, values: Tensor, *more: Any, **named: Any) -> tuple[Tensor, Tensor]:
         """What attention of transformers calls."""
         if self.listener:
             self.listener(keys, values)
-        if self.scales is None:
-            return keys, values
-        return as_cached(keys, self.scales[0]), as_cached(values, self.scales[1])
+        if self.scales is not None:
+            keys, values = as_cached(keys, self.scales[0]), as_cached(values, self.scales[1])
+        return (keys, values) if self.kept is None else self.kept.update(keys, values, *more, **named)
 
 
 @dataclass(frozen=True)
@@ -337,7 +340,8 @@ class Model:
 
     `tensors` maps every name of the model as it is now to where its bytes lie: the source, or a block file of a finished pass. `exact` maps
     every linear that a pass has quantised to the weight it had just before.
-    `schemes` says how each linear will be stored in the end, by name; those not in it stay as they are.
+    `schemes` says how each linear will be stored in the end, by name; those not in it stay as they are. `stored` is the dtype of what is not
+    quantised, `dtype` the one to compute in.
     Memory holds the parts outside the blocks and the block in use.
     """
 
@@ -350,7 +354,8 @@ class Model:
         self.device = hardware.device()
         stored = {str(info.dtype) for name, info in self.tensors.items() if name.endswith("norm.weight")} or {"BF16"}
         # Norms tell: they are never packed.
-        self.dtype = hardware.compute_dtype(DTYPES.get(stored.pop(), torch.float32) if len(stored) == 1 else torch.float32)
+        self.stored = DTYPES.get(stored.pop(), torch.float32) if len(stored) == 1 else torch.float32
+        self.dtype = hardware.compute_dtype(self.stored)
         self._inputs: dict[str, dict[str, Any]] = {}
         """How inputs of linears are rounded, as `Activations.arguments` says it, by name."""
         self._declared_inputs()
@@ -678,18 +683,25 @@ class Model:
             block.release()
             hardware.return_freed_memory()
 
-    def settled(self, made: Callable[[str, Tensor | None], nn.Module]) -> Any:
+    def settled(self, linear: Callable[[str, Tensor | None], nn.Module], experts: Callable[[BlockLayout, Any], nn.Module]) -> Any:
         """The whole model of transformers in memory, to keep; this object is not to be used afterwards.
 
-        ``made`` gives, for the name of a quantised linear and its bias, the module that is to stand for it. Experts are not supported.
+        ``linear`` gives, for the name of a quantised linear and its bias, the module that is to stand for it; ``experts``, for a block whose experts
+        are quantised and the activation of transformers, the one that is to stand for all of them. Attention with a quantised cache has its
+        scales as buffers and rounds what goes into the cache. Raises `InputError` where only some experts of a block are quantised.
         """
-        whole = self.skeleton
+        whole, table = self.skeleton, self.layout.arch.experts
         for layout, module, slots in zip(self.blocks, self._modules, self._slots, strict=True):
-            packed = {linear.name: slots[f"{linear.name}.weight"] for linear in layout.linears if self.packed_as(linear.name)}
-            for linear, slot in packed.items():
-                owner, _, leaf = slot.parameter.removesuffix(".weight").rpartition(".")
-                bias = read_entry(self.final(f"{linear}.bias")).to(self.dtype) if f"{linear}.bias" in self.tensors else None
-                setattr(module.get_submodule(owner), leaf, made(linear, bias))
+            packed = {each.name: slots[f"{each.name}.weight"] for each in layout.linears if self.packed_as(each.name)}
+            routed = [each.name for each in layout.linears if each.name in self.layout.of_experts]
+            if table and packed.keys() & routed:
+                if missing := [name for name in routed if name not in packed]:
+                    raise InputError.one(missing[0], "is not quantised, but other experts of its block are", "open it with transformers")
+                _replace(module, table.module, experts(layout, module.get_submodule(table.module).act_fn))
+            for name, slot in packed.items():
+                if name not in routed:
+                    bias = read_entry(self.final(f"{name}.bias")).to(self.dtype) if f"{name}.bias" in self.tensors else None
+                    _replace(module, slot.parameter.removesuffix(".weight"), linear(name, bias))
             for name, parameter in list(module.named_parameters()):
                 owner, _, leaf = name.rpartition(".")
                 empty = torch.empty(parameter.shape, dtype=self.dtype, device=self.device)
@@ -697,6 +709,8 @@ class Model:
             for name, slot in slots.items():
                 if name.removesuffix(".weight") not in packed and name.removesuffix(".bias") not in packed:
                     slot.view(module).copy_(read_entry(self.final(name)))
+            if scales := self.cache_scales(layout):
+                _round_cache(module.get_submodule(self.layout.arch.attention), scales)
         return whole.to(self.device).eval()
 
     def write_outside(self, path: Path, tensors: dict[str, Tensor], settings: dict[str, Any], records: list[dict[str, Any]]) -> None:
@@ -757,6 +771,23 @@ class Model:
         parent, _, _ = self.layout.arch.module_blocks.rpartition(".")
         normed = self.skeleton.get_submodule(parent).norm(hidden)
         return hardware.widened(self.skeleton.lm_head(normed))
+
+
+def _replace(module: nn.Module, name: str, by: nn.Module) -> None:
+    owner, _, leaf = name.rpartition(".")
+    setattr(module.get_submodule(owner), leaf, by)
+
+
+def _round_cache(attention: nn.Module, scales: tuple[Tensor, Tensor]) -> None:
+    """Have ``attention`` of transformers read its cache as FP8 under ``scales``, which become its buffers."""
+    for name, scale in zip(CACHE_BUFFERS, scales, strict=True):
+        attention.register_buffer(name, scale)
+
+    def before(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        keys, values = (module.get_buffer(name) for name in CACHE_BUFFERS)
+        return given, named | {"past_key_values": Cache((keys, values), kept=named.get("past_key_values"))}
+
+    attention.register_forward_pre_hook(before, with_kwargs=True)
 
 
 def _dense_name(name: str) -> str:

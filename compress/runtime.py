@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -9,43 +10,77 @@ from typing import TYPE_CHECKING, Any
 
 from compress.checkpoint import Checkpoint
 from compress.errors import InputError, Problems
-from compress.layout import Layout
+from compress.layout import BlockLayout, Layout
 from compress.source import locate_model
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from compress.kernels.linear import PackedLinear
+    from compress.kernels.experts import PackedExperts, Stack
+    from compress.kernels.packed import Extras, Packed
     from compress.model import Model
+    from compress.numerics.grid import Quantized
 
 
 def load(name: str | Path, *, digits: int = 2) -> Any:
-    """The model in a folder, a hub id or ``demo:NAME``, ready for `generate`; linears quantised to integers of 2, 3, 4 or 8 bits stay packed.
+    """The model in a folder, a hub id or ``demo:NAME``, ready for `generate`, with every quantised weight packed in memory as it is on disk.
 
-    Their inputs are rounded to so many `digits` of 8 bits while few tokens are computed (`compress.kernels.linear`). Raises `InputError`, with
-    everything that stands in the way, for what there are no kernels for: experts, small floats, rounded inputs, residuals, a quantised cache.
+    Kernels multiply integers of 2, 3, 4 and 8 bits, with inputs in so many `digits` of 8 bits while tokens are few (`compress.kernels.linear`);
+    other weights are unpacked for each product, some rows at a time. `explain` says which is which. What the checkpoint says beside its codes -
+    residuals, inputs in 8 bits, a cache in FP8 - is computed as said. Raises `InputError` for what is no such checkpoint.
     """
-    from compress.kernels.linear import PackedLinear
     from compress.model import Model
 
     if digits not in (1, 2):
         raise InputError.one("digits", f"must be 1 or 2, got {digits}")
     model = Model(Layout(Checkpoint(locate_model(str(name)))))
-    _refuse(model, str(name))
-
-    def made(linear: str, bias: Tensor | None) -> PackedLinear:
-        weight = model.quantized(linear)
-        assert weight is not None
-        return PackedLinear(weight, bias, digits, name=linear)
-
-    return model.settled(made)
+    whole = _Loading(model, digits).whole()
+    if model.stored.itemsize < model.dtype.itemsize:
+        _narrow(whole, model.stored)
+    return whole
 
 
-def stream(name: str, prompt: str, tokens: int, *, digits: int = 2) -> Iterator[str]:
-    """The likeliest continuation of ``prompt`` by the model `name`, in pieces of text as they come."""
+def explain(model: Any) -> list[dict[str, Any]]:
+    """How each part of a model of `load` is computed that transformers alone would compute otherwise.
+
+    Records have the name of the ``module``, what ``part`` it is (`linear`, `experts`, `dense`, `cache`), how it is ``stored``, the ``kernel`` that
+    multiplies by it (`torch` where it is unpacked for each product), and ``why`` torch does it.
+    """
+    from compress.kernels import native
+    from compress.kernels.dense import DenseLinear
+    from compress.kernels.experts import Stack
+    from compress.kernels.packed import Packed
+    from compress.model import CACHE_BUFFERS
+
+    records: list[dict[str, Any]] = []
+    for name, module in model.named_modules():
+        if isinstance(module, Packed | Stack):
+            why = module.why_unpacked(module.stored, module.codes.device)
+            part = "experts" if isinstance(module, Stack) else "dense" if isinstance(module, DenseLinear) else "linear"
+            records.append({"module": name, "part": part, "stored": module.stored, "kernel": "torch" if why else native.tier(), "why": why})
+        elif all(hasattr(module, buffer) for buffer in CACHE_BUFFERS):
+            why = "rounded as the checkpoint says, but kept in the dtype of the model"
+            records.append({"module": name, "part": "cache", "stored": "fp8", "kernel": "torch", "why": why})
+    return records
+
+
+def remarks(model: Any) -> list[str]:
+    """What of `explain` those who wait for the model should know, a line each."""
+    records = explain(model)
+    packed = [record for record in records if record["part"] in ("linear", "experts")]
+    lines = []
+    if counted := Counter(record["why"] for record in packed if record["why"]):
+        reasons = "; ".join(f"{why} ({count})" for why, count in counted.most_common())
+        lines.append(f"{counted.total()} of {len(packed)} packed modules are unpacked for each product: {reasons}")
+    if caches := Counter(record["why"] for record in records if record["part"] == "cache"):
+        lines += [f"the cache of {count} blocks is {why}" for why, count in caches.items()]
+    return lines
+
+
+def stream(model: Any, name: str, prompt: str, tokens: int) -> Iterator[str]:
+    """The likeliest continuation of ``prompt`` by ``model``, which `load` made of `name`, in pieces of text as they come."""
     from transformers import AutoTokenizer, TextIteratorStreamer
 
-    model = load(name, digits=digits)
     tokenizer = AutoTokenizer.from_pretrained(locate_model(name), local_files_only=True, trust_remote_code=False)
     given = tokenizer(prompt, return_tensors="pt").to(model.device)
     if not given["input_ids"].numel():
@@ -61,16 +96,82 @@ def stream(name: str, prompt: str, tokens: int, *, digits: int = 2) -> Iterator[
         done.result()
 
 
-def _refuse(model: Model, name: str) -> None:
-    problems, advice = Problems(), "open it with transformers"
-    packed = [linear for linear in model.layout.linears if model.packed_as(linear)]
-    if model.layout.arch.experts and packed:
-        problems.add(name, "has experts, whose packed weights no kernel here multiplies yet", advice)
-        packed = []
-    if any(model.inputs(linear) for linear in packed):
-        problems.add(name, "rounds the inputs of linears by itself, which the kernels here do in their own way", advice)
-    if model.has_residuals:
-        problems.add(name, "has residuals beside its codes, which no kernel here adds yet", advice)
-    if any(model.cache_scales(block) for block in model.blocks):
-        problems.add(name, "has a quantised cache, which is not supported here yet", advice)
-    problems.raise_if_any()
+class _Loading:
+    """Makes the modules that stand for quantised linears of ``model``."""
+
+    def __init__(self, model: Model, digits: int) -> None:
+        self._model, self._digits = model, digits
+        problems = Problems()
+        for linear in sorted(model.layout.of_experts):
+            if model.inputs(linear):
+                problems.add(linear, "rounds the inputs of an expert, which is not supported", "open it with transformers")
+        problems.raise_if_any()
+
+    def whole(self) -> Any:
+        return self._model.settled(self._linear, self._experts)
+
+    def _linear(self, name: str, bias: Tensor | None) -> Packed:
+        from compress.kernels.packed import Extras
+
+        return self._packed(self._quantized(name), Extras(bias, self._model.inputs(name), self._model.residual(name)))
+
+    def _packed(self, weight: Quantized, extras: Extras) -> Packed:
+        from compress.kernels.linear import PackedLinear
+        from compress.kernels.unpacked import UnpackedLinear
+
+        return PackedLinear(weight, extras, self._digits) if PackedLinear.takes(weight) else UnpackedLinear(weight, extras)
+
+    def _experts(self, block: BlockLayout, activation: Any) -> PackedExperts:
+        from compress.kernels.experts import PackedExperts
+        from compress.layout import EXPERTS_IN, EXPERTS_OUT
+
+        stages = {stage.name: [tuple(linear.name for linear in group.linears) for group in stage.groups] for stage in block.stages}
+        return PackedExperts(self._stack(stages[EXPERTS_IN]), self._stack(stages[EXPERTS_OUT]), activation)
+
+    def _stack(self, experts: list[tuple[str, ...]]) -> Stack:
+        """Of the linears of each expert that read the same input: they become one, the outputs of one after those of the other."""
+        from compress.formats import sparse_residual
+        from compress.kernels.experts import Stack
+        from compress.kernels.packed import Extras
+        from compress.kernels.residuals import Residuals
+        from compress.numerics.grid import below
+
+        members, residuals, alike = [], [], set()
+        for names in experts:
+            weights = [self._quantized(name) for name in names]
+            residuals += [self._model.residual(name) or sparse_residual.none(weight.codes) for name, weight in zip(names, weights, strict=True)]
+            members.append(self._packed(below(weights), Extras()))
+            alike |= {(weights[0].grid == weight.grid, members[-1].coding, members[-1].stored) for weight in weights}
+        if len(alike) > 1:
+            raise InputError.one(experts[0][0], "is stored in another way than other experts of its block", "open it with transformers")
+        return Stack(members, Residuals(residuals, members[0].out_features) if any(len(each.values) for each in residuals) else None)
+
+    def _quantized(self, name: str) -> Quantized:
+        weight = self._model.quantized(name)
+        assert weight is not None
+        return weight
+
+
+def _narrow(model: Any, stored: Any) -> None:
+    """Keep linears and embeddings in the dtype they are ``stored`` in, where the processor cannot compute in it and nothing is lost."""
+    from torch import nn
+
+    from compress.kernels.dense import DenseLinear
+    from compress.kernels.packed import Extras
+
+    narrow: dict[int, Tensor] = {}
+    for name, module in list(model.named_modules()):
+        if type(module) not in (nn.Linear, nn.Embedding):
+            continue
+        wide = module.weight
+        # A head may be the embedding.
+        if id(wide) not in narrow:
+            narrow[id(wide)] = wide.data.to(stored)
+        if not narrow[id(wide)].to(wide.dtype).equal(wide.data):
+            continue
+        if isinstance(module, nn.Linear):
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, DenseLinear(narrow[id(wide)], Extras(module.bias)))
+        else:
+            module.weight = nn.Parameter(narrow[id(wide)], requires_grad=False)
+            module.register_forward_hook(lambda _, given, output, dtype=wide.dtype: output.to(dtype))

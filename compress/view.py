@@ -167,6 +167,24 @@ def evaluation(model: str, result: dict[str, Any]) -> None:
         console.print(f"  {key}: {value}", style="dim", highlight=False)
 
 
+def speed(result: dict[str, Any]) -> None:
+    """The result of `speed.measure`."""
+    console = Console()
+    decode, prefill, memory, roofline = (result[part] for part in ("decode", "prefill", "memory", "roofline"))
+    table = Table(title=f"{result['model']}, {result['threads']} threads, kernels: {result['kernel']}")
+    table.add_column("")
+    table.add_column("", justify="right")
+    table.add_row(f"decoding {decode['tokens']} tokens", f"{decode['tokens_per_second']:.2f} tokens/s")
+    table.add_row(f"reading {human(decode['bytes_per_token'])} of weights per token", f"{decode['bytes_per_second'] / 1e9:.2f} GB/s")
+    table.add_row("of what this machine reads from memory", f"{100 * roofline['fraction']:.0f} % of {roofline['bytes_per_second'] / 1e9:.2f} GB/s")
+    table.add_row(f"a prompt of {prefill['tokens']} tokens", f"{prefill['tokens_per_second']:.1f} tokens/s")
+    share = memory["resident_bytes"] / memory["file_bytes"] - 1
+    table.add_row("weights in memory", f"{human(memory['resident_bytes'])} ({100 * share:+.1f} % of the file's)")
+    console.print(table)
+    for remark in result["remarks"]:
+        console.print(remark, style="dim")
+
+
 def allocation(result: dict[str, Any]) -> None:
     """The table of `compress allocate`: bits by block and kind of unit."""
     console = Console()

@@ -16,6 +16,7 @@ from compress.errors import InputError
 from compress.kernels import native, t16
 from compress.kernels.build import SOURCES, compile_library, compiler
 from compress.kernels.linear import PackedLinear
+from compress.kernels.packed import Extras
 from compress.numerics.grid import Integer, Quantized
 
 WIDTHS = sorted(t16.COLUMNS)
@@ -153,7 +154,7 @@ def test_two_digits_lose_less_than_inputs_in_bfloat16(seed: int, tokens: int, sp
 
 def test_inputs_may_have_any_shape_stride_and_dtype(tier: str) -> None:
     weight, bias = quantized(20, 64, 32, 4, True), torch.randn(20)
-    module, x = PackedLinear(weight, bias), torch.randn(3, 64, 2).transpose(1, 2)
+    module, x = PackedLinear(weight, Extras(bias)), torch.randn(3, 64, 2).transpose(1, 2)
     assert module(x).shape == (3, 2, 20)
     assert relative(module(x), exact(x.reshape(6, 64), weight).view(3, 2, 20) + bias.double()) < 1e-4
     half = module(x.bfloat16())
@@ -197,8 +198,10 @@ def test_without_a_library_torch_does_the_work(monkeypatch: pytest.MonkeyPatch, 
 
 @pytest.mark.parametrize(("grid", "group"), [(Integer(5, True), 32), (Integer(3, True), 16)])
 def test_a_grid_without_a_kernel_is_refused(grid: Integer, group: int) -> None:
-    with pytest.raises(InputError, match=r"q_proj: is stored as .* in groups of .*, for which there is no kernel; open it with transformers"):
-        PackedLinear(Quantized(torch.zeros(16, 64, dtype=torch.int8), torch.ones(16, 64 // group), None, grid), name="q_proj")
+    weight = Quantized(torch.zeros(16, 64, dtype=torch.int8), torch.ones(16, 64 // group), None, grid)
+    assert not PackedLinear.takes(weight)
+    with pytest.raises(ValueError, match=f"there is no kernel for {grid.bits} bits, group {group}"):
+        PackedLinear(weight)
 
 
 MAIN = Path(__file__).parent / "kernels_main.cpp"

@@ -18,7 +18,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "demo": (),
     "hardware": ("errors",),
     "numerics": ("errors", "hardware", "numerics"),
-    "kernels": ("errors", "numerics", "kernels"),
+    "kernels": ("errors", "numerics", "formats", "kernels"),
     "formats": ("errors", "numerics"),
     "formats.sparse_residual": ("errors", "formats.base"),
     "formats.nvfp4_pack_quantized": ("errors", "numerics", "formats.mxfp4_pack_quantized"),
@@ -64,7 +64,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "export": ("errors", "formats", "checkpoint", "layout", "model", "scheme"),
     "evaluate": ("errors", "hardware", "checkpoint", "layout", "data", "model", "recipe", "evaluate"),
     "reopen": ("errors", "hardware", "checkpoint", "layout", "data", "model", "evaluate"),
-    "runtime": ("errors", "checkpoint", "source", "layout", "model", "kernels"),
+    "runtime": ("errors", "checkpoint", "source", "layout", "model", "kernels", "numerics", "formats"),
+    "speed": ("errors", "checkpoint", "source", "layout", "kernels", "runtime"),
     "plots": ("errors",),
     "report": ("errors", "checkpoint", "plots"),
     "card": ("errors", "scheme", "passes.base", "recipe"),
@@ -93,6 +94,7 @@ LIGHT = (
     "cli",
     "inspection",
     "runtime",
+    "speed",
     "view",
 )
 

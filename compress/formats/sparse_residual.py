@@ -48,6 +48,12 @@ def residual(exact: Tensor, coded: Tensor, positions: Tensor, stored: torch.dtyp
     return Residual(rows, columns, values, (coded.shape[0], coded.shape[1]))
 
 
+def none(coded: Tensor) -> Residual:
+    """That of ``coded`` [out, in] if nothing lies beside it."""
+    places = torch.empty(0, dtype=torch.int64)
+    return Residual(places, places, torch.empty(0), (coded.shape[0], coded.shape[1]))
+
+
 def pack(linear: str, residual: Residual) -> dict[str, Tensor]:
     """The tensors of one linear under their names on disk."""
     rows, columns = residual.shape

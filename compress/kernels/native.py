@@ -5,9 +5,10 @@ from __future__ import annotations
 import ctypes
 import os
 from ctypes import POINTER, byref, c_char_p, c_int32, c_int64, c_uint64, c_void_p
-from functools import cache
+from functools import cache, lru_cache
 from itertools import count, takewhile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +30,10 @@ class _Matrix(ctypes.Structure):
     ]  # fmt: skip
 
 
+class _Inputs(ctypes.Structure):
+    _fields_ = [("digits", c_void_p), ("scales", c_void_p), ("sums", c_void_p), ("count", c_int32), ("per_input", c_int32)]
+
+
 @cache
 def library() -> ctypes.CDLL | None:
     """The library, or None where it was not built."""
@@ -40,6 +45,7 @@ def library() -> ctypes.CDLL | None:
     found.t16_read.restype = c_uint64
     found.t16_read.argtypes = [c_void_p, c_int64, c_int32]
     found.t16_linear.argtypes = [c_int32, POINTER(_Matrix), c_void_p, c_int64, c_int64, c_int32, c_void_p, c_int32]
+    found.t16_multiply.argtypes = [c_int32, POINTER(_Matrix), POINTER(_Inputs), c_void_p, c_int32]
     found.t16_dense.argtypes = [c_int32, c_void_p, c_int32, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_int32]
     found.t16_large_pages.argtypes = [c_void_p, c_int64]
     return found
@@ -66,6 +72,13 @@ def _chosen(wanted: str | None) -> str:
     return wanted or (present[-1] if present else "torch")
 
 
+def missing_why() -> str | None:
+    """Why torch does the work on this machine, or None if a kernel does."""
+    if tier() != "torch":
+        return None
+    return f"${FORCE} is torch" if built() else "no kernels were built (python -m compress.kernels.build)"
+
+
 @cache
 def _number(name: str) -> int:
     return list(built()).index(name)
@@ -87,23 +100,40 @@ def multiply(
     found = library()
     assert found is not None
     tokens, given = inputs.shape
+    outputs, threads = torch.empty(tokens, rows), torch.get_num_threads()
+    matrix = _matrix(
+        codes.data_ptr(), scales.data_ptr(), _pointer(zeros), rows, columns, columns // scales.shape[1], step, bits, FLOATS[scales.dtype]
+    )
+    found.t16_linear(_number(tier), matrix, inputs.data_ptr(), tokens, given, digits, outputs.data_ptr(), threads)
+    return outputs
+
+
+def products(
+    rounded: Tensor, units: Tensor, sums: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, *, bits: int, rows: int, step: int, tier: str
+) -> Tensor:
+    """`multiply` for inputs that are rounded already; float32 [tokens, out].
+
+    ``rounded`` int8 [tokens, digits, columns], from -127 to 127; ``units`` float32 [tokens, digits, steps], what each digit counts; ``sums`` float32
+    [tokens, steps] of the inputs. All contiguous.
+    """
+    found = library()
+    assert found is not None
+    tokens, digits, columns = rounded.shape
     outputs = torch.empty(tokens, rows)
-    matrix = _Matrix(
-        codes.data_ptr(), scales.data_ptr(), None if zeros is None else zeros.data_ptr(),
-        rows, columns, columns // scales.shape[1], step, bits, FLOATS[scales.dtype],
-    )  # fmt: skip
-    threads = torch.get_num_threads()
-    found.t16_linear(_number(tier), byref(matrix), inputs.data_ptr(), tokens, given, digits, outputs.data_ptr(), threads)
+    matrix = _matrix(
+        codes.data_ptr(), scales.data_ptr(), _pointer(zeros), rows, columns, columns // scales.shape[1], step, bits, FLOATS[scales.dtype]
+    )
+    right = _Inputs(rounded.data_ptr(), units.data_ptr(), sums.data_ptr(), tokens * digits, digits)
+    found.t16_multiply(_number(tier), matrix, byref(right), outputs.data_ptr(), torch.get_num_threads())
     return outputs
 
 
 def dense(inputs: Tensor, weight: Tensor, tier: str) -> Tensor:
-    """``inputs`` [tokens, in] float32, contiguous, times ``weight`` [out, in] in a dtype of `FLOATS`; [tokens, out] float32."""
+    """``inputs`` [tokens, in] float32 times ``weight`` [out, in] in a dtype of `FLOATS`, both contiguous; [tokens, out] float32."""
     found = library()
     assert found is not None
-    (tokens, columns), rows = inputs.shape, weight.shape[0]
+    (tokens, columns), rows, kind = inputs.shape, weight.shape[0], FLOATS[weight.dtype]
     outputs, threads = torch.empty(tokens, rows), torch.get_num_threads()
-    kind = FLOATS[weight.dtype]
     found.t16_dense(_number(tier), weight.data_ptr(), kind, rows, columns, inputs.data_ptr(), tokens, outputs.data_ptr(), threads)
     return outputs
 
@@ -114,6 +144,16 @@ def empty(*shape: int) -> Tensor:
     if found := library():
         found.t16_large_pages(memory.data_ptr(), memory.numel())
     return memory
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+@lru_cache(1 << 14)
+def _matrix(*fields: int | None) -> Any:
+    """The C structure of these fields: a token asks for the same ones as the token before it."""
+    return byref(_Matrix(*fields))
 
 
 def read(data: Tensor, threads: int) -> None:

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 ROWS = 16
+VECTOR = 32
+"""Bits of a row in one vector."""
 COLUMNS = {8: 4, 4: 8, 3: 32, 2: 16}
 """Columns of the smallest piece of a row that is stored whole, by bits."""
 

@@ -33,9 +33,18 @@ class Activations:
 
     def round(self, inputs: Tensor) -> Tensor:
         """``inputs`` as the engine sees them, in their own dtype."""
-        grid = GRIDS[self.kind]
         if not inputs.numel():
             return inputs
+        rounded, scale = self._rounded(inputs)
+        return (rounded * scale).view(inputs.shape)
+
+    def codes(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """What `round` makes of them as codes int8 [..., in] and what those count, [..., 1] or [1], in the dtype of ``inputs``. For int8 alone."""
+        rounded, scale = self._rounded(inputs)
+        return rounded.to(torch.int8), scale
+
+    def _rounded(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        grid = GRIDS[self.kind]
         grouped = inputs if self.group_size is None else torch.unflatten(inputs, -1, (-1, self.group_size))
         if self.scale is not None:
             scale = self.scale.to(inputs.dtype)
@@ -43,7 +52,7 @@ class Activations:
             scale = grouped.abs().amax(-1, keepdim=True) / ((grid.high - grid.low) / 2)
             scale = torch.where(scale == 0, torch.finfo(scale.dtype).eps, scale)
         rounded = (grouped / scale).clamp_(grid.low, grid.high)
-        return (grid.round_(rounded, grid.low, grid.high) * scale).view(inputs.shape)
+        return grid.round_(rounded, grid.low, grid.high), scale
 
     def arguments(self) -> dict[str, Any]:
         """`input_activations` of compressed-tensors."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import ClassVar
@@ -154,11 +154,13 @@ class Quantized:
         """Of the weights: that of the scale, or bfloat16 for small floats with small scales, all of whose products it holds exactly."""
         return self.scale.dtype if self.scale.dtype.itemsize > 1 else torch.bfloat16
 
+    def by_output(self) -> Tensor:
+        """The scale, as it is stored, once for every output: [out, groups]."""
+        return self.scale.repeat_interleave(self.grid.rows, 0)[: len(self.codes)] if self.grid.rows > 1 else self.scale
+
     def scales(self) -> Scales:
         """Scales and zero points as a search gives them, float32 [out, groups]."""
-        scale = self.scale.float() / self.grid.unit
-        if self.grid.rows > 1:
-            scale = scale.repeat_interleave(self.grid.rows, 0)[: len(self.codes)]
+        scale = self.by_output().float() / self.grid.unit
         return Scales(scale, torch.zeros_like(scale) if self.zero_point is None else self.zero_point.float())
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -174,6 +176,23 @@ class Quantized:
                 values -= self.zero_point[part, :, None]
             weight[part] = values.mul_(scale[part, :, None]).flatten(1)
         return weight
+
+
+def below(weights: Sequence[Quantized]) -> Quantized:
+    """``weights`` on one grid and in equal groups as one, the outputs of each after those of the one before it."""
+    grid, zeros = weights[0].grid, [weight.zero_point for weight in weights if weight.zero_point is not None]
+    return Quantized(
+        as_bytes(torch.cat, [weight.codes for weight in weights]),
+        as_bytes(torch.cat, [weight.by_output() for weight in weights]),
+        torch.cat(zeros) if zeros else None,
+        E4M3() if isinstance(grid, E4M3) else grid,
+    )
+
+
+def as_bytes(join: Callable[[list[Tensor]], Tensor], parts: Sequence[Tensor]) -> Tensor:
+    """``join`` of ``parts``, which torch need not know for small floats."""
+    kind = parts[0].dtype
+    return join([part.view(torch.uint8) for part in parts]).view(kind) if kind.itemsize == 1 else join(list(parts))
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,6 @@
 
 #include "t16.h"
 
-struct t16_inputs {
-    const int8_t *digits;  // [count][columns]
-    const float *scales;   // [count][columns / step]
-    const float *sums;     // [count / per_input][columns / step], of what the digits stand for
-    int32_t count;         // columns of the right-hand side: inputs times digits of each
-    int32_t per_input;     // digits of each input, 1 or 2: x ~ scale * digit, or the sum of both; the first has 128 times the other's scale
-};
-
 namespace t16 {
 
 constexpr int ROWS = 16;

@@ -127,6 +127,15 @@ extern "C" void t16_linear(int32_t tier, const t16_matrix *matrix, const float *
     }
 }
 
+extern "C" void t16_multiply(int32_t tier, const t16_matrix *matrix, const t16_inputs *inputs, float *y, int32_t threads) {
+    const int64_t blocks = (matrix->rows + t16::ROWS - 1) / t16::ROWS;
+    const t16::Run run = TIERS[tier].kernels.run;
+    if (threads <= 1) return run(*matrix, *inputs, y, matrix->rows, 0, blocks);
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+    for (int32_t thread = 0; thread < threads; ++thread)
+        run(*matrix, *inputs, y, matrix->rows, blocks * thread / threads, blocks * (thread + 1) / threads);
+}
+
 extern "C" void t16_dense(int32_t tier, const void *weight, int32_t kind, int64_t rows, int64_t columns, const float *x, int64_t tokens, float *y,
                           int32_t threads) {
     const t16::Dense dense = TIERS[tier].kernels.dense;

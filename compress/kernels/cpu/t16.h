@@ -31,6 +31,14 @@ typedef struct {
     int32_t scale;         // enum t16_float
 } t16_matrix;
 
+typedef struct {
+    const int8_t *digits;  // [count][columns], from -127 to 127
+    const float *scales;   // [count][columns / step]
+    const float *sums;     // [count / per_input][columns / step], of what the digits stand for
+    int32_t count;         // columns of the right-hand side: inputs times digits of each
+    int32_t per_input;     // digits of each input, 1 or 2, which it is the sum of
+} t16_inputs;
+
 // The instruction sets of this build, one per source file, by number, the fastest last: its name, or null from the last on, and whether this
 // processor has it.
 const char *t16_tier(int32_t number);
@@ -39,6 +47,9 @@ int32_t t16_present(int32_t number);
 // y [tokens][rows] = x [tokens][given] times W', by one of the instruction sets and so many threads. Columns from `given` on are zero.
 // Inputs are rounded, `step` of them to one scale: x ~ scale * digit of 8 bits, or x ~ scale * (128 * first + second), 15 bits together.
 void t16_linear(int32_t tier, const t16_matrix *matrix, const float *x, int64_t tokens, int64_t given, int32_t digits, float *y, int32_t threads);
+
+// The same for inputs that are rounded already.
+void t16_multiply(int32_t tier, const t16_matrix *matrix, const t16_inputs *inputs, float *y, int32_t threads);
 
 // y [tokens][rows] = x [tokens][columns] times W', W [rows][columns] of the floats `kind` says (enum t16_float).
 void t16_dense(int32_t tier, const void *weight, int32_t kind, int64_t rows, int64_t columns, const float *x, int64_t tokens, float *y,
