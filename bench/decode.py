@@ -47,10 +47,11 @@ def packed(folder: Path, checkpoint: Path, bits: int) -> Path:
     return out
 
 
-def ours(folder: Path, digits: int) -> tuple[Decode, int]:
-    """What decodes by our runtime, and the bytes it reads for a token."""
-    model = compress.load(folder, digits=digits)
-    read = sum(buffer.nbytes for module in model.modules() if isinstance(module, Packed) for buffer in module.buffers())
+def ours(folder: Path) -> tuple[Decode, int, list[Packed]]:
+    """What decodes by our runtime, the bytes it reads for a token, and the modules that are packed."""
+    model = compress.load(folder)
+    modules = [module for module in model.modules() if isinstance(module, Packed)]
+    read = sum(buffer.nbytes for module in modules for buffer in module.buffers())
 
     @torch.inference_mode()
     def decode(tokens: int) -> list[float]:
@@ -62,7 +63,7 @@ def ours(folder: Path, digits: int) -> tuple[Decode, int]:
             seconds.append(time.perf_counter() - began)
         return seconds
 
-    return decode, read
+    return decode, read, modules
 
 
 def theirs(folder: Path, kind: str, shape: dict[str, Any], threads: int, python: Path) -> tuple[Decode, dict[str, Any], subprocess.Popen[str]]:
@@ -106,8 +107,10 @@ def main() -> None:
     results = []
     for bits in arguments.bits:
         artifact = packed(folder, checkpoint, bits)
+        decode, size, modules = ours(artifact)
         for digits in (2, 1):
-            decode, size = ours(artifact, digits)
+            for module in modules:
+                module.digits = digits
             for threads in arguments.threads:
                 torch.set_num_threads(threads)
                 row: dict[str, Any] = {"bits": bits, "digits": digits, "threads": threads, "bytes_per_token": size, "rival": RIVALS[bits]}
@@ -131,7 +134,7 @@ def main() -> None:
                 row["ratio"] = median["llamacpp"] / median["ours"] if "llamacpp" in median else None
                 results.append(row)
                 print(json.dumps({key: value for key, value in row.items() if key not in ("seconds", "llamacpp")}), flush=True)
-            del decode
+        del decode, modules
     document = {"benchmark": "decode", "tier": native.tier(), "preset": preset, "group": GROUP, "stamp": harness.stamp({}), "results": results}
     arguments.json.write_text(json.dumps(document, indent=1) + "\n")
     table = Table(title=f"{preset}, {native.tier()}: tokens per second, medians")

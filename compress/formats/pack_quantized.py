@@ -14,6 +14,8 @@ A weight is ``(q - zero_point) * scale``. Checked bit by bit against the packer 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -32,36 +34,47 @@ def holds(dtypes: dict[str, str]) -> bool:
 def pack_stream(codes: Tensor, bits: int) -> Tensor:
     """Signed codes int8 [rows, n] to int32 [rows, ceil(n * bits / 32)], a little-endian bit stream per row."""
     rows, count = codes.shape
-    words = -(-count * bits // 32)
-    # Eight codes fill `bits` whole bytes, whatever the width.
-    unsigned = codes.new_zeros(rows, -(-count // 8) * 8)
-    unsigned[:, :count] = codes + (1 << (bits - 1))
-    octets = unsigned.view(torch.uint8).view(rows, -1, 8)
-    stream = torch.zeros(octets.shape[:2], dtype=torch.int64, device=codes.device)
-    for position in range(8):
-        stream |= octets[..., position].to(torch.int64) << (position * bits)
-    packed = torch.zeros(rows, words * 4, dtype=torch.uint8, device=codes.device)
-    filled = stream.view(torch.uint8).view(rows, -1, 8)[..., :bits].reshape(rows, -1)
-    width = min(filled.shape[1], packed.shape[1])
-    packed[:, :width] = filled[:, :width]
+    together, octets = _unit(bits)
+    units = -(-count // together)
+    unsigned = torch.zeros(rows, units * together, dtype=torch.uint8, device=codes.device)
+    torch.add(codes.view(torch.uint8), 1 << (bits - 1), out=unsigned[:, :count])
+    fields = unsigned.view(rows, units, together)
+    stream = torch.zeros(rows, units, octets, dtype=torch.uint8, device=codes.device)
+    for position in range(together):
+        octet, shift = divmod(position * bits, 8)
+        stream[..., octet] |= fields[..., position] << shift
+        if shift + bits > 8:
+            stream[..., octet + 1] |= fields[..., position] >> (8 - shift)
+    packed = torch.zeros(rows, -(-count * bits // 32) * 4, dtype=torch.uint8, device=codes.device)
+    width = min(units * octets, packed.shape[1])
+    packed[:, :width] = stream.view(rows, -1)[:, :width]
     return packed.view(torch.int32)
 
 
 def unpack_stream(packed: Tensor, bits: int, count: int) -> Tensor:
     """The inverse of `pack_stream`: signed codes int8 [rows, count]."""
     rows = packed.shape[0]
-    octets = -(-count // 8)
+    together, octets = _unit(bits)
+    units = -(-count // together)
     stored = packed.contiguous().view(torch.uint8)
-    filled = torch.zeros(rows, octets * bits, dtype=torch.uint8, device=packed.device)
-    width = min(filled.shape[1], stored.shape[1])
-    filled[:, :width] = stored[:, :width]
-    stream = torch.zeros(rows, octets, 8, dtype=torch.uint8, device=packed.device)
-    stream[..., :bits] = filled.view(rows, octets, bits)
-    words = stream.view(torch.int64)[..., 0]
-    codes = torch.empty(rows, octets, 8, dtype=torch.int8, device=packed.device)
-    for position in range(8):
-        codes[..., position] = ((words >> (position * bits)) & ((1 << bits) - 1)) - (1 << (bits - 1))
-    return codes.view(rows, -1)[:, :count].contiguous()
+    if stored.shape[1] < units * octets:
+        stored = torch.nn.functional.pad(stored, (0, units * octets - stored.shape[1]))
+    stream = stored[:, : units * octets].view(rows, units, octets)
+    codes = torch.empty(rows, units, together, dtype=torch.uint8, device=packed.device)
+    for position in range(together):
+        octet, shift = divmod(position * bits, 8)
+        field = stream[..., octet] >> shift
+        if shift + bits > 8:
+            field |= stream[..., octet + 1] << (8 - shift)
+        torch.bitwise_and(field, (1 << bits) - 1, out=codes[..., position])
+    codes -= 1 << (bits - 1)
+    return codes.view(torch.int8).view(rows, -1)[:, :count].contiguous()
+
+
+def _unit(bits: int) -> tuple[int, int]:
+    """How many codes fill whole bytes, and how many of them: arithmetic in bytes is several times faster than in words."""
+    shared = math.gcd(bits, 8)
+    return 8 // shared, bits // shared
 
 
 def pack(linear: str, weight: Quantized) -> dict[str, Tensor]:

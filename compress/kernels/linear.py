@@ -115,10 +115,10 @@ class PackedLinear(Packed):
             raise ValueError(f"there is no kernel for {self.stored}")
         self.bits, self.digits, self.coding = weight.bits, digits, f"{T16}{weight.bits}"
         offset = 1 << (self.bits - 1)
-        packed = t16.pack((weight.codes.to(torch.int16) + offset).to(torch.uint8), self.bits)
+        packed = t16.pack(weight.codes.contiguous().view(torch.uint8) + offset, self.bits)
         self.register_buffer("codes", native.empty(*packed.shape).copy_(packed))
         self.register_buffer("scales", t16.by_block(weight.scale))
-        zeros = None if weight.zero_point is None else t16.by_block((weight.zero_point.to(torch.int16) + offset).to(torch.uint8))
+        zeros = None if weight.zero_point is None else t16.by_block(weight.zero_point.contiguous().view(torch.uint8) + offset)
         self.register_buffer("zeros", zeros)
         self.register_buffer("units", None)
 
