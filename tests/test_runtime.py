@@ -204,7 +204,7 @@ def test_memory_is_within_a_twentieth_of_the_file(kind: str, scheme: dict[str, A
     folder = made(checkpoint(kind, torch.bfloat16), tmp_path / "out", {"rtn": scheme})
     model = compress.load(folder)
     assert abs(speed.resident_bytes(model) / Checkpoint(folder).nbytes - 1) < 0.05
-    assert difference(folder) < 1e-2  # transformers rounds weights to bfloat16, which the kernels do not
+    assert difference(folder) < 2e-2  # where transformers unpacks while loading it rounds weights to bfloat16, which the kernels do not
 
 
 def test_generating_is_what_transformers_generates(tmp_path: Path) -> None:
