@@ -108,19 +108,19 @@ def tile(device: Device, bits: int, blocks: int, steps: int, step: int, tokens: 
     inputs = max(least, 1 << (tokens - 1).bit_length()) if dots else min(tokens, VECTORS // digits)
     chunks = -(-tokens // inputs)
 
+    def blocks_of(warps: int) -> int:
+        return (2 * warps if inputs <= 16 else warps) if dots else 1
+
     def cost(warps: int, split: int) -> float:
-        if dots:
-            programs, rounds, taken = -(-blocks // (warps // 2)) * chunks * split, -(-steps // split), warps // 2 * step
-        else:
-            each = slots(device, warps) // lanes(bits, step)
-            programs, rounds, taken = blocks * chunks * split, -(-math.ceil(steps / each) // split), each * step
-        size = taken * t16.ROWS * bits // 8
+        taken = step if dots else slots(device, warps) // lanes(bits, step) * step
+        programs, rounds = -(-blocks // blocks_of(warps)) * chunks * split, -(-(-(-steps * step // taken)) // split)
+        size = blocks_of(warps) * t16.ROWS * taken * bits // 8
         reading = -(-programs // device.processors) * rounds * size / BYTES_PER_CYCLE
         waiting = -(-programs * warps // (device.processors * WARPS_AT_ONCE)) * rounds * LATENCY
         return max(reading, waiting) + MEETING * (split > 1)
 
-    warps, split = min(product((4, 8) if dots else (4, 8, 2, 1), (1, 2, 4, 8)), key=lambda pair: cost(*pair))
-    return Tile(dots, inputs, warps // 2 if dots else 1, warps, split)
+    warps, split = min(product((4, 2) if dots else (4, 8, 2, 1), (1, 2, 4, 8)), key=lambda pair: cost(*pair))
+    return Tile(dots, inputs, blocks_of(warps), warps, split)
 
 
 def slots(device: Device, warps: int) -> int:
@@ -183,11 +183,11 @@ def constants(device: Device, cut: Tile, bits: int, step: int, group: int, digit
     unit = t16.COLUMNS[bits]
     common = {
         "BITS": bits, "UNITS": step // unit, "PER_GROUP": group // step, "INPUTS": cut.inputs, "DIGITS": digits, "SPLIT": cut.split,
-        "num_warps": cut.warps, "enable_fp_fusion": True,
+        "TARGET": device.target, "num_warps": cut.warps, "enable_fp_fusion": True,
     }  # fmt: skip
     if cut.dots:
-        return common | {"COLUMNS": unit, "AT_ONCE": units_at_once(bits, step), "BLOCKS": cut.blocks, "num_stages": 3}
+        return common | {"COLUMNS": unit, "AT_ONCE": units_at_once(bits, step), "BLOCKS": cut.blocks, "num_stages": 2}
     # Fields multiplied where they lie in their bytes need no shifts but more sums, and a target that takes a highest bit for part of a code.
     in_place = device.target != "hip" and cut.inputs * digits <= 2
-    own = {"LANES": lanes(bits, step), "SLOTS": slots(device, cut.warps), "IN_PLACE": in_place, "TARGET": device.target}
+    own = {"LANES": lanes(bits, step), "SLOTS": slots(device, cut.warps), "IN_PLACE": in_place}
     return common | own | {"num_stages": 1}

@@ -173,6 +173,15 @@ def _store(results, at, here, y, partials, counters, size, SPLIT: tl.constexpr):
 
 
 @triton.jit
+def _after_loads(value, TARGET: tl.constexpr):  # noqa: N803
+    """`value`, but only once all loads before it are on their way: the assembler for "cuda" would start each when it is needed."""
+    if TARGET == "cuda":
+        return tl.inline_asm_elementwise("bar.warp.sync 0xffffffff; mov.b32 $0, $1;", "=r,r", [value], tl.int32, is_pure=False, pack=1)
+    else:
+        return value
+
+
+@triton.jit
 def vector_kernel(
     codes, scales, zeros, digits, units, sums, partials, counters, y, rows, steps, tiles, tokens,
     BITS: tl.constexpr, UNITS: tl.constexpr, PER_GROUP: tl.constexpr, LANES: tl.constexpr, SLOTS: tl.constexpr,
@@ -199,15 +208,15 @@ def vector_kernel(
         # Beyond the last step digits are zero: any weight will do, and no load needs a mask.
         step = tl.minimum(tile * (SLOTS // LANES) + slot // LANES, steps - 1)
         at = codes + ((step * UNITS + slot % LANES) * (vectors * 16))[:, None] + row
-        at_digits = digits + (chunk * tiles + tile) * (INPUTS * DIGITS * each * fields_of * SLOTS) + slot
         totals = ()
         for _ in tl.static_range(INPUTS * DIGITS * places):
             totals = totals + (tl.zeros([SLOTS, 16], tl.int32),)  # noqa: RUF005
+        words = ()
+        for j in tl.static_range(each * vectors):
+            words = words + (tl.load(at + (j // vectors * LANES * vectors + j % vectors) * 16, eviction_policy="evict_first"),)  # noqa: RUF005
+        at_digits = digits + (chunk * tiles + tile) * (INPUTS * DIGITS * each * fields_of * SLOTS) + _after_loads(slot, TARGET)
         for j in tl.static_range(each):
-            words = ()
-            for v in tl.static_range(vectors):
-                words = words + (tl.load(at + (j * LANES * vectors + v) * 16, eviction_policy="evict_first"),)  # noqa: RUF005
-            fields = _fields(words, BITS, IN_PLACE)
+            fields = _fields(words[j * vectors : (j + 1) * vectors], BITS, IN_PLACE)
             sums_so_far = ()
             for c in tl.static_range(INPUTS * DIGITS):
                 for place in tl.static_range(places):
@@ -247,25 +256,63 @@ def vector_kernel(
     _store(outputs, places_of, here, y, partials, counters, tokens * rows, SPLIT)
 
 
+@triton.constexpr_function
+def _masking(shift, mask):
+    return f"shr.u32 $0, $1, {shift}; and.b32 $0, $0, {mask * 0x01010101};"
+
+
 @triton.jit
-def _matrix(codes, at, BITS: tl.constexpr):  # noqa: N803
-    """Codes [16 * blocks, columns] int8 of some units, from the places of their first vectors' bytes, [blocks, units, 16, 4]."""
-    first = tl.load(codes + at, eviction_policy="evict_first")
+def _part(bytes, SHIFT: tl.constexpr, MASK: tl.constexpr, TARGET: tl.constexpr):  # noqa: N803
+    """Bits of each byte, four bytes at a time where the compiler would not see that it can."""
+    if TARGET == "cuda":
+        return tl.inline_asm_elementwise(_masking(SHIFT, MASK), "=r,r", [bytes], tl.uint8, is_pure=True, pack=4)
+    else:
+        return (bytes >> SHIFT) & MASK
+
+
+@triton.jit
+def _either(low, high, TARGET: tl.constexpr):  # noqa: N803
+    if TARGET == "cuda":
+        return tl.inline_asm_elementwise("or.b32 $0, $1, $2;", "=r,r,r", [low, high], tl.uint8, is_pure=True, pack=4)
+    else:
+        return low | high
+
+
+@triton.jit
+def _signed(bytes, TARGET: tl.constexpr):  # noqa: N803
+    if TARGET == "cuda":
+        return tl.inline_asm_elementwise("xor.b32 $0, $1, 0x80808080;", "=r,r", [bytes], tl.uint8, is_pure=True, pack=4)
+    else:
+        return bytes ^ 128
+
+
+@triton.jit
+def _lanes(at):
+    """Vectors [blocks, units, 16, 4], loaded whole, so that a load takes 16 bytes."""
+    return tl.load(at, eviction_policy="evict_first").reshape(at.shape[0], at.shape[1], 16, 4)
+
+
+@triton.jit
+def _matrix(codes, at, BITS: tl.constexpr, TARGET: tl.constexpr):  # noqa: N803
+    """Codes [16 * blocks, columns] int8 of some units, from the places of their first vectors' bytes, [blocks, units, 64]."""
+    first = _lanes(codes + at)
     if BITS == 8:
-        tile = (first ^ 128).permute(0, 2, 1, 3)
+        tile = _signed(first, TARGET).permute(0, 2, 1, 3)
     elif BITS == 4:
-        tile = tl.join(first & 15, first >> 4).permute(0, 2, 1, 4, 3)
+        tile = tl.join(_part(first, 0, 15, TARGET), _part(first, 4, 15, TARGET)).permute(0, 2, 1, 4, 3)
     elif BITS == 2:
-        low, high = tl.join(first & 3, (first >> 2) & 3), tl.join((first >> 4) & 3, first >> 6)
+        low = tl.join(_part(first, 0, 3, TARGET), _part(first, 2, 3, TARGET))
+        high = tl.join(_part(first, 4, 3, TARGET), _part(first, 6, 3, TARGET))
         tile = tl.join(low, high).permute(0, 2, 1, 5, 4, 3)
     else:
-        second = tl.load(codes + at + 64, eviction_policy="evict_first")
-        third = tl.load(codes + at + 128, eviction_policy="evict_first")
-        seventh = ((first >> 6) << 1) | ((third >> 6) & 1)
-        eighth = ((second >> 6) << 1) | (third >> 7)
-        low = tl.join(tl.join(first & 7, (first >> 3) & 7), tl.join(second & 7, (second >> 3) & 7))
-        high = tl.join(tl.join(third & 7, (third >> 3) & 7), tl.join(seventh, eighth))
-        tile = tl.join(low, high).permute(0, 2, 1, 6, 5, 4, 3)
+        second = _lanes(codes + at + 64)
+        third = _lanes(codes + at + 128)
+        seventh = _either(_part(first, 5, 6, TARGET), _part(third, 6, 1, TARGET), TARGET)
+        eighth = _either(_part(second, 5, 6, TARGET), _part(third, 7, 1, TARGET), TARGET)
+        low = tl.join(_part(first, 0, 7, TARGET), _part(first, 3, 7, TARGET))
+        middle = tl.join(_part(second, 0, 7, TARGET), _part(second, 3, 7, TARGET))
+        high = tl.join(tl.join(_part(third, 0, 7, TARGET), _part(third, 3, 7, TARGET)), tl.join(seventh, eighth))
+        tile = tl.join(tl.join(low, middle), high).permute(0, 2, 1, 6, 5, 4, 3)
     rows: tl.constexpr = at.shape[0] * 16
     return tile.reshape(rows, tile.numel // rows).to(tl.int8, bitcast=True)
 
@@ -274,7 +321,7 @@ def _matrix(codes, at, BITS: tl.constexpr):  # noqa: N803
 def matrix_kernel(
     codes, scales, zeros, digits, units, sums, partials, counters, y, rows, steps, tokens,
     BITS: tl.constexpr, UNITS: tl.constexpr, COLUMNS: tl.constexpr, AT_ONCE: tl.constexpr, PER_GROUP: tl.constexpr, BLOCKS: tl.constexpr,
-    INPUTS: tl.constexpr, DIGITS: tl.constexpr, SPLIT: tl.constexpr,
+    INPUTS: tl.constexpr, DIGITS: tl.constexpr, SPLIT: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip  # noqa: N803
     """BLOCKS blocks of rows times INPUTS tokens on tensor cores; program ids are those of `vector_kernel`, digits as if it had one slot.
 
@@ -287,8 +334,7 @@ def matrix_kernel(
     vectors: tl.constexpr = _vectors_of(BITS)
     wide: tl.constexpr = AT_ONCE * COLUMNS
     some = tl.minimum(tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS), last).to(tl.int64) * steps * (UNITS * vectors * 64)
-    at = some[:, None, None, None] + (tl.arange(0, AT_ONCE) * (vectors * 64))[None, :, None, None]
-    at = at + (tl.arange(0, 16) * 4)[None, None, :, None] + tl.arange(0, 4)[None, None, None, :]
+    at = some[:, None, None] + (tl.arange(0, AT_ONCE) * (vectors * 64))[None, :, None] + tl.arange(0, 64)[None, None, :]
     token = tl.arange(0, INPUTS)
     digits += chunk * steps * (INPUTS * DIGITS * UNITS * COLUMNS)
     at_digits = digits + tl.arange(0, wide)[:, None] + (token * (DIGITS * UNITS * COLUMNS))[None, :]
@@ -299,7 +345,7 @@ def matrix_kernel(
         for digit in tl.static_range(DIGITS):
             total = total * 128
             for part in tl.static_range(UNITS // AT_ONCE):
-                weight = _matrix(codes, at + (step * UNITS + part * AT_ONCE) * (vectors * 64), BITS)
+                weight = _matrix(codes, at + (step * UNITS + part * AT_ONCE) * (vectors * 64), BITS, TARGET)
                 given = tl.load(at_digits + ((step * INPUTS * DIGITS + digit) * UNITS + part * AT_ONCE) * COLUMNS)
                 total = tl.dot(weight, given, total, out_dtype=tl.int32)
         at_scales = (block * (steps // PER_GROUP) + step // PER_GROUP) * 16 + row % 16
