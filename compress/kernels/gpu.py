@@ -163,9 +163,9 @@ def multiply(
         partials = x.new_empty(cut.split * tokens * rows, dtype=torch.float32)
         counters = x.new_empty(programs, dtype=torch.int32)
     at_once = 4  # steps that a program rounds
-    with torch.cuda.device_of(x):
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         triton_t16.digits_kernel[padded, -(-places // at_once)](
-            x, rounded, units, sums, counters, given, tokens, steps, tiles, programs,
+            x, rounded, units, sums, counters, given, tokens, tiles, programs,
             STEP=step, COLUMNS=step if cut.dots else unit, LANES=lane, SLOTS=slot, INPUTS=cut.inputs, DIGITS=digits,
             STEPS=at_once, WIDE=1 << (step - 1).bit_length(), num_warps=4, num_stages=1, enable_fp_fusion=True,
         )  # fmt: skip

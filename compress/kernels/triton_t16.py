@@ -5,7 +5,7 @@ Only kernels stand here; `gpu` chooses between them, sizes and launches them, an
 computes in bfloat16 wrongly, so every value is float32 from when it is loaded until it is stored.
 
 What is summed: with x ~ unit * whole for the inputs of a step, and zero point z and scale s for its weights,
-``s * (unit * sum(code * whole) - z * sum)`` where ``sum`` is unit * sum(whole). Codes of 8 bits are read as if less by 128, so that they are
+``s * unit * (sum(code * whole) - z * sum(whole))``, so that nothing is larger than it must be. Codes of 8 bits are read as if less by 128, so that they are
 signed; without zero points nothing is then left to subtract. Sums of integers are exact: 128 codes times 15 bits stay below 2 ** 30.
 """
 
@@ -49,7 +49,7 @@ def _vectors_of(bits):
 
 
 @triton.jit
-def _dot4(codes, digits, total, SIGNED: tl.constexpr, TARGET: tl.constexpr):  # noqa: N803
+def _dot4(codes, digits, total, SIGNED: tl.constexpr, TARGET: tl.constexpr):
     """`total` plus the products of four bytes; those of `codes` may only have their highest bit set if SIGNED, or on "cuda" and "any"."""
     if TARGET == "cuda":
         if SIGNED:
@@ -65,7 +65,7 @@ def _dot4(codes, digits, total, SIGNED: tl.constexpr, TARGET: tl.constexpr):  # 
 
 
 @triton.jit
-def _fields(words, BITS: tl.constexpr, IN_PLACE: tl.constexpr):  # noqa: N803
+def _fields(words, BITS: tl.constexpr, IN_PLACE: tl.constexpr):
     """The codes of one unit, four to a word; IN_PLACE, too large by the power of two of their `_place`, which saves shifting each."""
     if BITS == 8:
         return (words[0] ^ -0x7F7F7F80,)
@@ -97,10 +97,10 @@ def _fields(words, BITS: tl.constexpr, IN_PLACE: tl.constexpr):  # noqa: N803
 
 @triton.jit
 def digits_kernel(
-    x, digits, units, sums, counters, columns, tokens, steps, tiles, counted,
+    x, digits, units, sums, counters, columns, tokens, tiles, counted,
     STEP: tl.constexpr, COLUMNS: tl.constexpr, LANES: tl.constexpr, SLOTS: tl.constexpr,
     INPUTS: tl.constexpr, DIGITS: tl.constexpr, STEPS: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip  # noqa: N803
+):  # fmt: skip
     """x [tokens, columns] to digits in the order in which a kernel reads them; one program takes STEPS steps of one token.
 
     A kernel takes INPUTS tokens and SLOTS / LANES steps, a tile, at a time. Of a step, unit ``LANES * j + lane``, each COLUMNS wide, is
@@ -123,7 +123,7 @@ def digits_kernel(
     whole = ((value * factor[:, None] + _NEAREST) - _NEAREST).to(tl.int32)
     # Zero, but not a number if one of the inputs is not.
     unit += tl.sum(value * 0.0, 1)
-    total = unit * tl.sum(whole, 1).to(tl.float32)
+    total = tl.sum(whole, 1).to(tl.float32)
 
     chunk, each = token // INPUTS, token % INPUTS
     tile, slot = step // (SLOTS // LANES), step % (SLOTS // LANES) * LANES
@@ -154,7 +154,7 @@ def digits_kernel(
 
 
 @triton.jit
-def _store(results, at, here, y, partials, counters, size, SPLIT: tl.constexpr):  # noqa: N803
+def _store(results, at, here, y, partials, counters, size, SPLIT: tl.constexpr):
     """Each result to its places in y; of SPLIT programs that share them the last to arrive adds up all parts, in order: results never vary."""
     if SPLIT == 1:
         for m in tl.static_range(len(results)):
@@ -173,7 +173,7 @@ def _store(results, at, here, y, partials, counters, size, SPLIT: tl.constexpr):
 
 
 @triton.jit
-def _after_loads(value, TARGET: tl.constexpr):  # noqa: N803
+def _after_loads(value, TARGET: tl.constexpr):
     """`value`, but only once all loads before it are on their way: the assembler for "cuda" would start each when it is needed."""
     if TARGET == "cuda":
         return tl.inline_asm_elementwise("bar.warp.sync 0xffffffff; mov.b32 $0, $1;", "=r,r", [value], tl.int32, is_pure=False, pack=1)
@@ -186,7 +186,7 @@ def vector_kernel(
     codes, scales, zeros, digits, units, sums, partials, counters, y, rows, steps, tiles, tokens,
     BITS: tl.constexpr, UNITS: tl.constexpr, PER_GROUP: tl.constexpr, LANES: tl.constexpr, SLOTS: tl.constexpr,
     INPUTS: tl.constexpr, DIGITS: tl.constexpr, SPLIT: tl.constexpr, IN_PLACE: tl.constexpr, TARGET: tl.constexpr,
-):  # fmt: skip  # noqa: N803
+):  # fmt: skip
     """One block of rows times INPUTS tokens; program ids are the block, which tokens, and which of SPLIT parts of the columns.
 
     Moved: every code and scale once per INPUTS tokens; digits once per block, from the cache. A thread holds four rows of a slot, that is of
@@ -203,17 +203,17 @@ def vector_kernel(
     share = (tiles + SPLIT - 1) // SPLIT
     results = ()
     for _ in tl.static_range(INPUTS):
-        results = results + (tl.zeros([SLOTS, 16], tl.float32),)  # noqa: RUF005
+        results = results + (tl.zeros([SLOTS, 16], tl.float32),)
     for tile in range(tl.program_id(2) * share, tl.minimum((tl.program_id(2) + 1) * share, tiles)):
         # Beyond the last step digits are zero: any weight will do, and no load needs a mask.
         step = tl.minimum(tile * (SLOTS // LANES) + slot // LANES, steps - 1)
         at = codes + ((step * UNITS + slot % LANES) * (vectors * 16))[:, None] + row
         totals = ()
         for _ in tl.static_range(INPUTS * DIGITS * places):
-            totals = totals + (tl.zeros([SLOTS, 16], tl.int32),)  # noqa: RUF005
+            totals = totals + (tl.zeros([SLOTS, 16], tl.int32),)
         words = ()
         for j in tl.static_range(each * vectors):
-            words = words + (tl.load(at + (j // vectors * LANES * vectors + j % vectors) * 16, eviction_policy="evict_first"),)  # noqa: RUF005
+            words = words + (tl.load(at + (j // vectors * LANES * vectors + j % vectors) * 16, eviction_policy="evict_first"),)
         at_digits = digits + (chunk * tiles + tile) * (INPUTS * DIGITS * each * fields_of * SLOTS) + _after_loads(slot, TARGET)
         for j in tl.static_range(each):
             fields = _fields(words[j * vectors : (j + 1) * vectors], BITS, IN_PLACE)
@@ -225,7 +225,7 @@ def vector_kernel(
                         if _place(BITS, f, IN_PLACE) == place:
                             digit = tl.load(at_digits + ((c * each + j) * fields_of + f) * SLOTS)
                             total = _dot4(fields[f], digit[:, None], total, BITS == 8, TARGET)
-                    sums_so_far = sums_so_far + (total,)  # noqa: RUF005
+                    sums_so_far = sums_so_far + (total,)
             totals = sums_so_far
         at_scales = (block * (steps // PER_GROUP) + step // PER_GROUP)[:, None] * 16 + row
         scale = tl.load(scales + at_scales).to(tl.float32)
@@ -240,19 +240,19 @@ def vector_kernel(
                     total += totals[(m * DIGITS + d) * places + place] >> _shift(BITS, place)
                 whole = whole * 128 + total
             at_unit = ((chunk * tiles + tile) * INPUTS + m) * SLOTS + slot
-            part = whole.to(tl.float32) * tl.load(units + at_unit)[:, None]
+            part = whole.to(tl.float32)
             if zeros is not None:
                 part -= zero * tl.load(sums + at_unit)[:, None]
             elif BITS != 8:
                 part -= (tl.load(sums + at_unit) * (1 << (BITS - 1)))[:, None]
-            scaled = scaled + (results[m] + scale * part,)  # noqa: RUF005
+            scaled = scaled + (results[m] + scale * (part * tl.load(units + at_unit)[:, None]),)
         results = scaled
     outputs, places_of, here = (), (), ()
     for m in tl.static_range(INPUTS):
         token, at_rows = chunk * INPUTS + m, block * 16 + tl.arange(0, 16)
-        outputs = outputs + (tl.sum(results[m], 0),)  # noqa: RUF005
-        places_of = places_of + (token * rows + at_rows,)  # noqa: RUF005
-        here = here + (at_rows < tl.where(token < tokens, rows, 0),)  # noqa: RUF005
+        outputs = outputs + (tl.sum(results[m], 0),)
+        places_of = places_of + (token * rows + at_rows,)
+        here = here + (at_rows < tl.where(token < tokens, rows, 0),)
     _store(outputs, places_of, here, y, partials, counters, tokens * rows, SPLIT)
 
 
@@ -262,7 +262,7 @@ def _masking(shift, mask):
 
 
 @triton.jit
-def _part(bytes, SHIFT: tl.constexpr, MASK: tl.constexpr, TARGET: tl.constexpr):  # noqa: N803
+def _part(bytes, SHIFT: tl.constexpr, MASK: tl.constexpr, TARGET: tl.constexpr):
     """Bits of each byte, four bytes at a time where the compiler would not see that it can."""
     if TARGET == "cuda":
         return tl.inline_asm_elementwise(_masking(SHIFT, MASK), "=r,r", [bytes], tl.uint8, is_pure=True, pack=4)
@@ -271,7 +271,7 @@ def _part(bytes, SHIFT: tl.constexpr, MASK: tl.constexpr, TARGET: tl.constexpr):
 
 
 @triton.jit
-def _either(low, high, TARGET: tl.constexpr):  # noqa: N803
+def _either(low, high, TARGET: tl.constexpr):
     if TARGET == "cuda":
         return tl.inline_asm_elementwise("or.b32 $0, $1, $2;", "=r,r,r", [low, high], tl.uint8, is_pure=True, pack=4)
     else:
@@ -279,7 +279,7 @@ def _either(low, high, TARGET: tl.constexpr):  # noqa: N803
 
 
 @triton.jit
-def _signed(bytes, TARGET: tl.constexpr):  # noqa: N803
+def _signed(bytes, TARGET: tl.constexpr):
     if TARGET == "cuda":
         return tl.inline_asm_elementwise("xor.b32 $0, $1, 0x80808080;", "=r,r", [bytes], tl.uint8, is_pure=True, pack=4)
     else:
@@ -293,7 +293,7 @@ def _lanes(at):
 
 
 @triton.jit
-def _matrix(codes, at, BITS: tl.constexpr, TARGET: tl.constexpr):  # noqa: N803
+def _matrix(codes, at, BITS: tl.constexpr, TARGET: tl.constexpr):
     """Codes [16 * blocks, columns] int8 of some units, from the places of their first vectors' bytes, [blocks, units, 64]."""
     first = _lanes(codes + at)
     if BITS == 8:
@@ -322,7 +322,7 @@ def matrix_kernel(
     codes, scales, zeros, digits, units, sums, partials, counters, y, rows, steps, tokens,
     BITS: tl.constexpr, UNITS: tl.constexpr, COLUMNS: tl.constexpr, AT_ONCE: tl.constexpr, PER_GROUP: tl.constexpr, BLOCKS: tl.constexpr,
     INPUTS: tl.constexpr, DIGITS: tl.constexpr, SPLIT: tl.constexpr, TARGET: tl.constexpr,
-):  # fmt: skip  # noqa: N803
+):  # fmt: skip
     """BLOCKS blocks of rows times INPUTS tokens on tensor cores; program ids are those of `vector_kernel`, digits as if it had one slot.
 
     AT_ONCE units, a power of two and 32 columns or more, are one product of integers; a step is one or several of them.
@@ -351,13 +351,13 @@ def matrix_kernel(
         at_scales = (block * (steps // PER_GROUP) + step // PER_GROUP) * 16 + row % 16
         scale = tl.load(scales + at_scales).to(tl.float32)
         at_units = (chunk * steps + step) * INPUTS + token
-        product = total.to(tl.float32) * tl.load(units + at_units)[None, :]
+        product = total.to(tl.float32)
         if zeros is not None:
             zero = tl.load(zeros + at_scales).to(tl.float32) - (128.0 if BITS == 8 else 0.0)
             product -= zero[:, None] * tl.load(sums + at_units)[None, :]
         elif BITS != 8:
             product -= (tl.load(sums + at_units) * (1 << (BITS - 1)))[None, :]
-        result += scale[:, None] * product
+        result += scale[:, None] * (product * tl.load(units + at_units)[None, :])
     at_rows, tokens_here = tl.program_id(0) * BLOCKS * 16 + row, chunk * INPUTS + token
     here = (at_rows < rows)[:, None] & (tokens_here < tokens)[None, :]
     _store((result,), (tokens_here[None, :] * rows + at_rows[:, None],), (here,), y, partials, counters, tokens * rows, SPLIT)
