@@ -45,11 +45,12 @@ PARAMETERS = {
 
 @dataclass(frozen=True)
 class Code:
-    """What was counted in one kernel; `loads` are the widest loads of weights, in bits."""
+    """What was counted in one kernel; `loads` are the widest loads, in bits, and `ahead` are as many as stand before the first product."""
 
     instructions: int
     per_weight: float
     loads: int
+    ahead: int
     spills: int
     registers: int
     body: dict[str, int]
@@ -101,8 +102,10 @@ def counted(made: Any, weights: int, threads: int) -> Code:
         wide = [32 * int(count) for _, text in instructions for count in re.findall(r"^(?:global|buffer)_load_dwordx(\d)", text)]
         spills = sum(int(count) for count in re.findall(r"\.[sv]gpr_spill_count:\s+(\d+)", text))
     body = _loop(instructions)
+    before = itertools.takewhile(lambda line: not line.startswith(("IDP", "IMMA", "IGMMA", "v_dot4", "v_mfma")), body)
+    ahead = sum(bool(re.match(r"LDG\S*\.128\b|(?:global|buffer)_load_dwordx4", line)) for line in before)
     return Code(
-        len(body), len(body) * threads / weights, max(wide, default=32), spills, registers,
+        len(body), len(body) * threads / weights, max(wide, default=32), ahead, spills, registers,
         dict(Counter(re.split(r"[\s.]", text)[0] for text in body).most_common()),
     )  # fmt: skip
 

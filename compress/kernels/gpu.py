@@ -113,7 +113,7 @@ def tile(device: Device, bits: int, blocks: int, steps: int, step: int, tokens: 
 
     def cost(warps: int, split: int) -> float:
         taken = step if dots else slots(device, warps) // lanes(bits, step) * step
-        programs, rounds = -(-blocks // blocks_of(warps)) * chunks * split, -(-(-(-steps * step // taken)) // split)
+        programs, rounds = -(-blocks // blocks_of(warps)) * chunks * split, math.ceil(math.ceil(steps * step / taken) / split)
         size = blocks_of(warps) * t16.ROWS * taken * bits // 8
         reading = -(-programs // device.processors) * rounds * size / BYTES_PER_CYCLE
         waiting = -(-programs * warps // (device.processors * WARPS_AT_ONCE)) * rounds * LATENCY

@@ -5,8 +5,8 @@ Only kernels stand here; `gpu` chooses between them, sizes and launches them, an
 computes in bfloat16 wrongly, so every value is float32 from when it is loaded until it is stored.
 
 What is summed: with x ~ unit * whole for the inputs of a step, and zero point z and scale s for its weights,
-``s * unit * (sum(code * whole) - z * sum(whole))``, so that nothing is larger than it must be. Codes of 8 bits are read as if less by 128, so that they are
-signed; without zero points nothing is then left to subtract. Sums of integers are exact: 128 codes times 15 bits stay below 2 ** 30.
+``s * unit * (sum(code * whole) - z * sum(whole))``, so that nothing is larger than it must be. Codes of 8 bits are read as if less by 128, so
+that they are signed; without zero points nothing is then left to subtract. Sums of integers are exact: 128 codes times 15 bits stay below 2 ** 30.
 """
 
 import triton
@@ -214,7 +214,7 @@ def vector_kernel(
         words = ()
         for j in tl.static_range(each * vectors):
             words = words + (tl.load(at + (j // vectors * LANES * vectors + j % vectors) * 16, eviction_policy="evict_first"),)
-        at_digits = digits + (chunk * tiles + tile) * (INPUTS * DIGITS * each * fields_of * SLOTS) + _after_loads(slot, TARGET)
+        at_digits = digits + _after_loads(chunk * tiles + tile, TARGET) * (INPUTS * DIGITS * each * fields_of * SLOTS) + slot
         for j in tl.static_range(each):
             fields = _fields(words[j * vectors : (j + 1) * vectors], BITS, IN_PLACE)
             sums_so_far = ()
