@@ -89,6 +89,8 @@ def sass(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_machine_code_is_lean(bits: int, digits: int, sass: Any) -> None:
     code = sass.product("sm_90", bits, digits, 1)
     assert code.per_weight <= MOST[bits, digits] and code.loads == 128 and code.spills == 0
+    # What a thread loads at once is on its way before it waits for any of it.
+    assert code.ahead == {2: 4, 3: 12, 4: 8}[bits]
 
 
 @needs_triton
