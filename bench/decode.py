@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 import compress
-from compress.kernels import native
+from compress.kernels import memory, native
 from compress.kernels.packed import Packed
 
 RIVALS = {4: "Q4_0", 3: "Q3_K", 2: "Q2_K"}
@@ -103,7 +103,7 @@ def main() -> None:
     checkpoint = folder / "checkpoint"
     if not checkpoint.exists():
         make(shape, arguments.tokenizer, checkpoint)
-    memory = native.empty(READ).fill_(1)
+    read = memory.empty(READ).fill_(1)
     results = []
     for bits in arguments.bits:
         artifact = packed(folder, checkpoint, bits)
@@ -120,7 +120,7 @@ def main() -> None:
                 seconds: dict[str, list[float]] = {"ours": [], "llamacpp": [], "read": []}
                 for _ in range(rounds):
                     began = time.perf_counter()
-                    native.read(memory, threads)
+                    native.read(read, threads)
                     seconds["read"].append((time.perf_counter() - began) / READ)
                     # The first token of a round warms up.
                     seconds["ours"] += decode(tokens)[1:]

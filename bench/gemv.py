@@ -24,6 +24,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from compress.kernels import memory as memory_of
 from compress.kernels import native, t16
 
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336))
@@ -111,7 +112,7 @@ def main() -> None:
         raise SystemExit("the kernels were not built: python -m compress.kernels.build")
     shapes, threads, repeats = (SHAPES[:1], (1,), 5) if arguments.quick else (SHAPES, tuple(sorted({1, os.cpu_count() or 1})), 15)
     # As much as the largest weight and its copies take, each page touched.
-    memory = native.empty(BEYOND_CACHE + 2 * max(rows * columns for rows, columns in shapes)).random_(0, 256)
+    memory = memory_of.empty(BEYOND_CACHE + 2 * max(rows * columns for rows, columns in shapes)).random_(0, 256)
     results = [
         measure(bits, *shape, digits, count, memory, repeats)
         for count, bits, digits, shape in itertools.product(threads, WIDTHS, (1, 2), shapes)

@@ -157,6 +157,7 @@ def _narrow(model: Any, stored: Any) -> None:
     from torch import nn
 
     from compress.kernels.dense import DenseLinear
+    from compress.kernels.memory import placed
     from compress.kernels.packed import Extras
 
     narrow: dict[int, Tensor] = {}
@@ -166,7 +167,7 @@ def _narrow(model: Any, stored: Any) -> None:
         wide = module.weight
         # A head may be the embedding.
         if id(wide) not in narrow:
-            narrow[id(wide)] = wide.data.to(stored)
+            narrow[id(wide)] = placed(wide.data.to(stored))
         if not narrow[id(wide)].to(wide.dtype).equal(wide.data):
             continue
         if isinstance(module, nn.Linear):

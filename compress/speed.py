@@ -35,7 +35,7 @@ def measure(name: str, tokens: int, threads: int | None = None) -> dict[str, Any
     import torch
 
     from compress import runtime
-    from compress.kernels import native
+    from compress.kernels import memory, native
 
     layout = Layout(Checkpoint(locate_model(name)))
     model = runtime.load(name)
@@ -49,7 +49,7 @@ def measure(name: str, tokens: int, threads: int | None = None) -> dict[str, Any
         steps = [seconds for repeat in range(REPEATS + 1) for seconds in _decode(model, ids[:, :PROMPT], tokens) if repeat]
         prefill = _seconds(lambda: model(input_ids=ids, use_cache=True), REPEATS)
         read, cache = read_bytes(model, layout), cache_bytes()
-        data = torch.ones(max(LEAST_READ, 2 * cache) // 8, dtype=torch.int64, device=model.device)
+        data = memory.empty(max(LEAST_READ, 2 * cache) // 8, dtype=torch.int64).fill_(1).to(model.device)
         why = f"the model is on {model.device}" if model.device.type != "cpu" else native.missing_why()
         reads = _seconds(data.sum if why else lambda: native.read(data, torch.get_num_threads()), READS)
         used = torch.get_num_threads()

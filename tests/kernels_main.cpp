@@ -58,7 +58,6 @@ int main() {
                 }
             }
     std::vector<uint64_t> data(1024, 1);
-    t16_large_pages(data.data(), 8192);
     if (t16_read(data.data(), 8192, 2) != 1024) std::abort();
     std::printf("clean:%s\n", ran.c_str());
 }

@@ -1,10 +1,10 @@
 """The product with a packed weight as an operator of torch, and the module that holds one.
 
-``compress::packed_linear`` has one meaning and several implementations: compiled kernels on a CPU, and everywhere else unpacking and torch's own
-product, a block of rows at a time. Fake tensors pass through it, so it can be compiled and exported.
+``compress::packed_linear`` has one meaning and several implementations: compiled kernels on a CPU, Triton's for a few tokens on a GPU, and
+everywhere else unpacking and torch's own product, a block of rows at a time. Fake tensors pass through it, so it can be compiled and exported.
 
-The compiled kernels round inputs, `digits` of 8 bits each, at most 128 of them to one scale: 2 digits, the default, cost about 5e-5 of
-an output, less than inputs in bfloat16 do; 1 digit is faster and costs about 7e-3.
+The kernels round inputs, `digits` of 8 bits each, at most 128 of them to one scale: 2 digits, the default, cost about 5e-5 of an output, less than
+inputs in bfloat16 do; 1 digit is faster and costs about 7e-3.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from compress.kernels import native, t16
+from compress.kernels.memory import placed
 from compress.kernels.packed import NOTHING, Extras, Packed, described
 from compress.numerics.grid import Integer, Quantized
 
@@ -59,12 +60,25 @@ def _on_cpu(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bits
     return outputs.to(x.dtype).view(*x.shape[:-1], rows)
 
 
+def _on_gpu(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, rows: int, columns: int, digits: int) -> Tensor:
+    from compress.kernels import gpu
+
+    refusal = gpu.refusal(bits, codes[0].numel() * 8 // bits // t16.ROWS // scales.shape[1])
+    if refusal:
+        gpu.say_once(refusal)
+    if refusal or not 0 < x.numel() // columns <= gpu.MANY:
+        return _by_unpacking(x, codes, scales, zeros, bits, rows, columns, digits)
+    given, device = x.reshape(-1, columns).contiguous(), gpu.device_of(x.device.index)
+    outputs = gpu.multiply(given, codes, scales, zeros, bits=bits, rows=rows, digits=digits, device=device)
+    return outputs.view(*x.shape[:-1], rows)
+
+
 def _fake(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, rows: int, columns: int, digits: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], rows)
 
 
 _library.impl("packed_linear", _on_cpu, "CPU")
-_library.impl("packed_linear", _by_unpacking, "CUDA")
+_library.impl("packed_linear", _on_gpu, "CUDA")
 torch.library.register_fake("compress::packed_linear", _fake, lib=_library)
 
 
@@ -116,8 +130,8 @@ class PackedLinear(Packed):
         self.bits, self.digits, self.coding = weight.bits, digits, f"{T16}{weight.bits}"
         offset = 1 << (self.bits - 1)
         packed = t16.pack(weight.codes.contiguous().view(torch.uint8) + offset, self.bits)
-        self.register_buffer("codes", native.empty(*packed.shape).copy_(packed))
-        self.register_buffer("scales", t16.by_block(weight.scale))
+        self.register_buffer("codes", placed(packed))
+        self.register_buffer("scales", placed(t16.by_block(weight.scale)))
         zeros = None if weight.zero_point is None else t16.by_block(weight.zero_point.contiguous().view(torch.uint8) + offset)
         self.register_buffer("zeros", zeros)
         self.register_buffer("units", None)
@@ -147,4 +161,8 @@ class PackedLinear(Packed):
 
     @staticmethod
     def why_unpacked(stored: str, device: torch.device) -> str | None:
-        return native.missing_why() if device.type == "cpu" else f"no kernel for {device.type}"
+        from compress.kernels import gpu
+
+        if device.type == "cpu":
+            return native.missing_why()
+        return gpu.missing() if device.type == "cuda" else f"no kernel for {device.type}"

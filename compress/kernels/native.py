@@ -47,7 +47,6 @@ def library() -> ctypes.CDLL | None:
     found.t16_linear.argtypes = [c_int32, POINTER(_Matrix), c_void_p, c_int64, c_int64, c_int32, c_void_p, c_int32]
     found.t16_multiply.argtypes = [c_int32, POINTER(_Matrix), POINTER(_Inputs), c_void_p, c_int32]
     found.t16_dense.argtypes = [c_int32, c_void_p, c_int32, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_int32]
-    found.t16_large_pages.argtypes = [c_void_p, c_int64]
     return found
 
 
@@ -136,14 +135,6 @@ def dense(inputs: Tensor, weight: Tensor, tier: str) -> Tensor:
     outputs, threads = torch.empty(tokens, rows), torch.get_num_threads()
     found.t16_dense(_number(tier), weight.data_ptr(), kind, rows, columns, inputs.data_ptr(), tokens, outputs.data_ptr(), threads)
     return outputs
-
-
-def empty(*shape: int) -> Tensor:
-    """uint8, uninitialised, in large pages where the system has them: reading it is then a tenth faster."""
-    memory = torch.empty(*shape, dtype=torch.uint8)
-    if found := library():
-        found.t16_large_pages(memory.data_ptr(), memory.numel())
-    return memory
 
 
 def _pointer(tensor: Tensor | None) -> int | None:

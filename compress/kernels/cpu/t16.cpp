@@ -1,15 +1,10 @@
-// The digits of inputs, the choice of an instruction set, threads, and memory.
+// The digits of inputs, the choice of an instruction set, and threads.
 #include "t16.h"
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <vector>
-
-#ifdef __linux__
-#include <sys/mman.h>
-#include <unistd.h>
-#endif
 
 #include "kernel.hpp"
 
@@ -143,14 +138,6 @@ extern "C" void t16_dense(int32_t tier, const void *weight, int32_t kind, int64_
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (int32_t thread = 0; thread < threads; ++thread)
         dense(weight, kind, rows, columns, x, tokens, y, rows * thread / threads, rows * (thread + 1) / threads);
-}
-
-extern "C" void t16_large_pages(void *data, int64_t bytes) {
-#ifdef __linux__
-    const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE)), start = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
-    const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / page * page;
-    if (end > start) madvise(reinterpret_cast<void *>(start), end - start, MADV_HUGEPAGE);
-#endif
 }
 
 extern "C" uint64_t t16_read(const void *data, int64_t bytes, int32_t threads) {

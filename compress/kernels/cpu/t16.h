@@ -55,9 +55,6 @@ void t16_multiply(int32_t tier, const t16_matrix *matrix, const t16_inputs *inpu
 void t16_dense(int32_t tier, const void *weight, int32_t kind, int64_t rows, int64_t columns, const float *x, int64_t tokens, float *y,
                int32_t threads);
 
-// Asks for large pages for memory that nothing was written to yet: addresses are then looked up less often. A hint.
-void t16_large_pages(void *data, int64_t bytes);
-
 // Reads `bytes`, a multiple of 4096, from `data` as fast as this processor can, with so many threads; returns a sum so that it has to.
 uint64_t t16_read(const void *data, int64_t bytes, int32_t threads);
 
