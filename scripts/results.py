@@ -104,6 +104,57 @@ def kill(document: dict[str, Any]) -> Rows:
     return [(f"killed at random moments, {document['kills']} times, and started again", {OURS: f"{document['identical']} byte-identical"})]
 
 
+def decode(document: dict[str, Any]) -> Rows:
+    """Tokens per second of a whole model, per width, beside llama.cpp."""
+    rows: dict[str, dict[str, str]] = {}
+    for row in document["results"]:
+        rate, label = row["tokens_per_second"], f"decoding {document['preset']} in {row['bits']} bits, {threads(row)}, tokens/s"
+        cells = rows.setdefault(label, {OURS: f"{rate['ours']:.1f}"} if row["digits"] == 2 else {})
+        if row["digits"] == 1:
+            cells[OURS] += f" ({rate['ours']:.1f} with one digit)"
+        elif "llamacpp" in rate:
+            cells["llamacpp"] = f"{rate['llamacpp']:.1f} ({row['rival']})"
+    return list(rows.items())
+
+
+def gemv(document: dict[str, Any]) -> Rows:
+    """Products with one packed weight: shares of the speed of reading memory, and several inputs beside torch."""
+    shares: dict[tuple[int, int], list[float]] = {}
+    for row in document["results"]:
+        if row["threads"] == 1:
+            shares.setdefault((row["bits"], row["digits"]), []).append(row["share"])
+    widths = sorted({bits for bits, _ in shares}, reverse=True)
+    rows = [
+        (
+            f"W{bits} times one input, one thread, share of the speed of reading memory",
+            {OURS: " / ".join(f"{statistics.median(shares[bits, digits]):.0%}" for digits in (2, 1)) + " (two digits / one)"},
+        )
+        for bits in widths
+    ]
+    for row in document["batches"]:
+        if row["inputs"] in (16, 512):
+            taken = row["milliseconds"]
+            cells = {OURS: f"{taken['two digits']:.1f} ({taken['one digit']:.1f} with one digit)"}
+            cells["torch"] = f"{taken['torch int4']:.1f} (int4), {taken['torch bfloat16']:.1f} (bfloat16)"
+            rows.append((f"W4 {row['rows']} x {row['columns']} times {row['inputs']} inputs, one thread, ms", cells))
+    return rows
+
+
+def sass(document: dict[str, Any]) -> Rows:
+    """Machine instructions per weight on GPUs, for one input."""
+    rows = []
+    for target in dict.fromkeys(row["target"] for row in document["results"]):
+        found = {(row["bits"], row["digits"]): row["per_weight"] for row in document["results"] if row["target"] == target and row["tokens"] == 1}
+        shown = ", ".join(f"W{bits} {found[bits, 2]:.2f} / {found[bits, 1]:.2f}" for bits in sorted({bits for bits, _ in found}, reverse=True))
+        rows.append((f"GPU instructions per weight, {target} (two digits / one; speed not measured)", {OURS: shown}))
+    return rows
+
+
+def threads(row: dict[str, Any]) -> str:
+    """`one thread`, `2 threads`."""
+    return "one thread" if row["threads"] == 1 else f"{row['threads']} threads"
+
+
 TITLES = {
     OURS: "compress",
     BASELINE: "plain rounding",
@@ -112,9 +163,11 @@ TITLES = {
     "gptqmodel": "GPTQModel",
     "hqq": "HQQ",
     "torchao": "torchao",
+    "llamacpp": "llama.cpp",
+    "torch": "torch",
 }
-ORDER = ("quality", "speed", "memory", "kill")
-ROWS = {"quality": quality, "speed": speed, "memory": memory, "kill": kill}
+ROWS = {"quality": quality, "speed": speed, "memory": memory, "kill": kill, "gemv": gemv, "decode": decode, "sass": sass}
+"""What makes rows of a result, in the order in which they are shown."""
 
 
 def which(document: dict[str, Any]) -> str:
@@ -125,20 +178,26 @@ def which(document: dict[str, Any]) -> str:
 def read(folder: Path) -> list[tuple[str, dict[str, Any]]]:
     """Every result that is shown, in the order in which it is shown."""
     documents = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    return sorted(((which(document), document) for document in documents if which(document) in ROWS), key=lambda item: ORDER.index(item[0]))
+    return sorted(((which(document), document) for document in documents if which(document) in ROWS), key=lambda item: list(ROWS).index(item[0]))
 
 
 def render(documents: list[tuple[str, dict[str, Any]]]) -> str:
     """The table and what has to be known to read it."""
     if not documents:
         return "*No results yet: see [bench/](bench/README.md).*"
-    rows = [row for name, document in documents for row in ROWS[name](document)]
+    # What was lost, and what it cost: few tools are in both.
+    halves = [[row for name, document in documents if (name == "quality") is lost for row in ROWS[name](document)] for lost in (True, False)]
+    tools = {tool for rows in halves for _, cells in rows for tool in cells}
+    return "\n\n".join([*(table(rows) for rows in halves if rows), " ".join(notes(documents, tools))])
+
+
+def table(rows: Rows) -> str:
+    """In Markdown, with the columns that have anything."""
     columns = [
         tool for tool in (OURS, *(tool for tool in TITLES if tool not in (OURS, BASELINE)), BASELINE) if any(tool in cells for _, cells in rows)
     ]
     lines = ["| | " + " | ".join(TITLES[tool] for tool in columns) + " |", "|---|" + "---:|" * len(columns)]
-    lines += ["| " + " | ".join([label, *(cells.get(tool, "") for tool in columns)]) + " |" for label, cells in rows]
-    return "\n".join([*lines, "", " ".join(notes(documents, columns))])
+    return "\n".join([*lines, *("| " + " | ".join([label, *(cells.get(tool, "") for tool in columns)]) + " |" for label, cells in rows)])
 
 
 def notes(documents: list[tuple[str, dict[str, Any]]], shown: Iterable[str]) -> Iterable[str]:
@@ -153,6 +212,11 @@ def notes(documents: list[tuple[str, dict[str, Any]]], shown: Iterable[str]) -> 
                 f"Excess loss over the unquantised `{protocol['model']}` in nats on {texts}, windows of {protocol['context']} tokens, "
                 f"calibrated on {calibration['samples']} x {calibration['length']} tokens, mean of {most} draw{'s' if most > 1 else ''} "
                 "(where marked *, of fewer); of each tool's methods the best."
+            )
+        if name == "gemv":
+            yield (
+                "Shares: median over shapes, of what the same thread reads in the same run; inputs are written with two digits of 8 bits unless it "
+                "says one, which is what llama.cpp does."
             )
         if name == "speed":
             options, dtype = (document["protocol"].get(key) for key in ("our_options", "rival_dtype"))

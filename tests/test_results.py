@@ -50,11 +50,22 @@ def documents() -> list[tuple[str, dict[str, Any]]]:
         "llmcompressor": {"status": "done", "cpu_seconds": {"median": 30.0}, "seconds": {"median": 20.0}},
         "gptqmodel": {"status": "not installed"},
     }
+    shares = [
+        {"threads": 1, "bits": 4, "digits": digits, "share": share} for digits in (1, 2) for share in (0.5 / digits, 0.6 / digits, 0.9 / digits)
+    ]
+    taken = {"two digits": 4.0, "one digit": 2.0, "torch int4": 8.0, "torch bfloat16": 16.0}
+    decoded = [
+        {"bits": 4, "digits": digits, "threads": 2, "rival": "Q4_0", "tokens_per_second": {"ours": 12.0 / digits, "llamacpp": 5.0}}
+        for digits in (2, 1)
+    ]
     return [
         ("quality", {"stamp": STAMP, "protocol": protocol, "baseline": baseline, "results": rows}),
         ("speed", {"stamp": STAMP, "protocol": {"shape": {"hidden": 2048, "ffn": 5632}}, "sides": sides}),
         ("memory", {"stamp": STAMP, "checkpoint_bytes": 6 * 10**9, "ratio": 0.2, "run": {"peak_rss_bytes": 12 * 10**8}}),
         ("kill", {"kills": 30, "identical": 30}),
+        ("gemv", {"stamp": STAMP, "results": shares, "batches": [{"inputs": 16, "rows": 64, "columns": 32, "milliseconds": taken}]}),
+        ("decode", {"stamp": STAMP, "preset": "3b", "results": decoded}),
+        ("sass", {"results": [{"target": "sm_90", "bits": 4, "digits": digits, "tokens": 1, "per_weight": 0.6 * digits} for digits in (1, 2)]}),
     ]
 
 
@@ -65,10 +76,17 @@ def test_every_benchmark_has_its_row_and_every_rival_its_column(results: Any) ->
         "| W3 g128 asymmetric, excess loss | 0.1000 / 0.2000 (gptq qep) | 0.2000 / 0.4000* | failed | 0.7000 / 0.8000 | 0.9000 / 0.8000 |"
     )
     assert table[3] == "| W8A8 integers, excess loss | 0.0100 / 0.0200 (rtn mse) |  |  |  |  |"
-    assert table[4] == "| GPTQ of one Llama block (2048 wide, MLP 5632), CPU seconds | 3.0 | 30.0 | not installed |  |  |"
-    assert table[6] == "| GPTQ of a checkpoint of 6.00 GB, peak memory | 1.20 GB (20%) |  |  |  |  |"
-    assert table[7] == "| killed at random moments, 30 times, and started again | 30 byte-identical |  |  |  |  |"
-    assert "mean of 2 draws" in table[9] and "LLM Compressor 0.14." in table[9] and "A Processor, 2 cores, 2026-01-02, commit 012345678." in table[9]
+    assert table[4] == "" and table[5] == "| | compress | LLM Compressor | GPTQModel | llama.cpp | torch |"
+    assert table[7] == "| GPTQ of one Llama block (2048 wide, MLP 5632), CPU seconds | 3.0 | 30.0 | not installed |  |  |"
+    assert table[9] == "| GPTQ of a checkpoint of 6.00 GB, peak memory | 1.20 GB (20%) |  |  |  |  |"
+    assert table[10] == "| killed at random moments, 30 times, and started again | 30 byte-identical |  |  |  |  |"
+    assert table[11] == "| W4 times one input, one thread, share of the speed of reading memory | 30% / 60% (two digits / one) |  |  |  |  |"
+    assert table[12] == "| W4 64 x 32 times 16 inputs, one thread, ms | 4.0 (2.0 with one digit) |  |  |  | 8.0 (int4), 16.0 (bfloat16) |"
+    assert table[13] == "| decoding 3b in 4 bits, 2 threads, tokens/s | 6.0 (12.0 with one digit) |  |  | 5.0 (Q4_0) |  |"
+    assert table[14].startswith("| GPU instructions per weight, sm_90 (two digits / one; speed not measured) | W4 1.20 / 0.60 |")
+    assert (
+        "mean of 2 draws" in table[16] and "LLM Compressor 0.14." in table[16] and "A Processor, 2 cores, 2026-01-02, commit 012345678." in table[16]
+    )
 
 
 def test_every_grid_has_its_label_and_planted_outliers_are_said(results: Any, monkeypatch: pytest.MonkeyPatch) -> None:
