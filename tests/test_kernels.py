@@ -196,6 +196,20 @@ def test_without_a_library_torch_does_the_work(monkeypatch: pytest.MonkeyPatch, 
             each.cache_clear()
 
 
+@pytest.mark.skipif(compiler() is None, reason=f"needs a C++ compiler: install g++ or name one in $CXX; {RAN}")
+def test_a_library_of_another_version_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "old.cpp").write_text('extern "C" int t16_tiers() { return 1; }')
+    subprocess.run([str(compiler()), "-shared", "-fPIC", str(tmp_path / "old.cpp"), "-o", str(tmp_path / "old.so")], check=True)
+    monkeypatch.setattr(native, "LIBRARY", tmp_path / "old.so")
+    native.library.cache_clear()
+    try:
+        with pytest.raises(InputError, match=r"old.so: is of another version .*; run python -m compress.kernels.build"):
+            native.library()
+    finally:
+        monkeypatch.undo()
+        native.library.cache_clear()
+
+
 @pytest.mark.parametrize(("grid", "group"), [(Integer(5, True), 32), (Integer(3, True), 16)])
 def test_a_grid_without_a_kernel_is_refused(grid: Integer, group: int) -> None:
     weight = Quantized(torch.zeros(16, 64, dtype=torch.int8), torch.ones(16, 64 // group), None, grid)

@@ -36,17 +36,20 @@ class _Inputs(ctypes.Structure):
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The library, or None where it was not built."""
+    """The library, or None where it was not built. Raises `InputError` for one that other sources were compiled to."""
     if not LIBRARY.exists():
         return None
     found = ctypes.CDLL(str(LIBRARY))
-    found.t16_tier.restype = c_char_p
-    found.t16_tier.argtypes = found.t16_present.argtypes = [c_int32]
-    found.t16_read.restype = c_uint64
-    found.t16_read.argtypes = [c_void_p, c_int64, c_int32]
-    found.t16_linear.argtypes = [c_int32, POINTER(_Matrix), c_void_p, c_int64, c_int64, c_int32, c_void_p, c_int32]
-    found.t16_multiply.argtypes = [c_int32, POINTER(_Matrix), POINTER(_Inputs), c_void_p, c_int32]
-    found.t16_dense.argtypes = [c_int32, c_void_p, c_int32, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_int32]
+    try:
+        found.t16_tier.restype = c_char_p
+        found.t16_tier.argtypes = found.t16_present.argtypes = [c_int32]
+        found.t16_read.restype = c_uint64
+        found.t16_read.argtypes = [c_void_p, c_int64, c_int32]
+        found.t16_linear.argtypes = [c_int32, POINTER(_Matrix), c_void_p, c_int64, c_int64, c_int32, c_void_p, c_int32]
+        found.t16_multiply.argtypes = [c_int32, POINTER(_Matrix), POINTER(_Inputs), c_void_p, c_int32]
+        found.t16_dense.argtypes = [c_int32, c_void_p, c_int32, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_int32]
+    except AttributeError as error:
+        raise InputError.one(str(LIBRARY), f"is of another version ({error})", "run python -m compress.kernels.build") from error
     return found
 
 

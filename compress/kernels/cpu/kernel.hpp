@@ -219,7 +219,10 @@ void width(const t16_matrix &matrix, const t16_inputs &inputs, float *y, int64_t
     for (int64_t block = first; block < last; ++block) {
         int digit = 0;
         for (; inputs.count - digit >= Isa::MOST; digit += Isa::MOST)
-            multiply<Isa, BITS, Isa::MOST, DIGITS, 1, 0>(matrix, inputs, digit, y, y_stride, block, 0);
+            if (matrix.step == 128)
+                multiply<Isa, BITS, Isa::MOST, DIGITS, 1, 128>(matrix, inputs, digit, y, y_stride, block, 0);
+            else
+                multiply<Isa, BITS, Isa::MOST, DIGITS, 1, 0>(matrix, inputs, digit, y, y_stride, block, 0);
         for (; digit < inputs.count; digit += DIGITS) multiply<Isa, BITS, DIGITS, DIGITS, 1, 0>(matrix, inputs, digit, y, y_stride, block, 0);
     }
 }
