@@ -111,9 +111,12 @@ class _Loading:
         return self._model.settled(self._linear, self._experts)
 
     def _linear(self, name: str, bias: Tensor | None) -> Packed:
+        from compress.kernels.memory import place
         from compress.kernels.packed import Extras
 
-        return self._packed(self._quantized(name), Extras(bias, self._model.inputs(name), self._model.residual(name)))
+        found = self._packed(self._quantized(name), Extras(bias, self._model.inputs(name), self._model.residual(name)))
+        place(found)
+        return found
 
     def _packed(self, weight: Quantized, extras: Extras) -> Packed:
         from compress.kernels.linear import PackedLinear
@@ -132,6 +135,7 @@ class _Loading:
         """Of the linears of each expert that read the same input: they become one, the outputs of one after those of the other."""
         from compress.formats import sparse_residual
         from compress.kernels.experts import Stack
+        from compress.kernels.memory import place
         from compress.kernels.packed import Extras
         from compress.kernels.residuals import Residuals
         from compress.numerics.grid import below
@@ -144,7 +148,9 @@ class _Loading:
             alike |= {(weights[0].grid == weight.grid, members[-1].coding, members[-1].stored) for weight in weights}
         if len(alike) > 1:
             raise InputError.one(experts[0][0], "is stored in another way than other experts of its block", "open it with transformers")
-        return Stack(members, Residuals(residuals, members[0].out_features) if any(len(each.values) for each in residuals) else None)
+        stack = Stack(members, Residuals(residuals, members[0].out_features) if any(len(each.values) for each in residuals) else None)
+        place(stack)
+        return stack
 
     def _quantized(self, name: str) -> Quantized:
         weight = self._model.quantized(name)

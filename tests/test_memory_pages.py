@@ -24,6 +24,13 @@ def test_tensors_lie_side_by_side_and_are_their_own() -> None:
     assert memory.placed(given[1].T).equal(given[1].T)
 
 
+def test_a_module_is_moved_as_it_is() -> None:
+    module = torch.nn.BatchNorm1d(5)
+    before = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    memory.place(module)
+    assert all(buffer.equal(before[name]) and buffer.data_ptr() % memory.LINE == 0 for name, buffer in module.named_buffers())
+
+
 def test_a_piece_lives_as_long_as_its_tensors() -> None:
     piece = memory._Piece(1 << 20)
     tensor, alive = piece.give(100), weakref.ref(piece)

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from compress.kernels import native, t16
-from compress.kernels.memory import placed
 from compress.kernels.packed import NOTHING, Extras, Packed, described
 from compress.numerics.grid import Integer, Quantized
 
@@ -129,9 +128,8 @@ class PackedLinear(Packed):
             raise ValueError(f"there is no kernel for {self.stored}")
         self.bits, self.digits, self.coding = weight.bits, digits, f"{T16}{weight.bits}"
         offset = 1 << (self.bits - 1)
-        packed = t16.pack(weight.codes.contiguous().view(torch.uint8) + offset, self.bits)
-        self.register_buffer("codes", placed(packed))
-        self.register_buffer("scales", placed(t16.by_block(weight.scale)))
+        self.register_buffer("codes", t16.pack(weight.codes.contiguous().view(torch.uint8) + offset, self.bits))
+        self.register_buffer("scales", t16.by_block(weight.scale))
         zeros = None if weight.zero_point is None else t16.by_block(weight.zero_point.contiguous().view(torch.uint8) + offset)
         self.register_buffer("zeros", zeros)
         self.register_buffer("units", None)

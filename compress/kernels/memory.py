@@ -11,7 +11,7 @@ import math
 import mmap
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 PIECE = 64 << 20
 PAGE = 2 << 20
@@ -47,12 +47,18 @@ def placed(tensor: Tensor) -> Tensor:
     return empty(*tensor.shape, dtype=tensor.dtype).copy_(tensor)
 
 
+def place(module: nn.Module) -> None:
+    """Put what ``module`` holds of its own into large pages. Only for what stays: a piece of memory is given back as a whole."""
+    for name, buffer in module.named_buffers(recurse=False):
+        setattr(module, name, placed(buffer))
+
+
 def empty(*shape: int, dtype: torch.dtype = torch.uint8) -> Tensor:
     """An uninitialised tensor on the CPU, in large pages where the system has them."""
     global _piece
     size = math.prod(shape) * dtype.itemsize
     if not hasattr(mmap, "MADV_HUGEPAGE") or size == 0:
-        return torch.empty(*shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype)
     if size > PIECE:
         found = _Piece(size).give(size)
     else:
@@ -61,4 +67,4 @@ def empty(*shape: int, dtype: torch.dtype = torch.uint8) -> Tensor:
             _piece = _Piece(PIECE)
             found = _piece.give(size)
     assert found is not None
-    return found.view(dtype).view(*shape)
+    return found.view(dtype).view(shape)
