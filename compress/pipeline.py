@@ -334,11 +334,12 @@ class _Run:
         self.progress.step("reopen and compare", 1)
         weights = export_module(self.recipe.export[0]).compare(self.model, staging)
         result: dict[str, Any] = {"tensors": len(self.model.tensors), "weights_unpacked_by_compressed_tensors": weights}
-        dense = self.layout.checkpoint.nbytes
-        mode = self.recipe.verify if self.recipe.verify != "auto" else "full" if dense <= FULL_REOPEN_BYTES else "streamed"
+        verdict = export_module(self.recipe.export[0]).verdicts(self.layout, self.schemes)["transformers"]
+        small = self.layout.checkpoint.nbytes <= FULL_REOPEN_BYTES and not verdict.startswith("refuses")
+        mode = self.recipe.verify if self.recipe.verify != "auto" else "full" if small else "streamed"
         result["mode"] = mode
         if mode == "full":
-            only = "bfloat16" in export_module(self.recipe.export[0]).verdicts(self.layout, self.schemes)["transformers"]
+            only = "bfloat16" in verdict
             result |= reopen.compare_logits(self.model.without_residuals(), staging, self.tokenizer, bfloat16_only=only)
             if self.model.has_residuals:
                 result["residuals_left_out"] = True

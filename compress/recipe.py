@@ -94,7 +94,7 @@ class Recipe(Section):
     verify: Literal["auto", "full", "streamed"] = Field(
         default="auto",
         description="how the artifact is reopened: `full` loads all of it into plain transformers and compares logits, `streamed` compares "
-        "every tensor block by block; `auto` is `full` up to 2 GiB of weights",
+        "every tensor block by block; `auto` is `full` up to 2 GiB of weights where transformers reads them",
     )
 
     def instances(self) -> list[tuple[str, Pass]]:
@@ -368,7 +368,11 @@ def _check_export(recipe: Recipe, layout: Layout, place: str, plan: dict[str, Sc
     for target in recipe.export:
         for bits in examples:
             schemes = plan | {name: plan[name].model_copy(update={"bits": bits[name]}) for name in plan.keys() & bits.keys()}
-            export_module(target).check(f"{place}: export", layout, schemes, found)
+            exporter = export_module(target)
+            exporter.check(f"{place}: export", layout, schemes, found)
+            verdict = exporter.verdicts(layout, schemes)["transformers"]
+            if recipe.verify == "full" and verdict.startswith("refuses"):
+                found.add(f"{place}: verify", f"full opens the artifact with transformers, which {verdict}", "take auto, or streamed")
     if len(found):
         problems.absorb(InputError(dict.fromkeys(found)))  # each is told once
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress.checkpoint import Checkpoint
 from compress.errors import InputError, Problems
+from compress.hardware import return_freed_memory
 from compress.layout import BlockLayout, Layout
 from compress.source import locate_model
 
@@ -37,6 +38,7 @@ def load(name: str | Path, *, digits: int = 2) -> Any:
     whole = _Loading(model, digits).whole()
     if model.stored.itemsize < model.dtype.itemsize:
         _narrow(whole, model.stored)
+    return_freed_memory()
     return whole
 
 

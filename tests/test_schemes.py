@@ -75,6 +75,12 @@ def test_small_floats_serve_experts_and_images(kind: str, format_: str, checkpoi
     assert result["accepted"]
 
 
+def test_experts_that_transformers_misreads_are_compared_without_it(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    result = compress(recipe_of("rtn", {"format": "nvfp4"}) | {"verify": "auto"}, checkpoint("qwen3_moe"), tmp_path / "out")
+    assert result["verification"]["mode"] == "streamed"
+    assert result["engines"]["transformers"] == "refuses experts in nvfp4: unpacks them wrongly or not at all"
+
+
 @pytest.mark.parametrize("options", SCHEMES, ids=str)
 def test_a_plan_says_the_bytes_that_a_run_writes(options: dict[str, Any], checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     chosen = recipe.validate(recipe_of("gptq", options), "r.yaml")

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 SHARD_BYTES = 5_000_000_000
 BFLOAT16_ONLY = ("nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized")
 EXPERT_FORMATS = {"int", "fp8", "mxfp4"}
-"""What transformers unpacks for experts as it is meant: of nvfp4 it forgets one scale, of the others it knows no shape."""
+"""What transformers unpacks for experts as it is meant (seen with 5.23.0): of nvfp4 it forgets a scale, for the others it fails."""
 WHILE_LOADING = "loads, decompresses while loading"
 VERSION = "0.18.0"
 """The layout's version, as compressed-tensors counts; it wrote these tensors the same way ever since."""
@@ -47,13 +47,6 @@ def check(place: str, layout: Layout, plan: dict[str, Scheme], problems: Problem
             problems.add(place, f"the experts of {block.prefix} get different schemes", "engines hold them in one tensor: treat them alike")
         if any(kind and not kind[0].symmetric for kind in schemes):
             problems.add(place, f"the experts of {block.prefix} are asymmetric; transformers ignores zero points of experts", "set symmetric: true")
-        unread = sorted({kind[0].format for kind in schemes if kind} - EXPERT_FORMATS)
-        if unread:
-            problems.add(
-                place,
-                f"the experts of {block.prefix} are stored as {unread[0]}, which transformers does not unpack for experts (seen with 5.23.0)",
-                f"take one of {', '.join(sorted(EXPERT_FORMATS))} for them",
-            )
         if kinds and schemes == {None}:
             dense.append(block.prefix)
         of_experts.append(schemes)
@@ -116,6 +109,9 @@ def _transformers(layout: Layout, plan: dict[str, Scheme]) -> str:
     compressed-tensors makes room for zero points in their unpacked shape, so transformers could not load packed ones (seen with 0.20.0 under
     5.23.0). Unpacking while loading is sound, but it knows only one scheme.
     """
+    unread = sorted({plan[name].format for name in layout.of_experts & plan.keys()} - EXPERT_FORMATS)
+    if unread:
+        return f"refuses experts in {unread[0]}: unpacks them wrongly or not at all"
     if all(scheme.symmetric and scheme.layout not in BFLOAT16_ONLY for scheme in plan.values()):
         return "loads, decompresses on first use"
     return WHILE_LOADING if len(set(_kinds(layout, plan).values())) == 1 else "loads in bfloat16, decompresses on first use"
