@@ -1,6 +1,6 @@
 """The kernels for GPUs as machine code, compiled here for GPUs that are not: instructions per weight, width of loads, spills.
 
-    python bench/sass.py --json sass.json [--only sm_90]
+    python bench/sass.py --json sass.json [--only sm_90] [--tokens 1]
 
 An instruction per weight is one that one thread executes, over the weights that its program takes: the instructions in the body of the
 innermost loop, times the threads of the program, over the weights that one round of the loop multiplies (by all its inputs and digits). What
@@ -151,13 +151,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True, help="where the numbers go")
     parser.add_argument("--only", choices=sorted(DEVICES), help="one target")
+    parser.add_argument("--tokens", type=int, nargs="+", choices=TOKENS, default=TOKENS, help="numbers of inputs")
     arguments = parser.parse_args()
     table, rows = Table(title=f"instructions per weight ({ROWS} x {COLUMNS}, groups of {STEP}, symmetric)"), []
-    for heading in ("target", "bits", "digits", *(f"M={tokens}" for tokens in TOKENS)):
+    for heading in ("target", "bits", "digits", *(f"M={tokens}" for tokens in arguments.tokens)):
         table.add_column(heading, justify="right")
     for name, bits, digits in itertools.product([arguments.only] if arguments.only else DEVICES, WIDTHS, DIGITS):
         cells = []
-        for tokens in TOKENS:
+        for tokens in arguments.tokens:
             code = product(name, bits, digits, tokens)
             rows.append({"target": name, "bits": bits, "digits": digits, "tokens": tokens, **vars(code)})
             cells.append(f"{code.per_weight:.2f}" + (" spills" if code.spills else "") + ("" if code.loads == 128 else f" {code.loads}b"))

@@ -157,6 +157,8 @@ def bench(
     with _errors(False):
         from compress import speed, view
 
+        if out is not None and (out.exists() or not out.parent.is_dir()):
+            raise InputError.one(str(out), "exists already" if out.exists() else "lies in no folder that exists", "choose another --json")
         with _interruptible():
             result = speed.measure(model, tokens, threads)
         if out is not None:
@@ -335,7 +337,7 @@ def _errors(as_json: bool) -> Iterator[None]:
                 typer.echo(f"error: {problem}", err=True)
         raise typer.Exit(Exit.BAD_INPUT) from error
     except (Interrupted, KeyboardInterrupt) as error:
-        typer.echo("interrupted: the same command continues where this one stopped", err=True)
+        typer.echo("interrupted; a run continues where it stopped if the same command is given again", err=True)
         raise typer.Exit(Exit.INTERRUPTED) from error
 
 

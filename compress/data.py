@@ -107,6 +107,11 @@ class Tokenizer:
         self._processor: Any = None
 
     @property
+    def plain(self) -> Any:
+        """The tokenizer of transformers."""
+        return self._tokenizer
+
+    @property
     def end(self) -> int | None:
         return cast("int | None", self._tokenizer.eos_token_id)
 

@@ -449,10 +449,17 @@ class Model:
         types = getattr(text, "layer_types", None)
         if types is not None:
             text.layer_types = []
-        hollow = self._auto_class().from_pretrained(
+        hollow, info = self._auto_class().from_pretrained(
             self.checkpoint.folder, config=bare, dtype=self.dtype, attn_implementation="sdpa",
-            local_files_only=True, trust_remote_code=False, use_safetensors=True,
+            local_files_only=True, trust_remote_code=False, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True,
         )  # fmt: skip
+        # transformers makes numbers up for what it does not find.
+        problems = Problems()
+        for missing in sorted(info["missing_keys"]):
+            problems.add(missing, "is missing from the checkpoint", "is the download complete?")
+        for mismatched in sorted(map(str, info["mismatched_keys"])):
+            problems.add(mismatched, "is of another shape than config.json makes it", "do config.json and the weights belong together?")
+        problems.raise_if_any()
         hollow.to(self.device).eval().requires_grad_(False)
         outside = self.layout.arch.outside
         parent, _, name = self.layout.arch.module_blocks.rpartition(".")

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 def load(name: str | Path, *, digits: int = 2) -> Any:
     """The model in a folder, a hub id or ``demo:NAME``, ready for `generate`, with every quantised weight packed in memory as it is on disk.
 
-    Kernels multiply integers of 2, 3, 4 and 8 bits, with inputs in so many `digits` of 8 bits while tokens are few (`compress.kernels.linear`);
+    Kernels multiply integers of 2, 3, 4 and 8 bits, with inputs in so many `digits` of 8 bits (`compress.kernels.linear`);
     other weights are unpacked for each product, some rows at a time. `explain` says which is which. What the checkpoint says beside its codes -
     residuals, inputs in 8 bits, a cache in FP8 - is computed as said. Raises `InputError` for what is no such checkpoint.
     """
@@ -35,7 +35,13 @@ def load(name: str | Path, *, digits: int = 2) -> Any:
     if digits not in (1, 2):
         raise InputError.one("digits", f"must be 1 or 2, got {digits}")
     model = Model(Layout(Checkpoint(locate_model(str(name)))))
-    whole = _Loading(model, digits).whole()
+    try:
+        whole = _Loading(model, digits).whole()
+    except KeyError as error:
+        name = str(error.args[0])
+        if name.rpartition(".")[0] not in model.layout.linears:
+            raise
+        raise InputError.one(name, "is missing from the checkpoint", "is the download complete?") from error
     if model.stored.itemsize < model.dtype.itemsize:
         _narrow(whole, model.stored)
     return_freed_memory()
@@ -81,12 +87,23 @@ def remarks(model: Any) -> list[str]:
 
 def stream(model: Any, name: str, prompt: str, tokens: int) -> Iterator[str]:
     """The likeliest continuation of ``prompt`` by ``model``, which `load` made of `name`, in pieces of text as they come."""
-    from transformers import AutoTokenizer, TextIteratorStreamer
+    from transformers import TextIteratorStreamer
 
-    tokenizer = AutoTokenizer.from_pretrained(locate_model(name), local_files_only=True, trust_remote_code=False)
+    from compress.data import Tokenizer
+
+    tokenizer = Tokenizer(locate_model(name)).plain
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise InputError.one("PROMPT", f"is no text in UTF-8 ({error.reason})", "mend its encoding") from error
     given = tokenizer(prompt, return_tensors="pt").to(model.device)
-    if not given["input_ids"].numel():
+    length, most = given["input_ids"].numel(), model.config.get_text_config().max_position_embeddings
+    if not length:
         raise InputError.one("PROMPT", "is empty", "give at least a word")
+    if length + tokens > most:
+        raise InputError.one(
+            "PROMPT", f"has {length} tokens, with {tokens} new ones more than the {most} that the model takes", "shorten one of them"
+        )
     pieces = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     with ThreadPoolExecutor(1) as pool:
         # The token ids alone: some tokenizers give more than their model takes.

@@ -247,3 +247,25 @@ def test_what_is_not_quantised_is_multiplied_as_it_is_stored(
     for tokens in (0, 1, 3, dense.FEW + 1):
         x = torch.randn(tokens, shape[1])
         assert close(DenseLinear(weight)(x), (x.double() @ weight.double().T).float(), 1e-5)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+@pytest.mark.parametrize("digits", [1, 2])
+def test_what_is_no_number_shows_in_every_output(number: float, digits: int) -> None:
+    module = PackedLinear(rounded(torch.randn(48, 256), Integer(4, True), 64, BF16), digits=digits)
+    x = torch.randn(3, 256)
+    x[1, 7] = number
+    found = module(x)
+    assert not found[1].isfinite().any() and found[[0, 2]].isfinite().all()
+
+
+def test_inputs_that_would_be_silently_wrong_are_refused() -> None:
+    for inputs in (None, Activations("int8")):
+        module = PackedLinear(rounded(torch.randn(48, 256), Integer(8, True), 256, BF16), Extras(None, inputs))
+        for x in (torch.randn(2, 128), torch.randn(2, 257), torch.ones(2, 256, dtype=torch.int64)):
+            with pytest.raises(ValueError, match=r"inputs must be floats \[..., 256\], got"):
+                module(x)
+        with pytest.raises(ValueError, match="have no gradient"):
+            module(torch.randn(2, 256, requires_grad=True))
+        with torch.no_grad():
+            assert module(torch.randn(2, 256, requires_grad=True)).shape == (2, 48)

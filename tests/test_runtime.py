@@ -270,3 +270,25 @@ def test_mistakes_are_told(tmp_path: Path, checkpoint: Callable[..., Path]) -> N
     assert CliRunner().invoke(app, ["generate", "demo:dense", ""]).exit_code == 2
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         compress.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize("lost", ["model.embed_tokens.weight", "model.norm.weight", "model.layers.0.mlp.up_proj.weight_scale", "tokenizer.json"])
+def test_what_is_missing_is_named_and_never_made_up(lost: str, checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    folder = made(checkpoint("llama"), tmp_path / "out", {"rtn": SCHEMES["w4"]})
+    if lost == "tokenizer.json":
+        (folder / lost).unlink()
+    else:
+        (file,) = folder.glob("*.safetensors")
+        save_file({name: tensor for name, tensor in load_file(file).items() if name != lost}, file, {"format": "pt"})
+    done = CliRunner().invoke(app, ["generate", str(folder), "word", "--tokens", "2"])
+    assert done.exit_code == 2 and (
+        f"{lost} is missing" in done.stderr or f"{lost}: is missing" in done.stderr or "no usable tokenizer" in done.stderr
+    )
+
+
+def test_more_tokens_than_the_model_takes_are_refused(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["generate", "demo:dense", "word " * 3000, "--tokens", "2"])
+    assert done.exit_code == 2 and "with 2 new ones more than the" in done.stderr
+    (tmp_path / "there.json").write_text("")
+    done = CliRunner().invoke(app, ["bench", "demo:dense", "--json", str(tmp_path / "there.json")])
+    assert done.exit_code == 2 and "exists already; choose another --json" in done.stderr

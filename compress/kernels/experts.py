@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.kernels.linear import T16
-from compress.kernels.packed import Packed
+from compress.kernels.packed import Packed, refuse
 from compress.kernels.residuals import Residuals
 from compress.numerics.grid import as_bytes
 
@@ -65,7 +65,7 @@ class Stack(nn.Module):
         super().__init__()
         first = members[0]
         self.out_features, self.coding, self.digits, self.stored = first.out_features, first.coding, first.digits, first.stored
-        self.why_unpacked = first.why_unpacked
+        self.in_features, self.why_unpacked = first.in_features, first.why_unpacked
         self.residuals = residuals
         for name in ("codes", "scales", "zeros", "units"):
             parts = [getattr(member, name) for member in members]
@@ -73,6 +73,7 @@ class Stack(nn.Module):
 
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
         """[tokens, in] to [tokens, out]; tokens up to ``ends`` int64 [experts] belong to one expert after the other."""
+        refuse(x, self.in_features)
         outputs: Tensor = torch.ops.compress.packed_experts(
             x, ends, self.codes, self.scales, self.zeros, self.units, self.coding, self.out_features, self.digits
         )

@@ -65,7 +65,8 @@ class Packed(nn.Module):
         """Why weights so `stored` are unpacked for each product on ``device``, or None if a kernel multiplies them where they lie, by few tokens."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in] to [..., out], in the dtype of ``x``."""
+        """[..., in] to [..., out], in the dtype of ``x``. Raises `ValueError` for inputs of another width or no floats, or that want gradients."""
+        refuse(x, self.in_features)
         outputs = self.product(x)
         if self.residuals is not None:
             given = x if self.inputs is None else self.inputs.round(x)
@@ -74,6 +75,14 @@ class Packed(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.stored}"
+
+
+def refuse(x: Tensor, columns: int) -> None:
+    """Raise `ValueError` for what products with packed weights would silently get wrong."""
+    if x.shape[-1] != columns or not x.is_floating_point():
+        raise ValueError(f"inputs must be floats [..., {columns}], got {str(x.dtype).removeprefix('torch.')} {list(x.shape)}")
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ValueError("products with packed weights have no gradient: run under torch.no_grad()")
 
 
 def described(weight: Quantized) -> str:

@@ -62,6 +62,15 @@ void round_input(const float *x, int64_t given, int64_t columns, int64_t step, i
         }
         float largest;
         std::memcpy(&largest, &magnitude, 4);
+        if (!std::isfinite(largest)) {  // shows in every output instead of in none
+            std::memset(out + start, 0, step);
+            if (digits == 2) {
+                std::memset(out + columns + start, 0, step);
+                scales[columns / step + place] = largest - largest;
+            }
+            scales[place] = sums[place] = largest - largest;
+            continue;
+        }
         const float inverse = reach / largest, scale = std::isfinite(inverse) ? largest / reach : 0, factor = scale > 0 ? inverse : 0;
         int32_t sum = 0;
         std::memset(out + start, 0, step);
