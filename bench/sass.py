@@ -11,6 +11,7 @@ of 2 bits; stalls and slower pipes come on top, so few instructions are needed f
 import argparse
 import itertools
 import json
+import math
 import re
 import subprocess
 import tempfile
@@ -36,6 +37,7 @@ DEVICES = {
 }
 WIDTHS, DIGITS, TOKENS, STEP = (2, 3, 4, 8), (1, 2), (1, 2, 4, 8, 16, 32, 64), 128
 ROWS = COLUMNS = 4096
+MULTIPLIES = ("IDP", "IMMA", "IGMMA", "v_dot4", "v_mfma")
 PARAMETERS = {
     "codes": "i32", "digits": "i32", "scales": "bf16", "zeros": "u8", "units": "fp32", "sums": "fp32", "partials": "fp32", "counters": "i32",
     "y": "bf16", "x": "bf16",
@@ -102,10 +104,10 @@ def counted(made: Any, weights: int, threads: int) -> Code:
         wide = [32 * int(count) for _, text in instructions for count in re.findall(r"^(?:global|buffer)_load_dwordx(\d)", text)]
         spills = sum(int(count) for count in re.findall(r"\.[sv]gpr_spill_count:\s+(\d+)", text))
     body = _loop(instructions)
-    before = itertools.takewhile(lambda line: not line.startswith(("IDP", "IMMA", "IGMMA", "v_dot4", "v_mfma")), body)
+    before = itertools.takewhile(lambda line: not line.startswith(MULTIPLIES), body)
     ahead = sum(bool(re.match(r"LDG\S*\.128\b|(?:global|buffer)_load_dwordx4", line)) for line in before)
     return Code(
-        len(body), len(body) * threads / weights, max(wide, default=32), ahead, spills, registers,
+        len(body), len(body) * threads / weights if body else float("nan"), max(wide, default=32), ahead, spills, registers,
         dict(Counter(re.split(r"[\s.]", text)[0] for text in body).most_common()),
     )  # fmt: skip
 
@@ -136,14 +138,15 @@ def _amd(text: str) -> list[tuple[str, str]]:
 
 
 def _loop(instructions: list[tuple[str, str]]) -> list[str]:
-    """The longest run from the target of a jump backwards to the jump."""
+    """The longest run from the target of a jump backwards to the jump that multiplies; nothing if there is none, where a loop was cut up."""
     place = {address: number for number, (address, _) in enumerate(instructions) if address}
     found: list[str] = []
     for number, (_, text) in enumerate(instructions):
         if text.startswith(("BRA", "s_cbranch")):
             target = place.get(text.replace("`", "").split()[-1].strip("()"), number)
-            if number - target > len(found):
-                found = [line for _, line in instructions[target : number + 1]]
+            run = [line for _, line in instructions[target : number + 1]]
+            if len(run) > len(found) and any(line.startswith(MULTIPLIES) for line in run):
+                found = run
     return [line for line in found if not line.startswith(("NOP", "s_nop", "s_waitcnt"))]
 
 
@@ -161,7 +164,11 @@ def main() -> None:
         for tokens in arguments.tokens:
             code = product(name, bits, digits, tokens)
             rows.append({"target": name, "bits": bits, "digits": digits, "tokens": tokens, **vars(code)})
-            cells.append(f"{code.per_weight:.2f}" + (" spills" if code.spills else "") + ("" if code.loads == 128 else f" {code.loads}b"))
+            cells.append(
+                ("?" if math.isnan(code.per_weight) else f"{code.per_weight:.2f}")
+                + (" spills" if code.spills else "")
+                + ("" if code.loads == 128 else f" {code.loads}b")
+            )
         table.add_row(name, str(bits), str(digits), *cells)
     versions = {"triton": triton.__version__, "torch": torch.__version__}
     arguments.json.write_text(json.dumps({"benchmark": "sass", "versions": versions, "results": rows}, indent=1) + "\n")
