@@ -64,7 +64,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "export": ("errors", "formats", "checkpoint", "layout", "model", "scheme"),
     "evaluate": ("errors", "hardware", "checkpoint", "layout", "data", "model", "recipe", "evaluate"),
     "reopen": ("errors", "hardware", "checkpoint", "layout", "data", "model", "evaluate"),
-    "runtime": ("errors", "hardware", "checkpoint", "source", "layout", "model", "kernels", "numerics", "formats"),
+    "runtime": ("errors", "hardware", "data", "checkpoint", "source", "layout", "model", "kernels", "numerics", "formats"),
     "speed": ("errors", "checkpoint", "source", "layout", "kernels", "runtime"),
     "plots": ("errors",),
     "report": ("errors", "checkpoint", "plots"),
