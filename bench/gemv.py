@@ -67,6 +67,15 @@ def measure(bits: int, rows: int, columns: int, digits: int, threads: int, memor
     }  # fmt: skip
 
 
+def error(digits: int, rows: int, columns: int) -> float:
+    """Of outputs, relative to those of float64, for inputs of so many digits."""
+    codes, scales = torch.randint(0, 16, (rows, columns), dtype=torch.uint8), torch.rand(rows, columns // GROUP).add(0.1).bfloat16()
+    x, packed = torch.randn(8, columns), t16.pack(codes, 4)
+    found = native.multiply(x, packed, t16.by_block(scales), None, bits=4, rows=rows, columns=columns, step=GROUP, digits=digits, tier=native.tier())
+    exact = x.double() @ ((codes.double() - 8).view(rows, -1, GROUP) * scales.double()[..., None]).view(rows, columns).T
+    return float((found - exact).norm() / exact.norm())
+
+
 def several(inputs: int, rows: int, columns: int, memory: torch.Tensor, repeats: int) -> dict[str, Any]:
     """One row: milliseconds of a product of so many inputs, by what multiplies."""
     size = rows * columns // 2
@@ -119,6 +128,7 @@ def main() -> None:
     ]  # fmt: skip
     batches = [several(inputs, *SHAPES[0], memory, 5 if inputs > 64 else 3 * repeats) for inputs in (BATCHES[1:3] if arguments.quick else BATCHES)]
     document = {"benchmark": "gemv", "tier": native.tier(), "group": GROUP, "stamp": harness.stamp({}), "results": results, "batches": batches}
+    document["errors"] = {str(digits): error(digits, 256, SHAPES[0][1]) for digits in (1, 2)}
     arguments.json.write_text(json.dumps(document, indent=1) + "\n")
     table = Table(title=f"{native.tier()}: share of the speed of reading, median [least to greatest]")
     for heading in ("threads", "bits", "digits", *(f"{rows} x {columns}" for rows, columns in shapes)):
@@ -133,6 +143,7 @@ def main() -> None:
     for row in batches:
         table.add_row(str(row["inputs"]), *(f"{value:.2f}" for value in row["milliseconds"].values()))
     Console().print(table)
+    Console().print("relative error of outputs: " + ", ".join(f"{value:.0e} with {digits} digit(s)" for digits, value in document["errors"].items()))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from triton.errors import TritonError
 
 from compress.kernels import gpu, t16
 from compress.kernels.linear import unpacked
@@ -33,6 +34,8 @@ WIDTHS, TOKENS, GROUP = (4, 3, 2, 8), (1, 2, 4, 8, 16, 32, 64), 128
 TOLERANCE = {1: 2e-2, 2: 5e-3}
 """Of products in bfloat16, relative: 2e-3 of it is the rounding of outputs."""
 REPLAYS = 9
+FAILURES = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, ImportError, OSError, AssertionError, TritonError)
+"""What torch, Triton and tools that call them raise; anything else is a mistake of this file."""
 
 Product = Callable[[Tensor], Tensor]
 Maker = Callable[[int, int], tuple[Product, int]]
@@ -155,7 +158,7 @@ def main() -> None:
     for (name, make), (rows, columns) in itertools.product(makers.items(), shapes):
         try:
             found = measure(make, rows, columns, tokens)
-        except Exception as problem:  # of a rival's, and of a kernel that was never measured before: a row each
+        except FAILURES as problem:  # of a rival's, and of a kernel that was never measured before: a row each
             found = [{"rows": rows, "columns": columns, "error": f"{type(problem).__name__}: {problem}"[:300]}]
         results += [
             {"kernel": name, **row} | ({"share": row["bytes"] / row["microseconds"] * 1e6 / copied} if "bytes" in row else {}) for row in found

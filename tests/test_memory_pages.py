@@ -41,7 +41,7 @@ def test_a_piece_lives_as_long_as_its_tensors() -> None:
     assert alive() is None and tensor.eq(3).all()
 
 
-@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="needs Linux, where one can ask for large pages")
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="needs Linux, where one can ask for large pages; ran there on 2026-11-22")
 def test_large_pages_are_asked_for() -> None:
     tensor = memory.empty(memory.PIECE + 1).fill_(1)
     start = None
