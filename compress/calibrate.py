@@ -268,6 +268,21 @@ def visit(model: Model, samples: Samples, workspace: Workspace) -> Iterator[Prob
         workspace.progress.blocks(layout.index + 1, len(model.blocks))
 
 
+@torch.no_grad()
+def look(model: Model, samples: Samples, progress: Progress) -> Iterator[Probe]:
+    """Every block with what it is given, in order, to be measured only: nothing is kept on disk, so a killed run looks again."""
+    hidden, kwargs = model.embed_all(batch.inputs for batch in samples.batches())
+    members = [batch.members for batch in samples.batches()]
+    model.release()
+    for layout in model.blocks:
+        of_block = [each[layout.index] for each in kwargs]
+        with model.block(layout.index) as block:
+            yield Probe(block, hidden, of_block, members)
+            if layout.index + 1 < len(model.blocks):
+                block.advance(hidden, of_block)
+        progress.blocks(layout.index + 1, len(model.blocks))
+
+
 def _begin(model: Model, samples: Samples, workspace: Workspace, streams: int) -> tuple[int, list[list[Tensor]], list[list[dict[str, Any]]]]:
     """The first unfinished block, what it is given in each of so many `streams`, and the keyword arguments of all blocks."""
     hidden, kwargs = model.embed_all(batch.inputs for batch in samples.batches())

@@ -8,6 +8,7 @@ Nothing here imports torch until a tensor is asked for, so that a recipe can be 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -134,6 +135,12 @@ class Checkpoint:
         problems.raise_if_any()
         self.shards = sorted(files)
         self.extra_files, self.left_behind = self._other_files()
+
+    def altered(self, tensors: dict[str, TensorInfo], config: dict[str, Any]) -> Checkpoint:
+        """The checkpoint with other tensors, wherever they lie, and another config; all other files stay those of this one."""
+        other = copy.copy(self)
+        other.tensors, other.config = tensors, config
+        return other
 
     def _config(self, problems: Problems) -> dict[str, Any]:
         path = self.folder / "config.json"

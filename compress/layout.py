@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from compress.arch.base import Arch, Fold, InputGroup, find
+from compress.arch.base import Arch, Fold, InputGroup, Unit, find
 from compress.checkpoint import FLOATS, Checkpoint
 from compress.errors import InputError, Problem, Problems
 
@@ -65,6 +65,23 @@ class Edge:
 
 
 @dataclass(frozen=True)
+class Units:
+    """A `Unit` of the architecture's table in one block, or in one expert of it: ``count`` of them, from each of `parts` equally many to be taken.
+
+    Names are those on disk without ``.weight``.
+    """
+
+    name: str
+    kind: str
+    count: int
+    rows: tuple[str, ...]
+    columns: str
+    heads: bool = False
+    parts: int = 1
+    expert: int | None = None
+
+
+@dataclass(frozen=True)
 class BlockLayout:
     """One decoder block: tensors are named ``{prefix}.{local name}``."""
 
@@ -72,6 +89,7 @@ class BlockLayout:
     prefix: str
     stages: tuple[Stage, ...]
     edges: tuple[Edge, ...]
+    units: tuple[Units, ...]
     tensors: tuple[str, ...]
 
     @property
@@ -81,6 +99,8 @@ class BlockLayout:
 
 SIZES = ("hidden_size", "intermediate_size", "moe_intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
 """Numbers of a config that a model cannot be made without, where it has them."""
+PER_LAYER = "per_layer_config"
+"""Where a config of transformers says what differs by block. Its model classes do not read it yet, and fail."""
 
 
 class Layout:
@@ -99,6 +119,7 @@ class Layout:
             size = self.text_config.get(key)
             if size is not None and (type(size) is not int or size < 1):
                 problems.add(f"{checkpoint.folder / 'config.json'}: {key}", f"must be a positive number, got {size!r}", "fetch it again")
+        self.of_blocks = self._of_blocks(problems)
         self.blocks = self._blocks(problems)
         if len(problems):
             self._refuse_declared()  # weights under other names are then no riddle
@@ -121,6 +142,19 @@ class Layout:
     def kv_heads(self) -> int:
         """Heads of keys and values."""
         return int(self.text_config.get("num_key_value_heads") or self.text_config["num_attention_heads"])
+
+    @property
+    def head_dim(self) -> int | None:
+        """Channels of one attention head, as far as config.json tells."""
+        config = self.text_config
+        if size := config.get("head_dim"):
+            return int(size)
+        hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
+        return hidden // heads if isinstance(hidden, int) and isinstance(heads, int) else None
+
+    def setting(self, key: str, block: int) -> Any:
+        """What config.json says of `key` for a block; ``per_layer_config`` is where transformers keeps what is not the same for all."""
+        return self.of_blocks.get(block, {}).get(key, self.text_config.get(key))
 
     @property
     def windows(self) -> list[int | None]:
@@ -170,6 +204,19 @@ class Layout:
                 "config.json: quantization_config", f"the model is already quantised ({method})", "start from the original checkpoint"
             )
 
+    def _of_blocks(self, problems: Problems) -> dict[int, dict[str, Any]]:
+        """What differs from the rest of the config, by block."""
+        declared = self.text_config.get(PER_LAYER) or {}
+        place = f"{self.checkpoint.folder / 'config.json'}: {PER_LAYER}"
+        if not isinstance(declared, dict) or not all(isinstance(changes, dict) and str(key).isdigit() for key, changes in declared.items()):
+            problems.add(place, f"must map numbers of blocks to settings, got {declared!r}"[:200], "fetch it again")
+            return {}
+        for key, changes in declared.items():
+            for name, size in changes.items():
+                if name not in SIZES or type(size) is not int or size < 1:
+                    problems.add(f"{place}.{key}.{name}", f"{size!r} is not supported", f"known are positive numbers for {', '.join(SIZES)}")
+        return {int(key): changes for key, changes in declared.items()}
+
     def _blocks(self, problems: Problems) -> list[BlockLayout]:
         pattern = re.compile(re.escape(self.arch.blocks) + r"\.(\d+)\.(.+)")
         by_block: dict[int, list[str]] = {}
@@ -212,7 +259,24 @@ class Layout:
         if not stages:
             problems.add(prefix, f"has none of the linears a {self.arch.model_type} has", "is model_type right?")
         edges = tuple(edge for fold in self.arch.folds for edge in _edges(prefix, fold, locals_))
-        return BlockLayout(index, prefix, tuple(stages), edges, tuple(f"{prefix}.{name}" for name in locals_))
+        units = tuple(found for unit in self.arch.units for found in self._units(prefix, index, unit, locals_))
+        return BlockLayout(index, prefix, tuple(stages), edges, units, tuple(f"{prefix}.{name}" for name in locals_))
+
+    def _units(self, prefix: str, index: int, unit: Unit, locals_: list[str]) -> Iterator[Units]:
+        """What `unit` is in a block with tensors of these local names."""
+        before, _, after = unit.columns.partition("*")
+        owners = {name.rpartition(".")[0] for name in locals_}
+        size = self.head_dim if unit.heads else 1
+        found = [owner for owner in owners if _fits(unit.columns, owner)] if size else []
+        numbers = sorted(int(owner.removeprefix(before).removesuffix(after)) for owner in found) if "*" in unit.columns else [None] * len(found)
+        for number in numbers:
+            *rows, columns = (f"{prefix}.{name}".replace("*", str(number)) for name in (*unit.rows, unit.columns))
+            made = self._shape(rows[-1])
+            if made and all(map(self._shape, rows)):  # what is missing has been told
+                name = f"{prefix}.{unit.kind}" + ("" if number is None else f".{number}")
+                count = made[0] // size
+                parts = int(self.setting(unit.within, index) or 1) if unit.within else 1
+                yield Units(name, unit.kind, count, tuple(rows), columns, unit.heads, parts, number)
 
     def _group(self, prefix: str, table: InputGroup, suffix: str, problems: Problems, expert: int | None = None) -> Group | None:
         names = [f"{prefix}.{local}" for local in table.linears]

@@ -26,7 +26,7 @@ from compress.errors import InputError, Problems
 from compress.formats import base as formats
 from compress.formats import sparse_residual
 from compress.formats.sparse_residual import Residual
-from compress.layout import BlockLayout, Layout
+from compress.layout import PER_LAYER, BlockLayout, Layout
 from compress.numerics.activations import Activations
 from compress.numerics.cache import as_cached
 from compress.numerics.grid import Quantized
@@ -194,6 +194,13 @@ class Block:
         if slot is not None:
             slot.view(self.module).copy_(value)
         self._changed[name] = value.float()
+
+    def restructure(self, name: str, tensor: Tensor) -> None:
+        """From the end of the pass on the tensor of this name on disk is ``tensor``, of any shape, in the dtype of the source.
+
+        Until then the block computes as before.
+        """
+        self._changed[name] = read_entry(Entry(name, self._model.checkpoint.tensors[name].dtype, tuple(tensor.shape), tensor))
 
     def add_record(self, name: str, record: dict[str, Any]) -> None:
         """Put what became of `name` into the report."""
@@ -409,11 +416,13 @@ class Model:
         hardware.return_freed_memory()
 
     def _read_config(self) -> Any:
-        from transformers import AutoConfig
+        from transformers import CONFIG_MAPPING
 
-        config = AutoConfig.from_pretrained(self.checkpoint.folder, local_files_only=True, trust_remote_code=False)
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config  # packed weights are unpacked here, not by transformers
+        plain = copy.deepcopy(self.checkpoint.config)
+        plain.pop("quantization_config", None)  # packed weights are unpacked here, not by transformers
+        nested = plain.get(self.layout.arch.text_config, {}) if self.layout.arch.text_config else plain
+        nested.pop(PER_LAYER, None)  # its model classes fail over it: blocks are given what it says one by one
+        config = CONFIG_MAPPING[plain["model_type"]].from_dict(plain)
         text = config.get_text_config()
         config._experts_implementation = text._experts_implementation = EXPERTS_FUNCTION
         config._attn_implementation = text._attn_implementation = "sdpa"
@@ -435,12 +444,15 @@ class Model:
             config = self._read_config()
             with torch.device("meta"):
                 whole = auto.from_config(config, dtype=self.dtype, attn_implementation="sdpa", trust_remote_code=False)
+                modules = whole.get_submodule(self.layout.arch.module_blocks)
+                for index, changes in self.layout.of_blocks.items():
+                    modules[index] = type(modules[index])(_with(whole.config.get_text_config(), changes), index).to(self.dtype)
         except CONFIG_ERRORS as error:
             reason = " ".join(f"{type(error).__name__} {error}".split())[:300]
             raise InputError.one(
                 str(self.checkpoint.folder / "config.json"), f"transformers makes no model of it ({reason})", "fetch it again"
             ) from error
-        return config, whole.get_submodule(self.layout.arch.module_blocks).eval().requires_grad_(False)
+        return config, modules.eval().requires_grad_(False)
 
     def _hollow(self) -> Any:
         bare = copy.deepcopy(self._config)
@@ -778,6 +790,14 @@ class Model:
         parent, _, _ = self.layout.arch.module_blocks.rpartition(".")
         normed = self.skeleton.get_submodule(parent).norm(hidden)
         return hardware.widened(self.skeleton.lm_head(normed))
+
+
+def _with(config: Any, changes: dict[str, Any]) -> Any:
+    """A config of transformers with some settings changed."""
+    changed = copy.deepcopy(config)
+    for key, value in changes.items():
+        setattr(changed, key, value)
+    return changed
 
 
 def _replace(module: nn.Module, name: str, by: nn.Module) -> None:

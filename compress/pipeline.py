@@ -26,8 +26,8 @@ from compress.checkpoint import Checkpoint, copy_file, sha256, sync_folder, writ
 from compress.errors import InputError
 from compress.formats.base import PARTS, RESIDUAL_PARTS
 from compress.layout import Layout
-from compress.passes.base import Allocator, Pass, Quantize, Transform
-from compress.recipe import Recipe, cache_scheme, check, export_module
+from compress.passes.base import Allocator, Pass, Quantize, Restructure, Transform
+from compress.recipe import Recipe, cache_scheme, check, expected, export_module
 from compress.scheme import Scheme, output_bytes
 from compress.source import locate_model
 
@@ -86,7 +86,7 @@ def run(request: Request, progress: Progress) -> dict[str, Any]:
     layout = open_layout(request.model)
     plan = check(request.recipe, layout, request.place)
     _check_target(request, layout)
-    _check_disk(request, layout, {name: scheme for name, (_, scheme) in plan.items()})
+    _check_disk(request, expected(request.recipe, layout), {name: scheme for name, (_, scheme) in plan.items()})
     with _no_space_is_an_input_error(request), _alone(request.work):
         return _Run(request, layout, plan, progress, began).go()
 
@@ -107,15 +107,17 @@ def _check_target(request: Request, layout: Layout) -> None:
         raise InputError.one(str(parent), "is not writable", "choose another --out")
 
 
-def _check_disk(request: Request, layout: Layout, plan: dict[str, Scheme]) -> None:
+def _check_disk(request: Request, layouts: list[Layout], plan: dict[str, Scheme]) -> None:
+    """`layouts` are those of `expected`."""
     from compress.planning import added_bytes, gradient_bytes, rewritten_bytes
 
     # Blocks of each pass, then the artifact beside them; activations between two blocks are small change beside the margin.
-    rewritten = sum(rewritten_bytes(layout) for _, step in request.recipe.instances() if isinstance(step, Transform))
+    steps = [step for _, step in request.recipe.instances()]
+    rewritten = sum(rewritten_bytes(layout) for step, layout in zip(steps, layouts[1:], strict=True) if isinstance(step, Transform | Restructure))
     needed = (
-        int(2.1 * (output_bytes(layout, plan) + added_bytes(request.recipe, layout)))
+        int(2.1 * (output_bytes(layouts[-1], plan) + added_bytes(request.recipe, layouts[-1])))
         + rewritten
-        + gradient_bytes(request.recipe, layout)
+        + gradient_bytes(request.recipe, layouts[0])
         + (64 << 20)
     )
     free = shutil.disk_usage(request.out.absolute().parent).free
@@ -159,7 +161,14 @@ class _Run:
         from compress.data import Tokenizer
         from compress.model import Model
 
-        self.request, self.recipe, self.layout, self.progress, self.began = request, request.recipe, layout, progress, began
+        self.request, self.recipe, self.progress, self.began = request, request.recipe, progress, began
+        self.source = layout
+        self.layout = layout
+        """Of the model as it is now: passes may take parts out of it."""
+        self.origins = {name: name for name in layout.checkpoint.tensors}
+        """What each tensor of the model as it is now was called in the source."""
+        self.cut: dict[str, dict[str, str]] = {}
+        """By tensor of the source that passes made smaller, or took out: which did, and what they call it."""
         self.plan = plan
         self.schemes = {name: scheme for name, (_, scheme) in plan.items()}
         self.cache = cache_scheme(request.recipe)
@@ -227,7 +236,7 @@ class _Run:
         return result
 
     def _verify_source(self) -> dict[str, str]:
-        total = sum(path.stat().st_size for path in self.layout.checkpoint.shards)
+        total = sum(path.stat().st_size for path in self.source.checkpoint.shards)
         self.progress.step("read and hash the source", total)
         seen = 0
 
@@ -236,7 +245,7 @@ class _Run:
             seen += count
             self.progress.done(seen)
 
-        return self.layout.checkpoint.verify(advance)
+        return self.source.checkpoint.verify(advance)
 
     def _calibration(self) -> Any:
         from compress import data
@@ -276,6 +285,8 @@ class _Run:
         step.run(self.model, samples, workspace)
         if isinstance(step, Allocator):
             self._allocate(allocation.read(folder / allocation.FILE), name, sources)
+        elif isinstance(step, Restructure):
+            self._restructure(index, name, step, workspace)
         else:
             self._adopt(name, step, workspace)
         self.passes.append({"name": name, "seconds": time.monotonic() - began, "peak_bytes": peak_bytes()})
@@ -292,6 +303,25 @@ class _Run:
         for tensor, info in self.model.tensors.items():
             if info.file.parent == workspace.folder and not self.model.packed_as(tensor.rpartition(".")[0]):
                 self.rewritten.setdefault(tensor, {})[name] = step.verb if isinstance(step, Transform) else "changed"
+
+    def _restructure(self, index: int, name: str, step: Restructure, workspace: Any) -> None:
+        """From here on the model is what a pass has made of it."""
+        from compress.checkpoint import read_header
+        from compress.model import Model
+
+        before, self.layout = self.layout, step.outcome(self.layout, workspace)
+        self.plan = check(self.recipe, self.layout, self.request.place, done=index + 1)  # widths may be others than could be expected
+        self.schemes = {linear: scheme for linear, (_, scheme) in self.plan.items()}
+        self.model = Model(self.layout, self.schemes)
+        for file in (workspace.block_file(layout.index) for layout in before.blocks):
+            for record in json.loads(read_header(file)[1]["records"]) if file.exists() else ():
+                self._take(record)
+        places = {(info.file, info.begin): tensor for tensor, info in before.checkpoint.tensors.items()}
+        now = {tensor: places.get((info.file, info.begin), tensor) for tensor, info in self.layout.checkpoint.tensors.items()}
+        changed = {was for tensor, was in now.items() if self.layout.checkpoint.tensors[tensor] is not before.checkpoint.tensors[was]}
+        for was in changed | (before.checkpoint.tensors.keys() - now.values()):
+            self.cut.setdefault(self.origins[was], {})[name] = step.verb
+        self.origins = {tensor: self.origins[was] for tensor, was in now.items()}
 
     def _allocate(self, plan: Allocation, name: str, sources: dict[str, str]) -> None:
         """From here on linears are to be stored as `plan` says."""
@@ -352,10 +382,10 @@ class _Run:
             return None
         self.progress.step("evaluate", 2 * len(self.layout.blocks))
         self.model.release()
-        result = measure.against_source(self.layout, staging, self.recipe.evaluate, self.tokenizer, self.progress)
+        result = measure.against_source(self.source, staging, self.recipe.evaluate, self.tokenizer, self.progress)
         if self.model.has_residuals:
             self.progress.step("evaluate without residuals", 2 * len(self.layout.blocks))
-            coded = measure.against_source(self.layout, staging, self.recipe.evaluate, self.tokenizer, self.progress, residuals=False)
+            coded = measure.against_source(self.source, staging, self.recipe.evaluate, self.tokenizer, self.progress, residuals=False)
             result["without_residuals"] = coded["compressed"]
         return result
 
@@ -363,35 +393,44 @@ class _Run:
         """What became of every tensor of the source, and what is new. Raises AssertionError if one is not accounted for: a bug, not a warning."""
         exporter = export_module(self.recipe.export[0])
         ledger = []
-        for name, info in sorted(self.layout.checkpoint.tensors.items()):
-            linear = name.removesuffix(".weight")
-            item: dict[str, Any] = {"name": name, "shape": list(info.shape), "dtype": info.dtype}
-            if reason := exporter.is_dropped(self.model, name):
-                item |= {"action": "dropped", "why": reason}
-            elif linear in self.plan and self.model.packed_as(linear):
-                by, scheme = self.plan[linear]
-                item |= {"action": "quantized", "why": f"{by}: {scheme.text}"}
-                if before := self.rewritten.get(name):
-                    item["why"] += f", {' and '.join(f'{verb} by {step}' for step, verb in before.items())} before"
-            elif name in self.rewritten and name in self.model.tensors:
-                verbs = self.rewritten[name]
-                item |= {"action": " and ".join(dict.fromkeys(verbs.values())), "why": f"by {' and '.join(verbs)}, stored in its own dtype again"}
-            elif linear in self.layout.linears and linear not in self.plan:
-                item |= {"action": "kept", "why": "no pass takes this linear"}
-            elif name in self.layout.in_blocks:
-                item |= {"action": "kept", "why": "not a linear of the block (norm, bias or router)"}
-            elif name in self.model.tensors and linear not in self.plan:
-                item |= {"action": "kept", "why": "outside the decoder blocks"}
+        names = {origin: name for name, origin in self.origins.items()}
+        for origin, info in sorted(self.source.checkpoint.tensors.items()):
+            item: dict[str, Any] = {"name": origin, "shape": list(info.shape), "dtype": info.dtype}
+            cut = self.cut.get(origin, {})
+            if origin not in names:
+                item |= {"action": "removed", "why": f"by {' and '.join(cut)}"}
             else:
-                raise AssertionError(f"{name} is not accounted for")
+                item |= self._fate(names[origin], exporter, cut)
+                if names[origin] != origin:
+                    item["why"] += f"; now called {names[origin]}"
             ledger.append(item)
         added = sorted(self.rewritten.keys() - self.layout.checkpoint.tensors.keys())
         for name in added:
             info, by = self.model.tensors[name], " and ".join(self.rewritten[name])
             ledger.append({"name": name, "shape": list(info.shape), "dtype": info.dtype, "action": "added", "why": f"by {by}"})
-        ledger += [{"name": name, "action": "dropped", "why": "in a shard, but not in the index"} for name in self.layout.checkpoint.unlisted]
-        ledger += [{"name": name, "action": "dropped", "why": "weights in another format"} for name in self.layout.checkpoint.left_behind]
+        ledger += [{"name": name, "action": "dropped", "why": "in a shard, but not in the index"} for name in self.source.checkpoint.unlisted]
+        ledger += [{"name": name, "action": "dropped", "why": "weights in another format"} for name in self.source.checkpoint.left_behind]
         return ledger
+
+    def _fate(self, name: str, exporter: Any, cut: dict[str, str]) -> dict[str, Any]:
+        """What became of a tensor of the model as it is now, which passes `cut` before."""
+        linear = name.removesuffix(".weight")
+        if reason := exporter.is_dropped(self.model, name):
+            return {"action": "dropped", "why": reason}
+        before = cut | self.rewritten.get(name, {})
+        if linear in self.plan and self.model.packed_as(linear):
+            by, scheme = self.plan[linear]
+            verbs = " and ".join(f"{verb} by {step}" for step, verb in before.items())
+            return {"action": "quantized", "why": f"{by}: {scheme.text}" + (f", {verbs} before" if before else "")}
+        if before and name in self.model.tensors:
+            return {"action": " and ".join(dict.fromkeys(before.values())), "why": f"by {' and '.join(before)}, stored in its own dtype again"}
+        if linear in self.layout.linears and linear not in self.plan:
+            return {"action": "kept", "why": "no pass takes this linear"}
+        if name in self.layout.in_blocks:
+            return {"action": "kept", "why": "not a linear of the block (norm, bias or router)"}
+        if name in self.model.tensors and linear not in self.plan:
+            return {"action": "kept", "why": "outside the decoder blocks"}
+        raise AssertionError(f"{name} is not accounted for")
 
     def _size(self, staging: Path) -> dict[str, Any]:
         after = Checkpoint(staging)
@@ -399,7 +438,7 @@ class _Run:
         parts = [f"{name}.{part}" for name in self.plan for part in (*PARTS, *RESIDUAL_PARTS) if part != "weight_shape"]
         stored = sum(after.tensors[part].nbytes for part in parts if part in after.tensors)
         return {
-            "before_bytes": self.layout.checkpoint.nbytes,
+            "before_bytes": self.source.checkpoint.nbytes,
             "after_bytes": after.nbytes,
             "bits_per_weight": 8 * stored / quantized if quantized else None,
             "quantized_weights": quantized,

@@ -9,8 +9,8 @@ import math
 from typing import Any
 
 from compress.layout import BlockLayout, Group, Layout
-from compress.passes.base import Allocator, Differentiating, Quantize, Transform
-from compress.recipe import Recipe, cache_scheme, export_module
+from compress.passes.base import Allocator, Differentiating, Quantize, Restructure, Transform
+from compress.recipe import Recipe, cache_scheme, expected, export_module
 from compress.scheme import Scheme, dense_bytes, output_bytes
 
 RUNTIME_BYTES = 600 << 20
@@ -51,6 +51,8 @@ def plan(recipe: Recipe, layout: Layout, schemes: dict[str, tuple[str, Scheme]])
 
     Of linears whose bits are yet to be allocated the size is that of the most, and engines judge a mix.
     """
+    source, layouts = layout, expected(recipe, layout)
+    layout = layouts[-1]
     per_linear = {name: scheme for name, (_, scheme) in schemes.items()}
     weights = sum(layout.linears[name].rows * layout.linears[name].columns for name in per_linear)
     stored = sum(_packed(layout, name, scheme) - scheme.shape_bytes for name, scheme in per_linear.items())
@@ -62,17 +64,17 @@ def plan(recipe: Recipe, layout: Layout, schemes: dict[str, tuple[str, Scheme]])
         tokens = recipe.calibration.samples * recipe.calibration.length if step.needs_data else 0
         operations = _operations(layout, mine, tokens)
         if isinstance(step, Differentiating):
-            operations = _forward(layout, tokens) * step.forwards
+            operations = _forward(source, tokens) * step.forwards
         if isinstance(step, Allocator):
             operations = _forward(layout, step.sequences(layout) * recipe.calibration.length)
             mixed |= {linear: per_linear[linear].model_copy(update={"bits": bits}) for linear, bits in step.examples(layout)[-1].items()}
         passes.append(
             {
                 "name": name,
-                "peak_bytes": _peak(layout, mine, tokens, isinstance(step, Transform))
+                "peak_bytes": _peak(source if isinstance(step, Restructure) else layout, mine, tokens, isinstance(step, Transform | Restructure))
                 + _gradient_memory(layout, tokens) * isinstance(step, Differentiating)
                 + (STREAMS_BYTES + _gradient_memory(layout, tokens)) * isinstance(step, Allocator),
-                "disk_bytes": rewritten_bytes(layout) * isinstance(step, Transform)
+                "disk_bytes": rewritten_bytes(layout) * isinstance(step, Transform | Restructure)
                 + gradient_bytes(recipe, layout) * isinstance(step, Differentiating)
                 + sum(_packed(layout, linear, scheme) for linear, scheme in mine.items())
                 + 2 * tokens * _hidden(layout),
@@ -88,7 +90,7 @@ def plan(recipe: Recipe, layout: Layout, schemes: dict[str, tuple[str, Scheme]])
     return {
         "passes": passes,
         "size": {
-            "before_bytes": layout.checkpoint.nbytes,
+            "before_bytes": source.checkpoint.nbytes,
             "after_bytes": output_bytes(layout, per_linear, cache_scheme(recipe)) + added_bytes(recipe, layout),
             "bits_per_weight": 8 * stored / weights if weights else None,
             "at_most": mixed != per_linear,

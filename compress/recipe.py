@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from compress.errors import InputError, Problems
 from compress.layout import Layout
-from compress.passes.base import STAGES, Allocator, Pass, Quantize, QuantizesCache, Refining, Transform
+from compress.passes.base import STAGES, Allocator, Pass, Quantize, QuantizesCache, Refining, Restructure, Transform
 from compress.scheme import CacheScheme, Scheme
 
 
@@ -306,10 +306,10 @@ def _suggest(name: str, known: list[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
 
 
-def check(recipe: Recipe, layout: Layout, place: str) -> dict[str, tuple[str, Scheme]]:
+def check(recipe: Recipe, layout: Layout, place: str, *, done: int = 0) -> dict[str, tuple[str, Scheme]]:
     """Everything that can be known before weights load. Returns pass and scheme per linear; raises `InputError` with every problem.
 
-    Linears whose bits are yet to be allocated are returned with the most they may get.
+    The first so many passes are `done` already, and `layout` is what they made. Linears, as they will be called in the end, whose bits are yet to be allocated are returned with the most they may get.
     """
     problems = Problems()
     plan: dict[str, tuple[str, Scheme]] = {}
@@ -321,7 +321,7 @@ def check(recipe: Recipe, layout: Layout, place: str) -> dict[str, tuple[str, Sc
     for index in of_cache[1:]:
         problems.add(f"{place}: passes[{index}]", f"the cache is already quantised by passes[{of_cache[0]}]", "keep one of them")
     allocators, examples = 0, [dict[str, int]()]
-    for index, (name, step) in enumerate(recipe.instances()):
+    for index, (name, step) in list(enumerate(recipe.instances()))[done:]:
         where = f"{place}: passes[{index}].{name}"
         before = len(problems)
         step.check(where, layout, problems)
@@ -335,6 +335,8 @@ def check(recipe: Recipe, layout: Layout, place: str) -> dict[str, tuple[str, Sc
             step = step.given(examples[0])
         if len(problems) > before or (isinstance(step, Quantize) and step.bits == "allocated" and not examples[0]):
             continue  # what is wrong with it, or with the pass that allocates, has been told
+        if isinstance(step, Restructure):
+            layout = step.expected(layout)
         if isinstance(step, Allocator):
             examples = step.examples(layout)
         for linear, scheme in step.plan(layout).items():
@@ -375,6 +377,14 @@ def _check_export(recipe: Recipe, layout: Layout, place: str, plan: dict[str, Sc
                 found.add(f"{place}: verify", f"full opens the artifact with transformers, which {verdict}", "take auto, or streamed")
     if len(found):
         problems.absorb(InputError(dict.fromkeys(found)))  # each is told once
+
+
+def expected(recipe: Recipe, layout: Layout) -> list[Layout]:
+    """What each pass will find, as far as headers tell, and last what comes out. For recipes that `check` has found nothing wrong with."""
+    layouts = [layout]
+    for _, step in recipe.instances():
+        layouts.append(step.expected(layouts[-1]) if isinstance(step, Restructure) else layouts[-1])
+    return layouts
 
 
 def cache_scheme(recipe: Recipe) -> CacheScheme | None:

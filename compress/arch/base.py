@@ -42,6 +42,23 @@ class Fold:
 
 
 @dataclass(frozen=True)
+class Unit:
+    """Channels of a block that can be taken out of it together, with everything that makes and reads them.
+
+    ``rows`` are linears whose rows (and biases) belong to the units in order, to each an equal run of them; ``columns`` is the only linear that
+    reads what they make. With ``heads`` the last of the rows has one attention head per unit, otherwise one channel. `count` is the key of the
+    config that says how many units there are. Where ``within`` is a key, equally many are taken from each of so many parts. ``*`` stands for each expert, and all experts of a block keep equally many.
+    """
+
+    kind: str
+    rows: tuple[str, ...]
+    columns: str
+    count: str
+    heads: bool = False
+    within: str | None = None
+
+
+@dataclass(frozen=True)
 class Outside:
     """Who writes to the residual stream and reads from it outside the blocks: each the name on disk and that in memory.
 
@@ -72,12 +89,13 @@ class Arch:
     `groups` are in the order in which data flows through a block, so that each is measured with everything before it already
     compressed. A group none of whose linears a block has is skipped (dense and sparse blocks may alternate), and so is an edge of `folds`
     without consumers. ``scores`` are the linears behind attention scores, where an error is raised to an exponent.
-    `attention` is the module that has a cache of keys and values.
+    `units` are what structured pruning takes out; with ``whole_heads`` transformers refuses numbers of heads that do not divide the hidden size. `attention` is the module that has a cache of keys and values.
     """
 
     model_type: str
     groups: tuple[InputGroup, ...]
     folds: tuple[Fold, ...] = ()
+    units: tuple[Unit, ...] = ()
     outside: Outside = Outside()
     scores: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj")
     blocks: str = "model.layers"
@@ -87,6 +105,7 @@ class Arch:
     experts: Experts | None = None
     rename: tuple[tuple[str, str], ...] = ()
     image: bool = False
+    whole_heads: bool = False
     unquantized: tuple[str, ...] = ()
     dropped: tuple[tuple[str, str], ...] = ((r".*rotary_emb\.inv_freq", "a buffer that the config determines"),)
 
@@ -113,6 +132,18 @@ GATED_MLP_FOLDS = (
     Fold("gate_up", "post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
     Fold("down", "mlp.up_proj", ("mlp.down_proj",)),
 )
+
+ATTENTION_UNITS = (
+    Unit(
+        "kv_group",
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        "self_attn.o_proj",
+        "num_key_value_heads",
+        heads=True,
+    ),
+    Unit("query_head", ("self_attn.q_proj",), "self_attn.o_proj", "num_attention_heads", heads=True, within="num_key_value_heads"),
+)
+GATED_MLP_UNITS = (Unit("ffn_channel", ("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj", "intermediate_size"),)
 
 
 def known() -> list[str]:

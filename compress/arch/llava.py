@@ -1,11 +1,12 @@
 """LLaVA: a CLIP vision tower and a projector, kept as they are, in front of a Llama or Mistral language model."""
 
-from compress.arch.base import ATTENTION, ATTENTION_FOLDS, GATED_MLP, GATED_MLP_FOLDS, Arch, Outside
+from compress.arch.base import ATTENTION, ATTENTION_FOLDS, ATTENTION_UNITS, GATED_MLP, GATED_MLP_FOLDS, GATED_MLP_UNITS, Arch, Outside
 
 ARCH = Arch(
     model_type="llava",
     groups=ATTENTION + GATED_MLP,
     folds=ATTENTION_FOLDS + GATED_MLP_FOLDS,
+    units=ATTENTION_UNITS + GATED_MLP_UNITS,
     outside=Outside(
         embedding=("language_model.model.embed_tokens", "model.language_model.embed_tokens"),
         norm=("language_model.model.norm", "model.language_model.norm"),
@@ -16,4 +17,5 @@ ARCH = Arch(
     module_blocks="model.language_model.layers",
     text_config="text_config",
     image=True,
+    whole_heads=True,
 )

@@ -1,6 +1,6 @@
 """Mixtral: on disk `block_sparse_moe` with experts w1 (gate), w3 (up) and w2 (down); transformers calls the module `mlp`."""
 
-from compress.arch.base import ATTENTION, ATTENTION_FOLDS, Arch, Experts, Fold
+from compress.arch.base import ATTENTION, ATTENTION_FOLDS, ATTENTION_UNITS, Arch, Experts, Fold, Unit
 
 ARCH = Arch(
     model_type="mixtral",
@@ -13,6 +13,15 @@ ARCH = Arch(
             ("block_sparse_moe.gate", "block_sparse_moe.experts.*.w1", "block_sparse_moe.experts.*.w3"),
         ),
         Fold("experts.down", "block_sparse_moe.experts.*.w3", ("block_sparse_moe.experts.*.w2",)),
+    ),
+    units=(
+        *ATTENTION_UNITS,
+        Unit(
+            "expert_channel",
+            ("block_sparse_moe.experts.*.w1", "block_sparse_moe.experts.*.w3"),
+            "block_sparse_moe.experts.*.w2",
+            "intermediate_size",
+        ),
     ),
     experts=Experts(prefix="block_sparse_moe.experts", module="mlp.experts", gate="w1", up="w3", down="w2"),
     rename=(("block_sparse_moe.", "mlp."),),

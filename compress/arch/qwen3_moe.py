@@ -1,6 +1,6 @@
 """Qwen3-MoE: routed experts, alternating with dense MLPs where the config says so."""
 
-from compress.arch.base import ATTENTION, ATTENTION_FOLDS, GATED_MLP, GATED_MLP_FOLDS, Arch, Experts, Fold
+from compress.arch.base import ATTENTION, ATTENTION_FOLDS, ATTENTION_UNITS, GATED_MLP, GATED_MLP_FOLDS, GATED_MLP_UNITS, Arch, Experts, Fold, Unit
 
 ARCH = Arch(
     model_type="qwen3_moe",
@@ -10,6 +10,11 @@ ARCH = Arch(
         *GATED_MLP_FOLDS,
         Fold("experts.gate_up", "post_attention_layernorm", ("mlp.gate", "mlp.experts.*.gate_proj", "mlp.experts.*.up_proj")),
         Fold("experts.down", "mlp.experts.*.up_proj", ("mlp.experts.*.down_proj",)),
+    ),
+    units=(
+        *ATTENTION_UNITS,
+        *GATED_MLP_UNITS,
+        Unit("expert_channel", ("mlp.experts.*.gate_proj", "mlp.experts.*.up_proj"), "mlp.experts.*.down_proj", "moe_intermediate_size"),
     ),
     experts=Experts(prefix="mlp.experts", module="mlp.experts", gate="gate_proj", up="up_proj", down="down_proj"),
     unquantized=("mlp.gate",),

@@ -243,6 +243,30 @@ class Refining(Protocol):
         """What becomes of the linears quantised so far, where that changes."""
 
 
+class Restructure(BaseModel):
+    """Options of every pass after which tensors have other shapes: it turns one checkpoint into another, which is all that later passes see."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    stage: ClassVar[str] = "restructure"
+    verb: ClassVar[str]
+    """What the ledger says it did to a tensor."""
+
+    def plan(self, layout: Layout) -> dict[str, Scheme]:
+        return {}
+
+    @abstractmethod
+    def check(self, place: str, layout: Layout, problems: Problems) -> None:
+        """Report everything that can be known before weights load."""
+
+    @abstractmethod
+    def expected(self, layout: Layout) -> Layout:
+        """What it will make of a checkpoint, as far as headers tell; its tensors cannot be read."""
+
+    @abstractmethod
+    def outcome(self, layout: Layout, workspace: Workspace) -> Layout:
+        """What it has made of a checkpoint, once it ran."""
+
+
 class Transform(BaseModel):
     """Options of every pass that rewrites weights without changing what the model computes."""
 

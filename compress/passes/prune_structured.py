@@ -1,0 +1,271 @@
+"""Take channels and groups of heads out of the blocks, so that smaller matrices remain which any engine loads.
+
+A unit is what can go without leaving a hole: a channel between the linears of an MLP, or a head of keys and values with all query heads that
+read it, which makes the KV cache smaller too. First every unit of every block gets a score, then it is decided how many of which stay, then
+the tensors are cut, one block at a time. Scores are those of the model as it was.
+
+`magnitude` and `random` need no data; `wanda_sp` and `flap` (arXiv 2312.11983) one pass over it; `taylor` (arXiv 2305.11627) gradients.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from compress.errors import InputError, Problems
+from compress.layout import BlockLayout, Layout, Units
+from compress.passes.base import Restructure
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from compress.calibrate import Workspace
+    from compress.data import Samples
+    from compress.model import Block, Model
+
+    Scores = dict[str, Tensor]
+
+Kind = Literal["kv_group", "query_head", "ffn_channel", "expert_channel"]
+Share = Annotated[float, Field(gt=0, le=1)]
+DEFAULT_KINDS = ("kv_group", "ffn_channel", "expert_channel")
+WITHOUT_DATA = ("magnitude", "random")
+SCORES, KEPT = "scores.safetensors", "kept.safetensors"
+
+
+class Pass(Restructure):
+    """Remove the least valuable units of each kind."""
+
+    verb: ClassVar[str] = "pruned"
+
+    method: Literal["magnitude", "random", "wanda_sp", "flap", "taylor"] = Field(
+        default="flap",
+        description="what a unit is worth: `magnitude` of its weights; `wanda_sp`: times the size of its inputs; `flap`: how much what it adds to "
+        "the output varies; `taylor`: what the loss would change by, from gradients; `random`, to compare with",
+    )
+    keep: Share | dict[Kind, Share] = Field(
+        default=0.8,
+        description="share of the units that stay, of all kinds alike but query heads, or by kind: `kv_group`, a head of keys and values with its "
+        "query heads; `query_head`, equally many of each such group; `ffn_channel`; `expert_channel`",
+    )
+    multiple_of: int = Field(default=128, ge=1, description="widths of MLPs and experts are rounded to multiples of this")
+    widths: Literal["uniform", "per_layer"] = Field(
+        default="uniform",
+        description="`uniform`: all blocks alike, which every engine loads; `per_layer`: where the model needs them most, for as many parameters, "
+        "which only this program loads",
+    )
+    seed: int = Field(default=0, ge=0, description="of what is random")
+
+    @property
+    def needs_data(self) -> bool:
+        return self.method not in WITHOUT_DATA
+
+    @property
+    def forwards(self) -> float:
+        """What it costs, in forward passes of the model over the calibration data."""
+        return {"taylor": 4.0}.get(self.method, float(self.needs_data))
+
+    def check(self, place: str, layout: Layout, problems: Problems) -> None:
+        there = {units.kind: units for block in layout.blocks for units in block.units}
+        for kind in self.keep if isinstance(self.keep, dict) else ():
+            if kind not in there:
+                problems.add(f"{place}: keep", f"the model has no {kind}", f"it has {', '.join(sorted(there)) or 'none that can be removed'}")
+        shares = self._shares(layout)
+        if not shares:
+            problems.add(f"{place}: keep", "names no units, so nothing would be removed", f"the model has {', '.join(sorted(there)) or 'none'}")
+        if shares.keys() >= {"kv_group", "query_head"}:
+            problems.add(f"{place}: keep", "kv_group takes query heads with it", "remove query heads by a second pass, or leave one of them out")
+        distinct = {(units.kind, units.count): units for block in layout.blocks for units in block.units if units.kind in shares}
+        for (kind, count), units in distinct.items():
+            self._check_count(place, kind, count, units, layout, problems)
+
+    def _check_count(self, place: str, kind: str, count: int, units: Units, layout: Layout, problems: Problems) -> None:
+        """Report what is wrong with how many are to be kept of a ``kind`` of which there are `count`."""
+        share, step, kept = self._shares(layout)[kind], self._step(units), self._kept(units, layout)
+        what = f"{share:g} of the {count} {kind} of {units.columns.rpartition('.')[0]} is {kept}" + (f" in steps of {step}" if step > 1 else "")
+        by_kind = f"keep: {{{kind}: ...}} sets it apart from others"
+        smaller = "" if units.heads else ", set a smaller multiple_of"
+        if kept == 0:
+            problems.add(f"{place}: keep", f"{what}: none would be left", f"keep at least {step / count:g}{smaller}; {by_kind}")
+        elif kept == count and share < 1:
+            problems.add(f"{place}: keep", f"{what}: none would be removed", f"keep {(count - step) / count:g} or less{smaller}; {by_kind}")
+        elif units.heads and layout.arch.whole_heads and self.widths == "uniform":
+            hidden, heads = layout.text_config["hidden_size"], layout.text_config["num_attention_heads"] * kept // count
+            if hidden % heads:
+                works = [n for n in range(step, count, step) if hidden % (layout.text_config["num_attention_heads"] * n // count) == 0]
+                problems.add(
+                    f"{place}: keep",
+                    f"{what}, which leaves {heads} query heads; transformers wants a {layout.arch.model_type}'s to divide its hidden size {hidden}",
+                    f"shares that work: {', '.join(f'{n / count:g}' for n in works) or 'none'}; {by_kind}; or leave them out, or take widths: per_layer",
+                )
+
+    def _shares(self, layout: Layout) -> dict[str, float]:
+        """What is to be kept of the kinds of units the model has."""
+        there = {units.kind for block in layout.blocks for units in block.units}
+        shares = self.keep if isinstance(self.keep, dict) else dict.fromkeys(DEFAULT_KINDS, self.keep)
+        return {kind: share for kind, share in shares.items() if kind in there}
+
+    def _step(self, units: Units) -> int:
+        """How many units are removed at a time at least."""
+        return units.parts if units.heads else min(self.multiple_of, units.count)
+
+    def _kept(self, units: Units, layout: Layout) -> int:
+        """How many of ``units`` stay where all blocks are alike."""
+        step, share = self._step(units), self._shares(layout)[units.kind]
+        return units.count if share == 1 else min(units.count, round(share * units.count / step) * step)
+
+    def _uniform(self, layout: Layout) -> dict[str, int]:
+        """How many of each units stay where all blocks are alike."""
+        kinds = self._shares(layout)
+        return {units.name: self._kept(units, layout) for block in layout.blocks for units in block.units if units.kind in kinds}
+
+    def expected(self, layout: Layout) -> Layout:
+        from compress.reshape import narrowed, reshaped
+
+        counts = self._uniform(layout)
+        if self.widths == "per_layer":
+            # Whatever comes out, widths are multiples; that of the first block stands for those that are odd ones.
+            first = [units for units in layout.blocks[0].units if counts.get(units.name, units.count) < units.count]
+            counts |= {units.name: max(self._step(units), counts[units.name] - self._step(units)) for units in first}
+        return reshaped(layout, narrowed(layout, counts))
+
+    def outcome(self, layout: Layout, workspace: Workspace) -> Layout:
+        from compress.checkpoint import read_header
+        from compress.reshape import reshaped
+
+        return reshaped(
+            layout, {name: info for block in layout.blocks for name, info in read_header(workspace.block_file(block.index))[0].items()}
+        )
+
+    def run(self, model: Model, samples: Samples, workspace: Workspace) -> None:
+        from compress.calibrate import walk
+        from compress.checkpoint import entry, read_header, read_tensor, write_safetensors
+        from compress.reshape import taken_from
+
+        path = workspace.folder / KEPT
+        if not path.exists():
+            scores = self._scores(model, samples, workspace)
+            kept = self._choose(model.layout, scores)
+            write_safetensors(path, [entry(name, indices) for name, indices in kept.items()], {})
+        chosen = {name: read_tensor(info).to(model.device) for name, info in read_header(path)[0].items()}
+        for block in walk(model, workspace):
+            for units in block.layout.units:
+                if units.name in chosen and len(chosen[units.name]) < units.count:
+                    names = [name for name in block.layout.tensors if name.rpartition(".")[0] in (*units.rows, units.columns)]
+                    left = taken_from(units, chosen[units.name], None, {name: block.tensor(name) for name in names})
+                    for name, tensor in left.items():
+                        block.restructure(name, tensor)
+                    block.add_record(units.name, self._record(units, chosen[units.name]))
+
+    def _record(self, units: Units, kept: Tensor) -> dict[str, Any]:
+        return {"pass": "prune_structured", "kind": units.kind, "method": self.method, "before": units.count, "after": len(kept), "kept": ranges(kept)}
+
+    def _scores(self, model: Model, samples: Samples, workspace: Workspace) -> Scores:
+        """[count] float64 for all units of the kinds to be removed, by name; the higher, the more they are worth."""
+        import torch
+
+        kinds = tuple(self._shares(model.layout))
+        if self.method == "random":
+            generator = torch.Generator().manual_seed(self.seed)
+            every = [units for block in model.blocks for units in block.units if units.kind in kinds]
+            return {units.name: torch.rand(units.count, generator=generator, dtype=torch.float64) for units in every}
+        found: Scores = {}
+        if self.method == "taylor":
+            from compress.backsweep import backsweep
+
+            for gradients in backsweep(model, samples, workspace.folder):
+                for units in _of(gradients.block.layout, kinds):
+                    found[units.name] = _first_order(gradients.block, gradients.weights, units)
+        elif self.method == "magnitude":
+            from compress.numerics.saliency import magnitude
+
+            for layout in model.blocks:
+                with model.block(layout.index) as block:
+                    for units in _of(layout, kinds):
+                        rows = [block.weight(linear) for linear in units.rows]
+                        found[units.name] = magnitude(rows, block.weight(units.columns), units.count)
+        else:
+            from compress.calibrate import look
+
+            for probe in look(model, samples, workspace.progress):
+                moments = _moments(probe, kinds)
+                for units in _of(probe.block.layout, kinds):
+                    if units.columns not in moments:
+                        raise InputError.one(units.columns, "saw no calibration token, so its inputs cannot be judged", "give more calibration data")
+                    found[units.name] = self._measured(probe.block.weight(units.columns), moments[units.columns], units.count)
+        return {name: scores.cpu() for name, scores in found.items()}
+
+    def _measured(self, columns: Tensor, moments: Any, count: int) -> Tensor:
+        from compress.numerics.saliency import fluctuation, wanda
+
+        return wanda(columns, moments.norm(), count) if self.method == "wanda_sp" else fluctuation(columns, moments.variance(), count)
+
+    def _choose(self, layout: Layout, scores: Scores) -> Scores:
+        """Indices of what stays, in order, by name of the units."""
+        from compress.numerics.saliency import best
+
+        counts = self._uniform(layout) if self.widths == "uniform" else self._shared_out(layout, scores)
+        every = [units for block in layout.blocks for units in block.units if units.name in counts]
+        return {units.name: best(scores[units.name], counts[units.name], units.parts) for units in every}
+
+    def _shared_out(self, layout: Layout, scores: Scores) -> dict[str, int]:
+        """How many of each units stay when all blocks and kinds compete, for as many parameters as if all blocks were alike."""
+        import torch
+
+        from compress.numerics.saliency import Choice, share_out, standardised
+        from compress.reshape import parameters
+
+        uniform = self._uniform(layout)
+        places: dict[str, list[Units]] = defaultdict(list)  # experts of a block keep equally many, so they are one place
+        for block in layout.blocks:
+            for units in block.units:
+                if units.name in uniform:
+                    places[f"{block.prefix}.{units.kind}"].append(units)
+        choices: dict[str, Choice] = {}
+        remove = 0
+        for name, members in places.items():
+            cost = sum(parameters(layout, units) for units in members)
+            remove += cost * (members[0].count - uniform[members[0].name])
+            ranked = torch.stack([standardised(scores[units.name]).sort().values for units in members]).mean(0)
+            choices[name] = Choice(ranked, cost, self._step(members[0]), self._step(members[0]))
+        kept = share_out(choices, remove)
+        return {units.name: kept[name] for name, members in places.items() for units in members}
+
+
+def ranges(indices: Tensor) -> str:
+    """Ascending numbers as people write them: ``0-3, 5, 8-9``."""
+    parts: list[list[int]] = []
+    for index in indices.tolist():
+        if parts and index == parts[-1][-1] + 1:
+            parts[-1] = [parts[-1][0], index]
+        else:
+            parts.append([index])
+    return ", ".join("-".join(map(str, part)) for part in parts)
+
+
+def _of(block: BlockLayout, kinds: tuple[str, ...]) -> list[Units]:
+    return [units for units in block.units if units.kind in kinds]
+
+
+def _moments(probe: Any, kinds: tuple[str, ...]) -> dict[str, Any]:
+    """Mean and variance of what reads each kind of units, by the linear that does."""
+    from compress.numerics.saliency import Moments
+
+    readers = {units.columns for units in _of(probe.block.layout, kinds)}
+    found: dict[str, Moments] = {}
+
+    def note(group: Any, inputs: Tensor) -> None:
+        name = group.linears[0].name
+        if name in readers:
+            found.setdefault(name, Moments(group.columns, inputs.device)).add(inputs)
+
+    probe.observe(note)
+    return found
+
+
+def _first_order(block: Block, gradients: Scores, units: Units) -> Tensor:
+    from compress.numerics.saliency import first_order
+
+    linears = (*units.rows, units.columns)
+    return first_order([block.weight(linear) for linear in linears], [gradients[linear] for linear in linears], units.count)

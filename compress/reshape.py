@@ -1,0 +1,127 @@
+"""A checkpoint that parts have been taken out of: smaller tensors or fewer blocks, and a config that fits them.
+
+What comes out is a checkpoint like any other. Passes that follow, exports and engines see nothing but that, and where all blocks have equal
+widths, any engine loads it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress.checkpoint import Checkpoint, TensorInfo
+from compress.layout import PER_LAYER, BlockLayout, Layout, Units
+
+
+def taken_from(units: Units, kept: Tensor, scale: Tensor | None, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What is left of the tensors of ``units`` when only those at the indices ``kept`` [n] int64 stay, each read times ``scale`` [n].
+
+    ``tensors`` are the weights [rows, columns] and biases [rows] of its linears, by name; the order of what stays does not change.
+    """
+    left = {}
+    for linear in units.rows:
+        for name in (f"{linear}.weight", f"{linear}.bias"):
+            if name in tensors:
+                left[name] = tensors[name].unflatten(0, (units.count, -1))[kept].flatten(0, 1)
+    name = f"{units.columns}.weight"
+    columns = tensors[name].unflatten(1, (units.count, -1))[:, kept]
+    left[name] = (columns if scale is None else columns * scale[:, None]).flatten(1, 2)
+    return left
+
+
+def parameters(layout: Layout, units: Units) -> int:
+    """How many parameters one of ``units`` has."""
+    tensors = layout.checkpoint.tensors
+    names = [f"{linear}.{part}" for linear in units.rows for part in ("weight", "bias")] + [f"{units.columns}.weight"]
+    return sum(torch.Size(tensors[name].shape).numel() for name in names if name in tensors) // units.count
+
+
+def narrowed(layout: Layout, counts: Mapping[str, int]) -> dict[str, TensorInfo]:
+    """What the tensors of units will be when of those of each name so many are left. There is nothing to read yet where they say they lie."""
+    found: dict[str, TensorInfo] = {}
+    for block in layout.blocks:
+        for units in block.units:
+            if (count := counts.get(units.name, units.count)) == units.count:
+                continue
+            for linear, axis in [*((linear, 0) for linear in units.rows), (units.columns, 1)]:
+                for name in (f"{linear}.weight", f"{linear}.bias")[: 2 - axis]:
+                    if (info := found.get(name, layout.checkpoint.tensors.get(name))) is not None:
+                        found[name] = _of_shape(info, [size * count // units.count if at == axis else size for at, size in enumerate(info.shape)])
+    return found
+
+
+def _of_shape(info: TensorInfo, shape: Iterable[int]) -> TensorInfo:
+    shape = tuple(shape)
+    width = info.nbytes // max(1, torch.Size(info.shape).numel())
+    return replace(info, shape=shape, file=Path(), begin=0, end=width * torch.Size(shape).numel())
+
+
+def reshaped(layout: Layout, tensors: Mapping[str, TensorInfo]) -> Layout:
+    """The layout with `tensors` in place of those of the same names, and in its config the widths that they have."""
+    checkpoint = layout.checkpoint
+    config, text = _copy_of_config(layout)
+    merged = checkpoint.tensors | dict(tensors)
+    declared: dict[int, dict[str, Any]] = {index: dict(changes) for index, changes in layout.of_blocks.items()}
+    for unit in layout.arch.units:
+        counts = {block.index: count for block in layout.blocks if (count := _count(block, unit.kind, checkpoint, merged)) is not None}
+        if all(count == layout.setting(unit.count, index) for index, count in counts.items()):
+            continue
+        if len(set(counts.values())) == 1 and len(counts) == len(layout.blocks):
+            text[unit.count] = next(iter(counts.values()))
+            counts = {}
+        for index in range(len(layout.blocks)):
+            declared.setdefault(index, {}).pop(unit.count, None)
+            if index in counts and counts[index] != text.get(unit.count):
+                declared[index][unit.count] = counts[index]
+        if unit.heads and layout.head_dim:
+            text["head_dim"] = layout.head_dim  # otherwise it would be worked out from the number of heads
+    _declare(text, declared, len(layout.blocks))
+    return Layout(checkpoint.altered(merged, config))
+
+
+def _count(block: BlockLayout, kind: str, before: Checkpoint, now: Mapping[str, TensorInfo]) -> int | None:
+    """How many units of a kind a block is left with, by the shape of their rows; None if it has none of the kind."""
+    units = next((units for units in block.units if units.kind == kind), None)
+    if units is None:
+        return None
+    name = f"{units.rows[-1]}.weight"
+    return now[name].shape[0] * units.count // before.tensors[name].shape[0]
+
+
+def without_blocks(layout: Layout, dropped: Collection[int]) -> Layout:
+    """The layout without some blocks; those behind them move up."""
+    kept = [block for block in layout.blocks if block.index not in dropped]
+    moved = {block.index: index for index, block in enumerate(kept)}
+    config, text = _copy_of_config(layout)
+    for key, value in text.items():
+        if key == "mlp_only_layers" and isinstance(value, list):
+            text[key] = [moved[index] for index in value if index in moved]
+        elif isinstance(value, list) and len(value) == len(layout.blocks):
+            text[key] = [value[block.index] for block in kept]
+    if isinstance(first := text.get("max_window_layers"), int):
+        text["max_window_layers"] = sum(block.index < first for block in kept)
+    text["num_hidden_layers"] = len(kept)
+    _declare(text, {moved[index]: changes for index, changes in layout.of_blocks.items() if index in moved}, len(kept))
+    tensors = {name: info for name, info in layout.checkpoint.tensors.items() if not name.startswith(f"{layout.arch.blocks}.")}
+    for block in kept:
+        prefix = f"{layout.arch.blocks}.{moved[block.index]}"
+        tensors |= {prefix + name.removeprefix(block.prefix): layout.checkpoint.tensors[name] for name in block.tensors}
+    return Layout(layout.checkpoint.altered(tensors, config))
+
+
+def _copy_of_config(layout: Layout) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The config and the part of it that the blocks go by, to be changed."""
+    config = copy.deepcopy(layout.checkpoint.config)
+    return config, config[layout.arch.text_config] if layout.arch.text_config else config
+
+
+def _declare(text: dict[str, Any], of_blocks: dict[int, dict[str, Any]], count: int) -> None:
+    text.pop(PER_LAYER, None)
+    if differing := {str(index).zfill(len(str(count - 1))): changes for index, changes in sorted(of_blocks.items()) if changes}:
+        text[PER_LAYER] = differing
