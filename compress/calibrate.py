@@ -7,7 +7,7 @@ with the block it was in and produces the same bytes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -269,16 +269,19 @@ def visit(model: Model, samples: Samples, workspace: Workspace) -> Iterator[Prob
 
 
 @torch.no_grad()
-def look(model: Model, samples: Samples, progress: Progress) -> Iterator[Probe]:
-    """Every block with what it is given, in order, to be measured only: nothing is kept on disk, so a killed run looks again."""
+def look(model: Model, samples: Samples, progress: Progress, without: Collection[int] = ()) -> Iterator[Probe]:
+    """Every block but those `without` which it is to be looked at, with what it is given, in order.
+
+    Nothing is kept on disk, so a killed run looks again. What a block gives is the next one's `Probe.hidden`, after the last in the same list.
+    """
     hidden, kwargs = model.embed_all(batch.inputs for batch in samples.batches())
     members = [batch.members for batch in samples.batches()]
     model.release()
     for layout in model.blocks:
-        of_block = [each[layout.index] for each in kwargs]
-        with model.block(layout.index) as block:
-            yield Probe(block, hidden, of_block, members)
-            if layout.index + 1 < len(model.blocks):
+        if layout.index not in without:
+            of_block = [each[layout.index] for each in kwargs]
+            with model.block(layout.index) as block:
+                yield Probe(block, hidden, of_block, members)
                 block.advance(hidden, of_block)
         progress.blocks(layout.index + 1, len(model.blocks))
 

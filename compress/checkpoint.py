@@ -41,6 +41,8 @@ DTYPE_NAMES = {torch_name: name for name, torch_name in TORCH_DTYPES.items()}
 FLOATS = ("F16", "BF16", "F32", "F64")
 CAST_AT_ONCE = 1 << 20
 """Elements of a tensor that is written in another dtype than it is stored in, held at a time."""
+PER_LAYER = "per_layer_config"
+"""Where a config of transformers says what differs by block. Its model classes do not read it yet, and fail."""
 OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".pkl", ".safetensors")
 
 
@@ -235,6 +237,17 @@ class Checkpoint:
                 problems.add(name, "holds NaN or infinity", "the source checkpoint is damaged; fetch it again")
             problems.raise_if_any()
         return {path.name: digest for path, digest in hashes.items()}
+
+
+def transformers_config(plain: Mapping[str, Any]) -> Any:
+    """The config of transformers for a config.json, without what its classes fail over or would act on: widths by block and packed weights."""
+    from transformers import CONFIG_MAPPING
+
+    config = {key: value for key, value in plain.items() if key not in (PER_LAYER, "quantization_config")}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            config[key] = {inner: copy.deepcopy(what) for inner, what in value.items() if inner != PER_LAYER}
+    return CONFIG_MAPPING[config["model_type"]].from_dict(config)
 
 
 def _not_finite(infos: list[TensorInfo]) -> list[str]:

@@ -17,6 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from compress.checkpoint import transformers_config
 from compress.errors import InputError
 from compress.source import DEMO, HUB_ID, demo_data
 
@@ -96,7 +97,8 @@ class Tokenizer:
         from transformers import AutoTokenizer
 
         try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            config = transformers_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, config=config, local_files_only=True, trust_remote_code=False)
         except Exception as error:
             # The tokenizers library raises bare `Exception` for a file it cannot read; a kind that is in neither set is a bug.
             if type(error) is not Exception and not isinstance(error, UNREADABLE):

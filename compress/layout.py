@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any
 
 from compress.arch.base import Arch, Fold, InputGroup, Unit, find
-from compress.checkpoint import FLOATS, Checkpoint
+from compress.checkpoint import FLOATS, PER_LAYER, Checkpoint
 from compress.errors import InputError, Problem, Problems
 
 EXPERTS_IN, EXPERTS_OUT = "experts.gate_up", "experts.down"
@@ -99,8 +99,6 @@ class BlockLayout:
 
 SIZES = ("hidden_size", "intermediate_size", "moe_intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
 """Numbers of a config that a model cannot be made without, where it has them."""
-PER_LAYER = "per_layer_config"
-"""Where a config of transformers says what differs by block. Its model classes do not read it yet, and fail."""
 
 
 class Layout:
@@ -266,7 +264,7 @@ class Layout:
         """What `unit` is in a block with tensors of these local names."""
         before, _, after = unit.columns.partition("*")
         owners = {name.rpartition(".")[0] for name in locals_}
-        size = self.head_dim if unit.heads else 1
+        size = (self.head_dim or 0) if unit.heads else 1
         found = [owner for owner in owners if _fits(unit.columns, owner)] if size else []
         numbers = sorted(int(owner.removeprefix(before).removesuffix(after)) for owner in found) if "*" in unit.columns else [None] * len(found)
         for number in numbers:

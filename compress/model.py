@@ -21,12 +21,23 @@ from torch import Tensor, nn
 
 from compress import hardware
 from compress.arch.base import Experts
-from compress.checkpoint import FLOATS, Checkpoint, Entry, TensorInfo, entry, read_entry, read_header, read_tensor, write_safetensors
+from compress.checkpoint import (
+    FLOATS,
+    Checkpoint,
+    Entry,
+    TensorInfo,
+    entry,
+    read_entry,
+    read_header,
+    read_tensor,
+    transformers_config,
+    write_safetensors,
+)
 from compress.errors import InputError, Problems
 from compress.formats import base as formats
 from compress.formats import sparse_residual
 from compress.formats.sparse_residual import Residual
-from compress.layout import PER_LAYER, BlockLayout, Layout
+from compress.layout import BlockLayout, Layout
 from compress.numerics.activations import Activations
 from compress.numerics.cache import as_cached
 from compress.numerics.grid import Quantized
@@ -63,10 +74,13 @@ class Experts3D:
 def experts_forward(self: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """The experts of transformers v5, one after the other, telling `self.listener` what each is given.
 
+    `self.factors`, by expert, are what the last linear of each is to have its inputs multiplied by.
+
     ``hidden`` [tokens, hidden]; ``top_k_index`` and ``top_k_weights`` [tokens, k]. Same operations in the same order as the eager
     implementation.
     """
     listener: Experts3D | None = getattr(self, "listener", None)
+    factors: dict[int, Tensor] | None = getattr(self, "factors", None)
     result = torch.zeros_like(hidden)
     for expert in range(self.gate_up_proj.shape[0]):
         token, place = torch.where(top_k_index == expert)
@@ -75,6 +89,8 @@ def experts_forward(self: Any, hidden: Tensor, top_k_index: Tensor, top_k_weight
             listener.record(expert, token, inputs)
             continue
         gated = self._apply_gate(nn.functional.linear(inputs, self.gate_up_proj[expert]))
+        if factors and expert in factors:
+            gated = gated * factors[expert]
         if listener:
             listener.record(expert, token, gated)
             continue
@@ -310,6 +326,41 @@ class Block:
         finally:
             self.experts.listener = None
 
+    @contextmanager
+    def scaling(self, factors: Mapping[str, Tensor]) -> Iterator[None]:
+        """While inside, what each of these linears, by name, is given is multiplied by a vector [columns]; differentiable in that.
+
+        Of an expert only the last linear can be scaled.
+        """
+        handles = []
+        of_experts: dict[int, Tensor] = {}
+
+        def before(factor: Tensor) -> Callable[[Any, tuple[Tensor]], tuple[Tensor]]:
+            return lambda _, arguments: (arguments[0] * factor.to(arguments[0].dtype),)
+
+        for linear, factor in factors.items():
+            slot = self._slots[f"{linear}.weight"]
+            if slot.expert is None:
+                handles.append(self.submodule(linear).register_forward_pre_hook(before(factor)))
+            else:
+                assert linear.endswith(f".{self._down}")
+                of_experts[slot.expert] = factor.to(self._model.dtype)
+        if of_experts:
+            self.experts.factors = of_experts
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            if of_experts:
+                self.experts.factors = None
+
+    @property
+    def _down(self) -> str:
+        table = self._model.layout.arch.experts
+        assert table
+        return table.down
+
     def forward_with(self, weights: dict[str, Tensor], hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """`forward` with ``weights`` [out, in] in place of those of some linears, by name; differentiable in them."""
         replaced: dict[str, Tensor] = {}
@@ -416,13 +467,7 @@ class Model:
         hardware.return_freed_memory()
 
     def _read_config(self) -> Any:
-        from transformers import CONFIG_MAPPING
-
-        plain = copy.deepcopy(self.checkpoint.config)
-        plain.pop("quantization_config", None)  # packed weights are unpacked here, not by transformers
-        nested = plain.get(self.layout.arch.text_config, {}) if self.layout.arch.text_config else plain
-        nested.pop(PER_LAYER, None)  # its model classes fail over it: blocks are given what it says one by one
-        config = CONFIG_MAPPING[plain["model_type"]].from_dict(plain)
+        config = transformers_config(self.checkpoint.config)
         text = config.get_text_config()
         config._experts_implementation = text._experts_implementation = EXPERTS_FUNCTION
         config._attn_implementation = text._attn_implementation = "sdpa"

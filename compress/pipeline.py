@@ -313,7 +313,7 @@ class _Run:
         self.plan = check(self.recipe, self.layout, self.request.place, done=index + 1)  # widths may be others than could be expected
         self.schemes = {linear: scheme for linear, (_, scheme) in self.plan.items()}
         self.model = Model(self.layout, self.schemes)
-        for file in (workspace.block_file(layout.index) for layout in before.blocks):
+        for file in (workspace.outside_file, *(workspace.block_file(layout.index) for layout in before.blocks)):
             for record in json.loads(read_header(file)[1]["records"]) if file.exists() else ():
                 self._take(record)
         places = {(info.file, info.begin): tensor for tensor, info in before.checkpoint.tensors.items()}

@@ -309,7 +309,8 @@ def _suggest(name: str, known: list[str]) -> str:
 def check(recipe: Recipe, layout: Layout, place: str, *, done: int = 0) -> dict[str, tuple[str, Scheme]]:
     """Everything that can be known before weights load. Returns pass and scheme per linear; raises `InputError` with every problem.
 
-    The first so many passes are `done` already, and `layout` is what they made. Linears, as they will be called in the end, whose bits are yet to be allocated are returned with the most they may get.
+    The first so many passes are `done` already, and `layout` is what they made. Linears are called as they will be in the end; those whose bits
+    are yet to be allocated are returned with the most they may get.
     """
     problems = Problems()
     plan: dict[str, tuple[str, Scheme]] = {}

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.checkpoint import Checkpoint, TensorInfo
-from compress.layout import PER_LAYER, BlockLayout, Layout, Units
+from compress.checkpoint import PER_LAYER, Checkpoint, TensorInfo
+from compress.layout import BlockLayout, Layout, Units
 
 
 def taken_from(units: Units, kept: Tensor, scale: Tensor | None, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -28,11 +28,16 @@ def taken_from(units: Units, kept: Tensor, scale: Tensor | None, tensors: Mappin
     for linear in units.rows:
         for name in (f"{linear}.weight", f"{linear}.bias"):
             if name in tensors:
-                left[name] = tensors[name].unflatten(0, (units.count, -1))[kept].flatten(0, 1)
+                left[name] = _runs(tensors[name], units)[kept].flatten(0, 1)
     name = f"{units.columns}.weight"
-    columns = tensors[name].unflatten(1, (units.count, -1))[:, kept]
-    left[name] = (columns if scale is None else columns * scale[:, None]).flatten(1, 2)
+    columns = _runs(tensors[name].T, units)[kept]
+    left[name] = (columns if scale is None else columns * scale[:, None, None]).flatten(0, 1).T
     return left
+
+
+def _runs(tensor: Tensor, units: Units) -> Tensor:
+    """[rows, ...] as [units, run, ...]."""
+    return tensor.reshape(units.count, -1, *tensor.shape[1:])
 
 
 def parameters(layout: Layout, units: Units) -> int:

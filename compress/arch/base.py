@@ -47,7 +47,8 @@ class Unit:
 
     ``rows`` are linears whose rows (and biases) belong to the units in order, to each an equal run of them; ``columns`` is the only linear that
     reads what they make. With ``heads`` the last of the rows has one attention head per unit, otherwise one channel. `count` is the key of the
-    config that says how many units there are. Where ``within`` is a key, equally many are taken from each of so many parts. ``*`` stands for each expert, and all experts of a block keep equally many.
+    config that says how many units there are. Where ``within`` is a key, equally many are taken from each of so many parts. ``*`` stands for each
+    expert, and all experts of a block keep equally many.
     """
 
     kind: str
@@ -89,7 +90,8 @@ class Arch:
     `groups` are in the order in which data flows through a block, so that each is measured with everything before it already
     compressed. A group none of whose linears a block has is skipped (dense and sparse blocks may alternate), and so is an edge of `folds`
     without consumers. ``scores`` are the linears behind attention scores, where an error is raised to an exponent.
-    `units` are what structured pruning takes out; with ``whole_heads`` transformers refuses numbers of heads that do not divide the hidden size. `attention` is the module that has a cache of keys and values.
+    `units` are what structured pruning takes out; with ``whole_heads`` transformers refuses numbers of heads that do not divide the hidden
+    size. `attention` is the module that has a cache of keys and values.
     """
 
     model_type: str

@@ -2,4 +2,10 @@
 
 from compress.arch.base import ATTENTION, ATTENTION_FOLDS, ATTENTION_UNITS, GATED_MLP, GATED_MLP_FOLDS, GATED_MLP_UNITS, Arch
 
-ARCH = Arch(model_type="llama", groups=ATTENTION + GATED_MLP, folds=ATTENTION_FOLDS + GATED_MLP_FOLDS, units=ATTENTION_UNITS + GATED_MLP_UNITS, whole_heads=True)
+ARCH = Arch(
+    model_type="llama",
+    groups=ATTENTION + GATED_MLP,
+    folds=ATTENTION_FOLDS + GATED_MLP_FOLDS,
+    units=ATTENTION_UNITS + GATED_MLP_UNITS,
+    whole_heads=True,
+)

@@ -65,6 +65,9 @@ def check(place: str, layout: Layout, plan: dict[str, Scheme], problems: Problem
 
 def verdicts(layout: Layout, plan: dict[str, Scheme], cache: CacheScheme | None = None) -> dict[str, str]:
     """For each serving engine, whether and how it reads the artifact, as far as its loader's rules tell."""
+    if layout.of_blocks:
+        # Seen with transformers 5.23.0: its classes ask the config for one width and fail loudly when told that there are several.
+        return {"compress": "loads"} | dict.fromkeys(("transformers", "vLLM", "SGLang"), "refuses blocks of different widths")
     if any(scheme.residuals for scheme in plan.values()):
         # Residuals lie where no engine looks, so what it computes with are the codes alone.
         coded = verdicts(layout, {name: scheme.coded for name, scheme in plan.items()}, cache)

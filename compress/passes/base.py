@@ -251,6 +251,16 @@ class Restructure(BaseModel):
     verb: ClassVar[str]
     """What the ledger says it did to a tensor."""
 
+    @property
+    def sweeps(self) -> float:
+        """What it costs, in forward passes of the model over the calibration data."""
+        return 0.0
+
+    @property
+    def whole(self) -> bool:
+        """Whether it holds the whole model in memory, and not one block at a time."""
+        return False
+
     def plan(self, layout: Layout) -> dict[str, Scheme]:
         return {}
 

@@ -4,7 +4,8 @@ A unit is what can go without leaving a hole: a channel between the linears of a
 read it, which makes the KV cache smaller too. First every unit of every block gets a score, then it is decided how many of which stay, then
 the tensors are cut, one block at a time. Scores are those of the model as it was.
 
-`magnitude` and `random` need no data; `wanda_sp` and `flap` (arXiv 2312.11983) one pass over it; `taylor` (arXiv 2305.11627) gradients.
+`magnitude` and `random` need no data; `wanda_sp` and `flap` (arXiv 2312.11983) one pass over it; `taylor` (arXiv 2305.11627) gradients; `ddp`
+(arXiv 2603.08065) some hundred steps of training.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ Kind = Literal["kv_group", "query_head", "ffn_channel", "expert_channel"]
 Share = Annotated[float, Field(gt=0, le=1)]
 DEFAULT_KINDS = ("kv_group", "ffn_channel", "expert_channel")
 WITHOUT_DATA = ("magnitude", "random")
-SCORES, KEPT = "scores.safetensors", "kept.safetensors"
+KEPT, GATES = "kept.safetensors", "gates.safetensors"
 
 
 class Pass(Restructure):
@@ -39,10 +40,11 @@ class Pass(Restructure):
 
     verb: ClassVar[str] = "pruned"
 
-    method: Literal["magnitude", "random", "wanda_sp", "flap", "taylor"] = Field(
+    method: Literal["ddp", "flap", "taylor", "wanda_sp", "magnitude", "random"] = Field(
         default="flap",
         description="what a unit is worth: `magnitude` of its weights; `wanda_sp`: times the size of its inputs; `flap`: how much what it adds to "
-        "the output varies; `taylor`: what the loss would change by, from gradients; `random`, to compare with",
+        "the output varies; `taylor`: what the loss would change by, from gradients; `ddp`: a gate per unit, learned with the whole model in memory, "
+        "whose value then becomes part of the weights; `random`, to compare with",
     )
     keep: Share | dict[Kind, Share] = Field(
         default=0.8,
@@ -56,21 +58,32 @@ class Pass(Restructure):
         "which only this program loads",
     )
     seed: int = Field(default=0, ge=0, description="of what is random")
+    steps: int = Field(default=1000, ge=1, description="`ddp`: how often gates are changed; fewer than 300 do not reach the share to keep")
+    batch: int = Field(default=8, ge=1, description="`ddp`: calibration samples per step")
+    learning_rate: float = Field(default=0.02, gt=0, description="`ddp`: of gates, and of what holds their number")
+    divergence: float = Field(
+        default=2.0, ge=0, description="`ddp`: weight of the KL divergence from the model as it was, beside the loss of the text"
+    )
+
+    @property
+    def whole(self) -> bool:
+        return self.method == "ddp"
 
     @property
     def needs_data(self) -> bool:
         return self.method not in WITHOUT_DATA
 
     @property
-    def forwards(self) -> float:
-        """What it costs, in forward passes of the model over the calibration data."""
-        return {"taylor": 4.0}.get(self.method, float(self.needs_data))
+    def sweeps(self) -> float:
+        return {"taylor": 4.0}.get(self.method, float(self.needs_data))  # steps of ddp are counted by samples, which it does not know
 
     def check(self, place: str, layout: Layout, problems: Problems) -> None:
-        there = {units.kind: units for block in layout.blocks for units in block.units}
-        for kind in self.keep if isinstance(self.keep, dict) else ():
-            if kind not in there:
+        there = {units.kind for block in layout.blocks for units in block.units}
+        for kind in self._wanted():
+            if kind not in there and not isinstance(self.keep, float):
                 problems.add(f"{place}: keep", f"the model has no {kind}", f"it has {', '.join(sorted(there)) or 'none that can be removed'}")
+        for name in sorted({"steps", "batch", "learning_rate", "divergence"} & self.model_fields_set if self.method != "ddp" else ()):
+            problems.add(f"{place}: {name}", f"is an option of ddp, which {self.method} does not read", "leave it out, or take method: ddp")
         shares = self._shares(layout)
         if not shares:
             problems.add(f"{place}: keep", "names no units, so nothing would be removed", f"the model has {', '.join(sorted(there)) or 'none'}")
@@ -93,18 +106,21 @@ class Pass(Restructure):
         elif units.heads and layout.arch.whole_heads and self.widths == "uniform":
             hidden, heads = layout.text_config["hidden_size"], layout.text_config["num_attention_heads"] * kept // count
             if hidden % heads:
-                works = [n for n in range(step, count, step) if hidden % (layout.text_config["num_attention_heads"] * n // count) == 0]
+                works = [n / count for n in range(step, count, step) if hidden % (layout.text_config["num_attention_heads"] * n // count) == 0]
                 problems.add(
                     f"{place}: keep",
                     f"{what}, which leaves {heads} query heads; transformers wants a {layout.arch.model_type}'s to divide its hidden size {hidden}",
-                    f"shares that work: {', '.join(f'{n / count:g}' for n in works) or 'none'}; {by_kind}; or leave them out, or take widths: per_layer",
+                    f"shares that work: {', '.join(f'{n:g}' for n in works) or 'none'}; {by_kind}; leave them out, or take widths: per_layer",
                 )
 
     def _shares(self, layout: Layout) -> dict[str, float]:
         """What is to be kept of the kinds of units the model has."""
         there = {units.kind for block in layout.blocks for units in block.units}
-        shares = self.keep if isinstance(self.keep, dict) else dict.fromkeys(DEFAULT_KINDS, self.keep)
-        return {kind: share for kind, share in shares.items() if kind in there}
+        return {kind: share for kind, share in self._wanted().items() if kind in there}
+
+    def _wanted(self) -> dict[str, float]:
+        """What is to be kept of the kinds that the recipe names, or does not."""
+        return dict.fromkeys(DEFAULT_KINDS, self.keep) if isinstance(self.keep, float) else {str(kind): share for kind, share in self.keep.items()}
 
     def _step(self, units: Units) -> int:
         """How many units are removed at a time at least."""
@@ -134,9 +150,7 @@ class Pass(Restructure):
         from compress.checkpoint import read_header
         from compress.reshape import reshaped
 
-        return reshaped(
-            layout, {name: info for block in layout.blocks for name, info in read_header(workspace.block_file(block.index))[0].items()}
-        )
+        return reshaped(layout, {name: info for block in layout.blocks for name, info in read_header(workspace.block_file(block.index))[0].items()})
 
     def run(self, model: Model, samples: Samples, workspace: Workspace) -> None:
         from compress.calibrate import walk
@@ -147,19 +161,26 @@ class Pass(Restructure):
         if not path.exists():
             scores = self._scores(model, samples, workspace)
             kept = self._choose(model.layout, scores)
-            write_safetensors(path, [entry(name, indices) for name, indices in kept.items()], {})
+            entries = [entry(name, indices) for name, indices in kept.items()]
+            if self.method == "ddp":
+                entries += [entry(f"{name}.scale", scores[name][indices].float()) for name, indices in kept.items()]
+            write_safetensors(path, entries, {})
         chosen = {name: read_tensor(info).to(model.device) for name, info in read_header(path)[0].items()}
         for block in walk(model, workspace):
             for units in block.layout.units:
-                if units.name in chosen and len(chosen[units.name]) < units.count:
+                scale = chosen.get(f"{units.name}.scale")
+                if units.name in chosen and (scale is not None or len(chosen[units.name]) < units.count):
                     names = [name for name in block.layout.tensors if name.rpartition(".")[0] in (*units.rows, units.columns)]
-                    left = taken_from(units, chosen[units.name], None, {name: block.tensor(name) for name in names})
+                    left = taken_from(units, chosen[units.name], scale, {name: block.tensor(name) for name in names})
                     for name, tensor in left.items():
                         block.restructure(name, tensor)
-                    block.add_record(units.name, self._record(units, chosen[units.name]))
+                    block.add_record(units.name, self._record(units, chosen[units.name], scale))
 
-    def _record(self, units: Units, kept: Tensor) -> dict[str, Any]:
-        return {"pass": "prune_structured", "kind": units.kind, "method": self.method, "before": units.count, "after": len(kept), "kept": ranges(kept)}
+    def _record(self, units: Units, kept: Tensor, scale: Tensor | None) -> dict[str, Any]:
+        counts: dict[str, Any] = {"before": units.count, "after": len(kept)}
+        if scale is not None:
+            counts |= {"scales": [float(scale.min()), float(scale.max())]}
+        return {"pass": "prune_structured", "kind": units.kind, "method": self.method, **counts, "kept": ranges(kept)}
 
     def _scores(self, model: Model, samples: Samples, workspace: Workspace) -> Scores:
         """[count] float64 for all units of the kinds to be removed, by name; the higher, the more they are worth."""
@@ -170,6 +191,8 @@ class Pass(Restructure):
             generator = torch.Generator().manual_seed(self.seed)
             every = [units for block in model.blocks for units in block.units if units.kind in kinds]
             return {units.name: torch.rand(units.count, generator=generator, dtype=torch.float64) for units in every}
+        if self.method == "ddp":
+            return self._gates(model, samples, workspace)
         found: Scores = {}
         if self.method == "taylor":
             from compress.backsweep import backsweep
@@ -196,6 +219,20 @@ class Pass(Restructure):
                     found[units.name] = self._measured(probe.block.weight(units.columns), moments[units.columns], units.count)
         return {name: scores.cpu() for name, scores in found.items()}
 
+    def _gates(self, model: Model, samples: Samples, workspace: Workspace) -> Scores:
+        from compress.gating import Options, Scope, learn
+
+        uniform = self._uniform(model.layout)
+        scopes: dict[str, list[Units]] = defaultdict(list)
+        for block in model.blocks:
+            for units in block.units:
+                if uniform.get(units.name, units.count) < units.count:
+                    scopes[units.name if self.widths == "uniform" else units.kind].append(units)
+        ready = {name: Scope(tuple(members), uniform[members[0].name] / members[0].count) for name, members in scopes.items()}
+        options = Options(self.steps, self.batch, self.learning_rate, self.divergence, self.seed)
+        found = learn(model, samples, ready, options, workspace.folder / GATES, workspace.progress)
+        return {name: gates.double() for name, gates in found.items()}
+
     def _measured(self, columns: Tensor, moments: Any, count: int) -> Tensor:
         from compress.numerics.saliency import fluctuation, wanda
 
@@ -206,7 +243,7 @@ class Pass(Restructure):
         from compress.numerics.saliency import best
 
         counts = self._uniform(layout) if self.widths == "uniform" else self._shared_out(layout, scores)
-        every = [units for block in layout.blocks for units in block.units if units.name in counts]
+        every = [units for block in layout.blocks for units in block.units if units.name in scores]
         return {units.name: best(scores[units.name], counts[units.name], units.parts) for units in every}
 
     def _shared_out(self, layout: Layout, scores: Scores) -> dict[str, int]:
@@ -220,16 +257,19 @@ class Pass(Restructure):
         places: dict[str, list[Units]] = defaultdict(list)  # experts of a block keep equally many, so they are one place
         for block in layout.blocks:
             for units in block.units:
-                if units.name in uniform:
+                if units.name in scores:
                     places[f"{block.prefix}.{units.kind}"].append(units)
-        choices: dict[str, Choice] = {}
-        remove = 0
+        choices: dict[str, dict[str, Choice]] = defaultdict(dict)
+        remove: dict[str, int] = defaultdict(int)
         for name, members in places.items():
+            # Gates are trained for a share of each kind, and are comparable as they are; other scores are neither.
+            among = members[0].kind if self.method == "ddp" else ""
             cost = sum(parameters(layout, units) for units in members)
-            remove += cost * (members[0].count - uniform[members[0].name])
-            ranked = torch.stack([standardised(scores[units.name]).sort().values for units in members]).mean(0)
-            choices[name] = Choice(ranked, cost, self._step(members[0]), self._step(members[0]))
-        kept = share_out(choices, remove)
+            remove[among] += cost * (members[0].count - uniform[members[0].name])
+            each = [scores[units.name] if self.method == "ddp" else standardised(scores[units.name]) for units in members]
+            ranked = torch.stack([one.sort().values for one in each]).mean(0)
+            choices[among][name] = Choice(ranked, cost, self._step(members[0]), self._step(members[0]))
+        kept = {name: count for among, competing in choices.items() for name, count in share_out(competing, remove[among]).items()}
         return {units.name: kept[name] for name, members in places.items() for units in members}
 
 
