@@ -84,7 +84,10 @@ def page(result: dict[str, Any]) -> str:
         gates=[_gate(gate) for gate in result.get("gates") or []],
         figure_groups=_plots(result),
         tasks=_tasks(result.get("evaluation") or {}),
-        transforms=_transforms([record for record in result.get("transforms") or [] if record not in _caches(result) + _detached(result)]),
+        pruned=_pruned(_cut(result)),
+        transforms=_transforms(
+            [record for record in result.get("transforms") or [] if record not in _caches(result) + _detached(result) + _cut(result)]
+        ),
         detached=[_detaching(record, result) for record in _detached(result)],
         passes=_passes(result),
         engines=[(name, verdict, _verdict_state(verdict)) for name, verdict in (result.get("engines") or {}).items()],
@@ -296,6 +299,27 @@ def _tasks(evaluation: dict[str, Any]) -> list[tuple[str, str, str, str]]:
         for task, metrics in before.items()
         for metric, value in metrics.items()
         if metric in after.get(task, {})
+    ]
+
+
+def _cut(result: dict[str, Any]) -> list[dict[str, Any]]:
+    return [record for record in result.get("transforms") or [] if "after" in record]
+
+
+def _pruned(records: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """What was taken out of blocks that are otherwise as they were, a row per pass and kind."""
+    rows: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for record in records:
+        rows.setdefault((record["pass"], record["method"], record["kind"]), []).append(record)
+    return [
+        {
+            "pass": f"{step}: {method}",
+            "kind": kind.replace("_", " "),
+            "places": f"{len(members):,}",
+            "before": _spread(sorted({record["before"] for record in members}), str),
+            "after": _spread(sorted({record["after"] for record in members}), str),
+        }
+        for (step, method, kind), members in rows.items()
     ]
 
 

@@ -102,7 +102,7 @@ class Distillation:
                 apart = nn.functional.kl_div(said, meant, reduction="sum", log_target=True)
                 (found,) = torch.autograd.grad((entropy + self.divergence * apart) / tokens, states)
             gradient[row, place] = found.to(gradient.dtype)
-            sums = [sums[0] + float(entropy), sums[1] + float(apart)]
+            sums = [sums[0] + float(entropy.detach()), sums[1] + float(apart.detach())]
         torch.autograd.backward(given, gradient)
         return sums[0], sums[1]
 

@@ -214,7 +214,7 @@ class Pass(Restructure):
             for probe in look(model, samples, workspace.progress):
                 moments = _moments(probe, kinds)
                 for units in _of(probe.block.layout, kinds):
-                    if units.columns not in moments:
+                    if not moments[units.columns].tokens:
                         raise InputError.one(units.columns, "saw no calibration token, so its inputs cannot be judged", "give more calibration data")
                     found[units.name] = self._measured(probe.block.weight(units.columns), moments[units.columns], units.count)
         return {name: scores.cpu() for name, scores in found.items()}
