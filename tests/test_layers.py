@@ -77,6 +77,7 @@ TOP = ("pipeline", "cli", "__main__")
 LIGHT = (
     "errors",
     "numerics.knapsack",
+    "numerics.pattern",
     "arch",
     "checkpoint",
     "allocation",
