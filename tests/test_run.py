@@ -330,8 +330,9 @@ RESUMED = {
     "smooth": QUICK | {"passes": [{"smooth": {}}, {"rtn": {"bits": 3, "group_size": 32}}]},
     "rotate": QUICK | {"passes": [{"rotate": {}}, {"rtn": {"bits": 3, "group_size": 32}}]},
     "kv_quant": QUICK | {"passes": [{"rtn": {"group_size": 32}}, {"kv_quant": {}}]},
+    "prune_nm": QUICK | {"passes": [{"prune_nm": {"min_tokens": 0, "permute": True, "refit": True}}, NEVER]},
 }
-REPORTS = {"gptq": 4, "qep": 4, "autoround": 4, "rtn": 3, "two passes": 8, "smooth": 7, "rotate": 6, "kv_quant": 7}
+REPORTS = {"gptq": 4, "qep": 4, "autoround": 4, "rtn": 3, "two passes": 8, "smooth": 7, "rotate": 6, "kv_quant": 7, "prune_nm": 8}
 
 
 @pytest.mark.parametrize(("which", "reports"), [(which, reports) for which, count in REPORTS.items() for reports in range(count)])

@@ -48,7 +48,7 @@ def magnitude(weight: Tensor) -> Tensor:
 
 
 def wanda(weight: Tensor, energy: Tensor) -> Tensor:
-    """Scores of ``weight`` [..., out, in]: magnitude times the norm of the input, of which ``energy`` [..., in] is the mean square (arXiv 2306.11695)."""
+    """Scores of ``weight`` [..., out, in]: magnitude times the norm of the input; ``energy`` [..., in] is its mean square (2306.11695)."""
     return weight.abs() * energy.sqrt()[..., None, :]
 
 
