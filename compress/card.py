@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import yaml
 
 from compress import __version__
-from compress.passes.base import Transform
+from compress.numerics.pattern import Pattern
+from compress.passes.base import Prunes, Transform
 from compress.recipe import Recipe, cache_scheme
 from compress.scheme import Scheme
 
@@ -14,15 +17,19 @@ transformers and serving engines leave out what lies in `residuals/`; `compress 
 """
 
 
-def write(model: str, recipe: Recipe, schemes: dict[str, Scheme]) -> str:
+def write(model: str, recipe: Recipe, schemes: dict[str, Scheme], patterns: Mapping[str, Pattern]) -> str:
     """README.md of the artifact."""
     kinds = sorted({scheme.text for scheme in schemes.values()})
     cache = cache_scheme(recipe)
     of_cache = f" Keys and values are cached as {cache.text}." if cache else ""
+    kept = " and ".join(f"{list(patterns.values()).count(pattern)} to {pattern}" for pattern in dict.fromkeys(patterns.values()))
+    pruned = f" Linears were pruned, {kept}: so many weights are left of every M inputs." if patterns else ""
     passes = ", ".join(name for name, _ in recipe.instances())
     left_out = LEFT_OUT if any(scheme.residuals for scheme in schemes.values()) else ""
     rest = "Other tensors were rewritten without changing what the model computes, and rounded to the dtype they had."
     if all(not isinstance(step, Transform) for _, step in recipe.instances()):
+        rest = "All other values are as in the source."
+    if all(not isinstance(step, Transform | Prunes) for _, step in recipe.instances()):
         rest = "Everything else is as in the source, byte for byte."
     return f"""---
 library_name: transformers
@@ -31,7 +38,7 @@ tags: [compress, compressed-tensors]
 
 # {model}, compressed
 
-{len(schemes)} linears are {"; ".join(kinds) or "unchanged"} ({passes}).{of_cache} {rest}
+{len(schemes)} linears are {"; ".join(kinds) or "unchanged"} ({passes}).{of_cache}{pruned} {rest}
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer

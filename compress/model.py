@@ -41,6 +41,8 @@ from compress.layout import BlockLayout, Layout
 from compress.numerics.activations import Activations
 from compress.numerics.cache import as_cached
 from compress.numerics.grid import Quantized
+from compress.numerics.pattern import Pattern
+from compress.numerics.sparsity import violations
 from compress.scheme import Scheme
 
 EXPERTS_FUNCTION = "compress"
@@ -155,6 +157,8 @@ class Block:
         self._quantized: dict[str, dict[str, Tensor]] = {}
         self._changed: dict[str, Tensor] = {}
         self._residuals: dict[str, Residual] = {}
+        self._orders: dict[tuple[str, int], Tensor] = {}
+        """By tensor and dimension, the order in which its channels are saved."""
         self._hooks: list[Any] = []
         self._cache = Cache(model.cache_scales(layout))
         self.records: list[dict[str, Any]] = []
@@ -206,6 +210,7 @@ class Block:
 
     def set_dense(self, name: str, value: Tensor) -> None:
         """From here on the tensor of this name on disk is ``value``, kept in float32 until it is quantised or exported."""
+        self._check_zeros(name.removesuffix(".weight"), value)
         slot = self._slots.get(name)
         if slot is not None:
             slot.view(self.module).copy_(value)
@@ -217,6 +222,41 @@ class Block:
         Until then the block computes as before.
         """
         self._changed[name] = read_entry(Entry(name, self._model.checkpoint.tensors[name].dtype, tuple(tensor.shape), tensor))
+
+    def is_pruned(self, linear: str) -> bool:
+        """Whether a pass before this one removed weights of a linear."""
+        return linear in self._model.patterns
+
+    def kept(self, linear: str) -> Tensor:
+        """Where a linear may have weights, [out, in] bool: everywhere, unless it was pruned. What was rounded to zero is not meant."""
+        weight = self.exact(linear) if linear in self._model.exact else self.weight(linear)
+        return weight != 0 if self.is_pruned(linear) else torch.ones_like(weight, dtype=torch.bool)
+
+    def _check_zeros(self, linear: str, value: Tensor) -> None:
+        """Raise AssertionError if ``value`` [out, in] has weights where a pruned linear has none."""
+        if self.is_pruned(linear) and bool((value.masked_fill(self.kept(linear), 0) != 0).any()):
+            raise AssertionError(f"{self._model.at_work} put weights back that were pruned from {linear}")
+
+    def set_pruned(self, linear: str, weight: Tensor, pattern: Pattern, record: dict[str, Any], order: Tensor | None = None) -> None:
+        """From here on a linear is ``weight`` [out, in], which keeps the promise of `pattern`, and all later passes leave its zeros.
+
+        With ``order`` int64 [in] its inputs are in that order in ``weight`` and on disk, as whoever makes them was told by `reorder`; the block in
+        memory computes with both as they were.
+        """
+        if broken := violations(weight, pattern):
+            raise AssertionError(f"{self._model.at_work} left {broken} groups of {linear} that are not {pattern}")
+        name = f"{linear}.weight"
+        if order is not None:
+            self._orders[name, 1] = order
+            weight = torch.empty_like(weight).index_copy_(1, order, weight)
+        self.set_dense(name, weight)
+        self.add_record(linear, {"pattern": str(pattern), "density": float((weight != 0).double().mean()), **record})
+
+    def reorder(self, linear: str, outputs: Tensor) -> None:
+        """Save the outputs of a linear in the order ``outputs`` int64 [out]; until then the block computes with them as they are."""
+        for name in (f"{linear}.weight", f"{linear}.bias"):
+            if name in self.layout.tensors:
+                self._orders[name, 0] = outputs
 
     def add_record(self, name: str, record: dict[str, Any]) -> None:
         """Put what became of `name` into the report."""
@@ -230,7 +270,9 @@ class Block:
         It goes to disk in the format `layout`; `record` goes into the report.
         """
         # Kernels that multiply codes by codes apply the scales to the sum, and never round a weight.
-        self._slots[f"{linear}.weight"].view(self.module).copy_(weight.dequantize(torch.float32 if inputs else None))
+        computed = weight.dequantize(torch.float32 if inputs else None)
+        self._check_zeros(linear, computed)
+        self._slots[f"{linear}.weight"].view(self.module).copy_(computed)
         self._quantized[linear] = formats.called(layout).pack(linear, weight)
         if inputs is not None:
             self.round_inputs(linear, inputs)
@@ -248,7 +290,9 @@ class Block:
 
     def set_residual(self, linear: str, residual: Residual, record: dict[str, Any]) -> None:
         """From here on the block computes with the codes of a linear and `residual`; `record` goes into the report."""
-        self._slots[f"{linear}.weight"].view(self.module).copy_(residual.add_to(self._computed(linear)))
+        computed = residual.add_to(self._computed(linear))
+        self._check_zeros(linear, computed)
+        self._slots[f"{linear}.weight"].view(self.module).copy_(computed)
         self._residuals[linear] = residual
         self.add_record(linear, {"residuals": len(residual.values), **record})
 
@@ -384,6 +428,8 @@ class Block:
     def save(self, path: Path) -> None:
         """Write what changed, durably: codes in the layout of the final artifact, the rest in float32."""
         tensors = dict(self._changed)
+        for (name, dimension), order in self._orders.items():
+            tensors[name] = (tensors[name] if name in tensors else self.tensor(name)).index_select(dimension, order)
         for linear, packed in self._quantized.items():
             if (changed := tensors.pop(f"{linear}.weight", None)) is not None:
                 tensors[f"{linear}.{EXACT}"] = changed
@@ -397,7 +443,8 @@ class Model:
     """A checkpoint opened for streaming.
 
     `tensors` maps every name of the model as it is now to where its bytes lie: the source, or a block file of a finished pass. `exact` maps
-    every linear that a pass has quantised to the weight it had just before.
+    every linear that a pass has quantised to the weight it had just before; `patterns` maps every linear that a pass has pruned to what holds of
+    it since. `at_work` is the pass that is running, for messages.
     `schemes` says how each linear will be stored in the end, by name; those not in it stay as they are. `stored` is the dtype of what is not
     quantised, `dtype` the one to compute in.
     Memory holds the parts outside the blocks and the block in use.
@@ -409,6 +456,8 @@ class Model:
         self.checkpoint: Checkpoint = layout.checkpoint
         self.tensors: dict[str, TensorInfo] = dict(self.checkpoint.tensors)
         self.exact: dict[str, TensorInfo] = {}
+        self.patterns: dict[str, Pattern] = {}
+        self.at_work = "a pass"
         self.device = hardware.device()
         stored = {str(info.dtype) for name, info in self.tensors.items() if name.endswith("norm.weight")} or {"BF16"}
         # Norms tell: they are never packed.
@@ -700,6 +749,7 @@ class Model:
         """The model as it would be had it adopted the blocks in `paths`. It shares the memory of its blocks with this one."""
         model = copy.copy(self)
         model.tensors, model.exact, model._inputs = dict(self.tensors), dict(self.exact), dict(self._inputs)
+        model.patterns = dict(self.patterns)
         for path in paths:
             model.adopt(path)
         return model
@@ -792,6 +842,8 @@ class Model:
         self.tensors |= tensors
         records = cast(list[dict[str, Any]], json.loads(metadata["records"]))
         for record in records:
+            if record.get("pattern"):
+                self.patterns[record["name"]] = Pattern.parse(record["pattern"])
             if record.get("activations"):
                 self._inputs[record["name"]] = record["activations"]
         if "settings" in metadata:

@@ -9,7 +9,7 @@ import math
 from typing import Any
 
 from compress.layout import BlockLayout, Group, Layout
-from compress.passes.base import Allocator, Differentiating, Quantize, Restructure, Transform
+from compress.passes.base import Allocator, Differentiating, Prunes, Quantize, Restructure, Transform
 from compress.recipe import Recipe, cache_scheme, expected, export_module
 from compress.scheme import Scheme, dense_bytes, output_bytes
 
@@ -62,7 +62,9 @@ def plan(recipe: Recipe, layout: Layout, schemes: dict[str, tuple[str, Scheme]])
     for name, step in recipe.instances():
         mine = {linear: scheme for linear, (by, scheme) in schemes.items() if by == name}
         tokens = recipe.calibration.samples * recipe.calibration.length if step.needs_data else 0
-        operations = _operations(layout, mine, tokens)
+        taken = {*mine, *(step.prunes(layout) if isinstance(step, Prunes) else ())}
+        rewrites = isinstance(step, Transform | Prunes | Restructure)
+        operations = _operations(layout, taken, tokens)
         if isinstance(step, Differentiating):
             operations = _forward(source, tokens) * step.forwards
         if isinstance(step, Allocator):
@@ -71,10 +73,10 @@ def plan(recipe: Recipe, layout: Layout, schemes: dict[str, tuple[str, Scheme]])
         passes.append(
             {
                 "name": name,
-                "peak_bytes": _peak(source if isinstance(step, Restructure) else layout, mine, tokens, isinstance(step, Transform | Restructure))
+                "peak_bytes": _peak(source if isinstance(step, Restructure) else layout, taken, tokens, rewrites)
                 + _gradient_memory(layout, tokens) * isinstance(step, Differentiating)
                 + (STREAMS_BYTES + _gradient_memory(layout, tokens)) * isinstance(step, Allocator),
-                "disk_bytes": rewritten_bytes(layout) * isinstance(step, Transform | Restructure)
+                "disk_bytes": rewritten_bytes(layout) * rewrites
                 + gradient_bytes(recipe, layout) * isinstance(step, Differentiating)
                 + sum(_packed(layout, linear, scheme) for linear, scheme in mine.items())
                 + 2 * tokens * _hidden(layout),
@@ -111,7 +113,7 @@ def _block_bytes(layout: Layout, block: BlockLayout) -> int:
     return sum(layout.checkpoint.tensors[name].nbytes for name in block.tensors)
 
 
-def _peak(layout: Layout, mine: dict[str, Scheme], tokens: int, rewrites: bool) -> int:
+def _peak(layout: Layout, mine: set[str], tokens: int, rewrites: bool) -> int:
     """The largest block, everything outside the blocks, the activations between two blocks, and the largest group's statistics and weights."""
     outside = sum(info.nbytes for name, info in layout.checkpoint.tensors.items() if name not in layout.in_blocks)
     block = max(_block_bytes(layout, block) for block in layout.blocks)
@@ -149,7 +151,7 @@ def _forward(layout: Layout, tokens: int) -> float:
     )
 
 
-def _operations(layout: Layout, mine: dict[str, Scheme], tokens: int) -> float:
+def _operations(layout: Layout, mine: set[str], tokens: int) -> float:
     """Floating-point operations: about two and a half forward passes, second moments, factors and feedback."""
     total = 0.0
     for block in layout.blocks:

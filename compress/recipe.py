@@ -17,7 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from compress.errors import InputError, Problems
 from compress.layout import Layout
-from compress.passes.base import STAGES, Allocator, Pass, Quantize, QuantizesCache, Refining, Restructure, Transform
+from compress.numerics.pattern import Pattern
+from compress.passes.base import STAGES, WHY, Allocator, Pass, Prunes, Quantize, QuantizesCache, Refining, Restructure, Transform
 from compress.scheme import CacheScheme, Scheme
 
 
@@ -248,10 +249,11 @@ def _check_passes(steps: object, place: str, problems: Problems) -> None:
             _report(error, f"{where}.{name}", cls, problems)
         stage = STAGES.index(cls.stage)
         if stage < stage_reached:
+            reason = WHY.get((cls.stage, STAGES[stage_reached]))
             problems.add(
                 where,
                 f"{name} belongs to stage {cls.stage}, but comes after a pass of stage {STAGES[stage_reached]}",
-                f"the order is {' < '.join(STAGES)}",
+                f"the order is {' < '.join(STAGES)}" + (f": {reason}" if reason else ""),
             )
         stage_reached = max(stage, stage_reached)
 
@@ -321,6 +323,7 @@ def check(recipe: Recipe, layout: Layout, place: str, *, done: int = 0) -> dict[
     of_cache = [index for index, (_, step) in enumerate(recipe.instances()) if isinstance(step, QuantizesCache)]
     for index in of_cache[1:]:
         problems.add(f"{place}: passes[{index}]", f"the cache is already quantised by passes[{of_cache[0]}]", "keep one of them")
+    _check_pruned(recipe, layout, place, problems)
     allocators, examples = 0, [dict[str, int]()]
     for index, (name, step) in list(enumerate(recipe.instances()))[done:]:
         where = f"{place}: passes[{index}].{name}"
@@ -363,6 +366,25 @@ def check(recipe: Recipe, layout: Layout, place: str, *, done: int = 0) -> dict[
     _check_data(recipe, layout, place, problems)
     problems.raise_if_any()
     return plan
+
+
+def _check_pruned(recipe: Recipe, layout: Layout, place: str, problems: Problems) -> None:
+    """Report passes that would undo what one before them removed."""
+    pruned: dict[str, tuple[str, Pattern]] = {}
+    for index, (name, step) in enumerate(recipe.instances()):
+        where = f"{place}: passes[{index}].{name}"
+        if isinstance(step, Prunes):
+            mine = step.prunes(layout)
+            if again := next((linear for linear in mine if linear in pruned), None):
+                problems.add(where, f"{again} is already pruned by {pruned[again][0]}", "use include and exclude so that each linear is taken once")
+            if step.moves and (blocks := next((pattern for _, pattern in pruned.values() if pattern.v), None)):
+                problems.add(
+                    f"{where}: permute", f"would move outputs out of the blocks of {blocks} that a pass before it made", "set permute: false"
+                )
+            pruned |= {linear: (name, pattern) for linear, pattern in mine.items()}
+        elif pruned and isinstance(step, Transform) and step.mixes:
+            by, _ = next(iter(pruned.values()))
+            problems.add(where, f"makes sums of channels, in which no weight that {by} removed stays zero", f"leave out {name}, or {by}")
 
 
 def _check_export(recipe: Recipe, layout: Layout, place: str, plan: dict[str, Scheme], examples: list[dict[str, int]], problems: Problems) -> None:

@@ -332,6 +332,7 @@ RESUMED = {
     "kv_quant": QUICK | {"passes": [{"rtn": {"group_size": 32}}, {"kv_quant": {}}]},
     "prune_structured": QUICK | {"passes": [{"prune_structured": {"keep": 0.5, "multiple_of": 32}}, {"rtn": {"group_size": 32}}]},
     "prune_depth": QUICK | {"passes": [{"prune_depth": {"drop": 2}}, {"rtn": {"group_size": 32}}]},
+    "prune_nm": QUICK | {"passes": [{"prune_nm": {"min_tokens": 0, "permute": True, "refit": True}}, NEVER]},
 }
 REPORTS = {
     "gptq": 4,
@@ -344,6 +345,7 @@ REPORTS = {
     "kv_quant": 7,
     "prune_structured": 9,
     "prune_depth": 7,
+    "prune_nm": 8,
 }
 
 

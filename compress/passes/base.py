@@ -21,11 +21,14 @@ if TYPE_CHECKING:
     from compress.data import Samples
     from compress.model import Block, Model
     from compress.numerics.grid import Quantized
+    from compress.numerics.pattern import Pattern
 
 NARROWEST = 32
 """Inputs of the narrowest linear that is quantised: below, the packed width does not tell the bits."""
 STAGES = ("restructure", "sparsify", "transform", "allocate", "quantize", "cache")
 """The order in which passes may stand in a recipe."""
+WHY = {("sparsify", "quantize"): "what may go is chosen by exact weights, and rounding keeps the zeros"}
+"""What is wrong with a pass of the first stage behind one of the second, where the order alone does not tell."""
 
 
 class Pass(Protocol):
@@ -88,13 +91,60 @@ class QuantizesCache(Protocol):
         """What becomes of keys and values."""
 
 
+@runtime_checkable
+class Prunes(Protocol):
+    """A pass that removes single weights, which all later passes leave removed."""
+
+    @property
+    def moves(self) -> bool:
+        """Whether it may have outputs change places."""
+
+    def prunes(self, layout: Layout) -> dict[str, Pattern]:
+        """What it promises of each linear it takes, by name."""
+
+
 Bits = Annotated[int, Field(ge=2, le=8)]
 
 
-class Quantize(BaseModel):
-    """Options of every pass that rounds weights to a grid."""
+class Selecting(BaseModel):
+    """Options of every pass that takes some of the linears."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    include: tuple[str, ...] = Field(default=(), description="take only linears that match: shell patterns, or `re:` and a regular expression")
+    exclude: tuple[str, ...] = Field(default=(), description="leave out linears that match, same patterns")
+
+    @field_validator("include", "exclude")
+    @classmethod
+    def _compile(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
+        for pattern in patterns:
+            if pattern.startswith("re:"):
+                try:
+                    re.compile(pattern.removeprefix("re:"))
+                except re.error as error:
+                    raise ValueError(f"{pattern!r} is no regular expression ({error})") from error
+        return patterns
+
+    def wants(self, name: str) -> bool:
+        """Whether `include` and `exclude` leave a linear to this pass."""
+        wanted = not self.include or any(matches(pattern, name) for pattern in self.include)
+        return wanted and not any(matches(pattern, name) for pattern in self.exclude)
+
+    def check_selection(self, place: str, layout: Layout, problems: Problems) -> None:
+        """Report patterns that match nothing."""
+        for key in ("include", "exclude"):
+            for pattern in getattr(self, key):
+                if not any(matches(pattern, name) for name in layout.linears):
+                    problems.add(
+                        f"{place}: {key}",
+                        f"{pattern!r} matches none of the {len(layout.linears)} linears",
+                        f"one of them is {_first(layout.linears)}",
+                    )
+
+
+class Quantize(Selecting):
+    """Options of every pass that rounds weights to a grid."""
+
     stage: ClassVar[str] = "quantize"
 
     format: Literal["int", "fp8", "fp8-block", "mxfp8", "mxfp4", "nvfp4"] = Field(
@@ -111,8 +161,6 @@ class Quantize(BaseModel):
         default="none",
         description="round inputs to 8 bits too (integers for `int`, E4M3 for `fp8`): `dynamic`, a scale per token; `static`, one for all, measured",
     )
-    include: tuple[str, ...] = Field(default=(), description="take only linears that match: shell patterns, or `re:` and a regular expression")
-    exclude: tuple[str, ...] = Field(default=(), description="leave out linears that match, same patterns")
     indivisible: Literal["error", "keep", "channel"] = Field(
         default="error",
         description="what to do with a linear whose width the group does not divide: refuse, leave it as it is, or one scale per output",
@@ -131,24 +179,11 @@ class Quantize(BaseModel):
                 raise ValueError(f"format {options['format']} fixes {key} at {value}, but {key} is {options[key]!r}")
         return implied | options
 
-    @field_validator("include", "exclude")
-    @classmethod
-    def _compile(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
-        for pattern in patterns:
-            if pattern.startswith("re:"):
-                try:
-                    re.compile(pattern.removeprefix("re:"))
-                except re.error as error:
-                    raise ValueError(f"{pattern!r} is no regular expression ({error})") from error
-        return patterns
-
     def takes(self, layout: Layout) -> dict[str, Linear]:
         """The linears this pass quantises, by name."""
         chosen = {}
         for name, linear in layout.linears.items():
-            wanted = not self.include or any(matches(pattern, name) for pattern in self.include)
-            wanted = wanted and not any(matches(pattern, name) for pattern in self.exclude)
-            if wanted and (self.indivisible != "keep" or linear.columns % self._group(linear) == 0):
+            if self.wants(name) and (self.indivisible != "keep" or linear.columns % self._group(linear) == 0):
                 chosen[name] = linear
         return chosen
 
@@ -192,14 +227,7 @@ class Quantize(BaseModel):
         if self.group_size != "channel" and self.group_size < 16:
             problems.add(f"{place}: group_size", f"must be at least 16, got {self.group_size}", "smaller groups store more scale than weight")
             return
-        for key in ("include", "exclude"):
-            for pattern in getattr(self, key):
-                if not any(matches(pattern, name) for name in layout.linears):
-                    problems.add(
-                        f"{place}: {key}",
-                        f"{pattern!r} matches none of the {len(layout.linears)} linears",
-                        f"one of them is {_first(layout.linears)}",
-                    )
+        self.check_selection(place, layout, problems)
         if self.activations != "none":
             if self.format not in ("int", "fp8", "fp8-block"):
                 problems.add(f"{place}: activations", f"{self.format} is for weights only here", "set activations: none, or format: fp8")
@@ -285,6 +313,8 @@ class Transform(BaseModel):
     needs_data: ClassVar[bool]
     verb: ClassVar[str]
     """What the ledger says it did to a tensor."""
+    mixes: ClassVar[bool] = False
+    """Whether it makes sums of channels, in which weights that were removed come back."""
 
     def check(self, place: str, layout: Layout, problems: Problems) -> None:
         if not layout.arch.folds:
@@ -301,17 +331,9 @@ class Transform(BaseModel):
         """Report what does not fit what the whole recipe makes of the linears."""
 
 
-class Calibrated(Quantize):
-    """Options of every pass that rounds by what it saw of calibration data."""
+class Fed(BaseModel):
+    """Options of every pass that must have seen enough of a linear's inputs."""
 
-    @property
-    def needs_data(self) -> bool:
-        return True
-
-    fallback: Literal["error", "round"] = Field(
-        default="error",
-        description="for a linear that saw too few tokens or whose Hessian cannot be factored: stop, or round it without data and record it",
-    )
     min_tokens: float = Field(
         default=0.25,
         ge=0,
@@ -322,6 +344,19 @@ class Calibrated(Quantize):
         """Why a linear of so many inputs that saw `tokens` of `seen` cannot be calibrated, or None."""
         needed = math.ceil(self.min_tokens * columns)
         return f"saw {tokens} of {seen} calibration tokens, needs {needed}" if tokens < needed else None
+
+
+class Calibrated(Fed, Quantize):
+    """Options of every pass that rounds by what it saw of calibration data."""
+
+    @property
+    def needs_data(self) -> bool:
+        return True
+
+    fallback: Literal["error", "round"] = Field(
+        default="error",
+        description="for a linear that saw too few tokens or whose Hessian cannot be factored: stop, or round it without data and record it",
+    )
 
     def refuse(self, name: str, reason: str) -> None:
         """Raise for `reason` unless the recipe asks for another way out."""
