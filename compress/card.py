@@ -8,7 +8,7 @@ import yaml
 
 from compress import __version__
 from compress.numerics.pattern import Pattern
-from compress.passes.base import Prunes, Transform
+from compress.passes.base import Prunes, Restructure, Rewrite, Transform
 from compress.recipe import Recipe, cache_scheme
 from compress.scheme import Scheme
 
@@ -27,9 +27,12 @@ def write(model: str, recipe: Recipe, schemes: dict[str, Scheme], patterns: Mapp
     passes = ", ".join(name for name, _ in recipe.instances())
     left_out = LEFT_OUT if any(scheme.residuals for scheme in schemes.values()) else ""
     rest = "Other tensors were rewritten without changing what the model computes, and rounded to the dtype they had."
-    if all(not isinstance(step, Transform) for _, step in recipe.instances()):
+    steps = [step for _, step in recipe.instances()]
+    if any(isinstance(step, Restructure) or (isinstance(step, Rewrite) and not isinstance(step, Transform)) for step in steps):
+        rest = "Other tensors were pruned or trained, and rounded to the dtype they had: the model computes something else than the source."
+    elif all(not isinstance(step, Transform) for step in steps):
         rest = "All other values are as in the source."
-    if all(not isinstance(step, Transform | Prunes) for _, step in recipe.instances()):
+    if all(not isinstance(step, Rewrite | Prunes | Restructure) for step in steps):
         rest = "Everything else is as in the source, byte for byte."
     return f"""---
 library_name: transformers

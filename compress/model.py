@@ -211,6 +211,9 @@ class Block:
     def set_dense(self, name: str, value: Tensor) -> None:
         """From here on the tensor of this name on disk is ``value``, kept in float32 until it is quantised or exported."""
         self._check_zeros(name.removesuffix(".weight"), value)
+        self._put(name, value)
+
+    def _put(self, name: str, value: Tensor) -> None:
         slot = self._slots.get(name)
         if slot is not None:
             slot.view(self.module).copy_(value)
@@ -238,7 +241,8 @@ class Block:
             raise AssertionError(f"{self._model.at_work} put weights back that were pruned from {linear}")
 
     def set_pruned(self, linear: str, weight: Tensor, pattern: Pattern, record: dict[str, Any], order: Tensor | None = None) -> None:
-        """From here on a linear is ``weight`` [out, in], which keeps the promise of `pattern`, and all later passes leave its zeros.
+        """From here on a linear is ``weight`` [out, in], which keeps the promise of `pattern`, and all later passes leave its zeros, wherever
+        there were any before.
 
         With ``order`` int64 [in] its inputs are in that order in ``weight`` and on disk, as whoever makes them was told by `reorder`; the block in
         memory computes with both as they were.
@@ -249,7 +253,7 @@ class Block:
         if order is not None:
             self._orders[name, 1] = order
             weight = torch.empty_like(weight).index_copy_(1, order, weight)
-        self.set_dense(name, weight)
+        self._put(name, weight)
         self.add_record(linear, {"pattern": str(pattern), "density": float((weight != 0).double().mean()), **record})
 
     def reorder(self, linear: str, outputs: Tensor) -> None:

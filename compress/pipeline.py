@@ -26,7 +26,7 @@ from compress.checkpoint import Checkpoint, copy_file, sha256, sync_folder, writ
 from compress.errors import InputError
 from compress.formats.base import PARTS, RESIDUAL_PARTS
 from compress.layout import Layout
-from compress.passes.base import Allocator, Pass, Prunes, Quantize, Restructure, Transform
+from compress.passes.base import Allocator, Pass, Prunes, Quantize, Restructure, Rewrite
 from compress.recipe import Recipe, cache_scheme, check, expected, export_module
 from compress.scheme import Scheme, output_bytes
 from compress.source import locate_model
@@ -113,7 +113,7 @@ def _check_disk(request: Request, layouts: list[Layout], plan: dict[str, Scheme]
 
     # Blocks of each pass, then the artifact beside them; activations between two blocks are small change beside the margin.
     steps = zip(request.recipe.instances(), layouts[1:], strict=True)
-    rewritten = sum(rewritten_bytes(layout) for (_, step), layout in steps if isinstance(step, Transform | Prunes | Restructure))
+    rewritten = sum(rewritten_bytes(layout) for (_, step), layout in steps if isinstance(step, Rewrite | Prunes | Restructure))
     needed = (
         int(2.1 * (output_bytes(layouts[-1], plan) + added_bytes(request.recipe, layouts[-1])))
         + rewritten
@@ -303,7 +303,7 @@ class _Run:
                 self._take(record)
         for tensor, info in self.model.tensors.items():
             if info.file.parent == workspace.folder and not self.model.packed_as(tensor.rpartition(".")[0]):
-                verb = step.verb if isinstance(step, Transform) else "changed"
+                verb = step.verb if isinstance(step, Rewrite) else "changed"
                 if isinstance(step, Prunes):
                     pattern = step.prunes(self.layout).get(tensor.removesuffix(".weight"))
                     verb = f"pruned {pattern}" if pattern else "reordered"

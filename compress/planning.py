@@ -9,7 +9,7 @@ import math
 from typing import Any
 
 from compress.layout import BlockLayout, Group, Layout
-from compress.passes.base import Allocator, Differentiating, Prunes, Quantize, Restructure, Transform
+from compress.passes.base import Allocator, Differentiating, Prunes, Quantize, Restructure, Rewrite
 from compress.recipe import Recipe, cache_scheme, expected, export_module
 from compress.scheme import Scheme, dense_bytes, output_bytes
 
@@ -23,7 +23,7 @@ ASSUMED_FLOPS = 2.5e11
 
 def added_bytes(recipe: Recipe, layout: Layout) -> int:
     """Bytes of tensors that a recipe's transforms add."""
-    return sum(step.added_bytes(layout) for _, step in recipe.instances() if isinstance(step, Transform))
+    return sum(step.added_bytes(layout) for _, step in recipe.instances() if isinstance(step, Rewrite))
 
 
 def rewritten_bytes(layout: Layout) -> int:
@@ -63,7 +63,7 @@ def plan(recipe: Recipe, layout: Layout, schemes: dict[str, tuple[str, Scheme]])
         mine = {linear: scheme for linear, (by, scheme) in schemes.items() if by == name}
         tokens = recipe.calibration.samples * recipe.calibration.length if step.needs_data else 0
         taken = {*mine, *(step.prunes(layout) if isinstance(step, Prunes) else ())}
-        rewrites = isinstance(step, Transform | Prunes | Restructure)
+        rewrites = isinstance(step, Rewrite | Prunes | Restructure)
         operations = _operations(layout, taken, tokens)
         if isinstance(step, Differentiating):
             operations = _forward(source, tokens) * step.forwards
@@ -73,7 +73,8 @@ def plan(recipe: Recipe, layout: Layout, schemes: dict[str, tuple[str, Scheme]])
         passes.append(
             {
                 "name": name,
-                "peak_bytes": _peak(source if isinstance(step, Restructure) else layout, taken, tokens, rewrites)
+                "peak_bytes": (step.resident_bytes(source) if isinstance(step, Rewrite | Restructure) else 0)
+                + _peak(source if isinstance(step, Restructure) else layout, taken, tokens, rewrites)
                 + _gradient_memory(layout, tokens) * isinstance(step, Differentiating)
                 + (STREAMS_BYTES + _gradient_memory(layout, tokens)) * isinstance(step, Allocator),
                 "disk_bytes": rewritten_bytes(layout) * rewrites

@@ -284,10 +284,9 @@ class Restructure(BaseModel):
         """What it costs, in forward passes of the model over the calibration data."""
         return 0.0
 
-    @property
-    def whole(self) -> bool:
-        """Whether it holds the whole model in memory, and not one block at a time."""
-        return False
+    def resident_bytes(self, layout: Layout) -> int:
+        """What it holds in memory all the time beside one block."""
+        return 0
 
     def plan(self, layout: Layout) -> dict[str, Scheme]:
         return {}
@@ -305,20 +304,19 @@ class Restructure(BaseModel):
         """What it has made of a checkpoint, once it ran."""
 
 
-class Transform(BaseModel):
-    """Options of every pass that rewrites weights without changing what the model computes."""
+class Rewrite(BaseModel):
+    """Options of every pass that changes weights, but neither shapes nor how they are stored."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-    stage: ClassVar[str] = "transform"
-    needs_data: ClassVar[bool]
+    stage: ClassVar[str]
     verb: ClassVar[str]
     """What the ledger says it did to a tensor."""
     mixes: ClassVar[bool] = False
     """Whether it makes sums of channels, in which weights that were removed come back."""
 
+    @abstractmethod
     def check(self, place: str, layout: Layout, problems: Problems) -> None:
-        if not layout.arch.folds:
-            problems.add(place, f"the table of {layout.arch.model_type} names no edges to fold into", "give it some in compress/arch")
+        """Report everything that can be known before weights load."""
 
     def plan(self, layout: Layout) -> dict[str, Scheme]:
         return {}
@@ -327,8 +325,23 @@ class Transform(BaseModel):
         """Bytes of the tensors it adds to the artifact."""
         return 0
 
+    def resident_bytes(self, layout: Layout) -> int:
+        """What it holds in memory all the time beside one block."""
+        return 0
+
     def check_plan(self, place: str, plan: Mapping[str, Scheme], problems: Problems) -> None:
         """Report what does not fit what the whole recipe makes of the linears."""
+
+
+class Transform(Rewrite):
+    """Options of every pass that rewrites weights without changing what the model computes."""
+
+    stage: ClassVar[str] = "transform"
+    needs_data: ClassVar[bool]
+
+    def check(self, place: str, layout: Layout, problems: Problems) -> None:
+        if not layout.arch.folds:
+            problems.add(place, f"the table of {layout.arch.model_type} names no edges to fold into", "give it some in compress/arch")
 
 
 class Fed(BaseModel):

@@ -65,9 +65,8 @@ class Pass(Restructure):
         default=2.0, ge=0, description="`ddp`: weight of the KL divergence from the model as it was, beside the loss of the text"
     )
 
-    @property
-    def whole(self) -> bool:
-        return self.method == "ddp"
+    def resident_bytes(self, layout: Layout) -> int:
+        return 2 * layout.checkpoint.nbytes if self.method == "ddp" else 0
 
     @property
     def needs_data(self) -> bool:
