@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -225,6 +228,47 @@ def test_generating_with_experts_works_and_says_what_is_slow(tmp_path: Path) -> 
     assert re.fullmatch(r"\d+ of \d+ packed modules are unpacked for each product: no kernel for E4M3, group channel \(\d+\)\n", done.stderr)
 
 
+PICKLED: dict[str, tuple[str, list[dict[str, Any]]]] = {
+    "w4, embedding, cache": ("llama-tied", [{"rtn": SCHEMES["w4"]}, {"kv_quant": {}}]),
+    "experts": ("qwen3_moe", [{"rtn": {"format": "fp8"}}]),
+    "scales in E8M0": ("llama", [{"rtn": {"format": "mxfp4"}}]),
+    "dense experts": ("qwen3_moe", []),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", PICKLED)
+def test_a_loaded_model_can_be_copied_pickled_and_cast(case: str, checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    kind, steps = PICKLED[case]
+    source = checkpoint(kind, torch.bfloat16)
+    model = compress.load(made(source, tmp_path / "out", *steps) if steps else source)
+    expected = model(input_ids=IDS).logits
+    torch.save(model, tmp_path / "model.pt")
+    assert copy.deepcopy(model)(input_ids=IDS).logits.equal(expected)
+    script = (
+        "import sys, torch; folder = sys.argv[1]; model = torch.load(f'{folder}/model.pt', weights_only=False)\n"
+        f"with torch.no_grad(): torch.save(model(input_ids=torch.tensor({IDS.tolist()})).logits, f'{{folder}}/logits.pt')"
+    )
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, capture_output=True)
+    assert torch.load(tmp_path / "logits.pt").equal(expected)
+    before = {name: data.dtype for name, data in model.named_buffers() if name.endswith(("codes", "scales"))}
+    for dtype, tolerance in ((torch.float64, 2e-4), (torch.float32, 1e-6)):
+        found = model.to(dtype)(input_ids=IDS).logits
+        assert found.dtype == dtype and relative(found, expected) < tolerance
+    found = model.half()(input_ids=IDS).logits
+    assert found.dtype == torch.float16 and relative(found, expected) < 5e-2
+    assert before == {name: data.dtype for name, data in model.named_buffers() if name.endswith(("codes", "scales"))}
+
+
+def test_a_loaded_model_is_not_saved_as_a_checkpoint(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    folder = made(checkpoint("llama"), tmp_path / "out", {"rtn": SCHEMES["w4"]})
+    with pytest.raises(
+        InputError, match=re.escape(f"save_pretrained: weights that run packed are not what transformers would write; copy or upload {folder}")
+    ):
+        compress.load(folder).save_pretrained(tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
 def test_experts_of_which_some_are_packed_are_refused(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     folder = made(checkpoint("qwen3_moe"), tmp_path / "out", {"rtn": SCHEMES["w4"]})
     name, shard = "model.layers.1.mlp.experts.3.up_proj", folder / "model.safetensors"
@@ -236,6 +280,11 @@ def test_experts_of_which_some_are_packed_are_refused(checkpoint: Callable[..., 
     three = made(checkpoint("qwen3_moe"), tmp_path / "three", {"rtn": SCHEMES["w3"]})
     other = {key: value for key, value in load_file(three / "model.safetensors").items() if key.startswith(name)}
     save_file(tensors | other, shard, {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (group,) = config["quantization_config"]["config_groups"].values()
+    own = group | {"targets": [name], "weights": group["weights"] | {"num_bits": 3}}
+    config["quantization_config"]["config_groups"] = {"own": own, "group_0": group}
+    (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match="is stored in another way than other experts of its block"):
         compress.load(folder)
 
@@ -244,10 +293,12 @@ def test_the_speed_of_an_artifact_is_measured(tmp_path: Path, checkpoint: Callab
     monkeypatch.setattr(speed, "LEAST_READ", 1 << 20)
     folder, out = made(checkpoint("qwen3_moe", torch.bfloat16), tmp_path / "out", {"rtn": SCHEMES["w4"]}), tmp_path / "speed.json"
     threads = torch.get_num_threads()
-    done = CliRunner().invoke(app, ["bench", str(folder), "--tokens", "2", "--threads", "2", "--json", str(out)])
+    done = CliRunner().invoke(app, ["bench", str(folder), "--tokens", "2", "--threads", str(speed.processors()), "--json", str(out)])
     assert done.exit_code == 0, done.output
     result = json.loads(out.read_text())
-    assert torch.get_num_threads() == threads and result["threads"] == 2
+    assert torch.get_num_threads() == threads and result["threads"] == speed.processors()
+    done = CliRunner().invoke(app, ["bench", str(folder), "--threads", "1000"])
+    assert done.exit_code == 2 and f"--threads: must be at most {speed.processors()}, the processors that this" in " ".join(done.output.split())
     stored, layout = Checkpoint(folder), Layout(Checkpoint(folder))
     # Two of eight experts serve a token, and of the embedding next to nothing is read.
     of_experts = sum(info.nbytes for name, info in stored.tensors.items() if ".experts." in name)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.kernels.linear import T16
-from compress.kernels.packed import Packed, refuse
+from compress.kernels.packed import Kept, Packed, refuse
 from compress.kernels.residuals import Residuals
 from compress.numerics.grid import as_bytes
 
@@ -52,7 +52,7 @@ _library.impl("packed_experts", _product, "CompositeExplicitAutograd")
 torch.library.register_fake("compress::packed_experts", _fake, lib=_library)
 
 
-class Stack(nn.Module):
+class Stack(Kept):
     """The same linear of every expert: the buffers of a `Packed`, [experts, ...]."""
 
     codes: Tensor
