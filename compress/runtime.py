@@ -27,9 +27,10 @@ if TYPE_CHECKING:
 def load(name: str | Path, *, digits: int = 2) -> Any:
     """The model in a folder, a hub id or ``demo:NAME``, ready for `generate`, with every quantised weight packed in memory as it is on disk.
 
-    Kernels multiply integers of 2, 3, 4 and 8 bits, with inputs in so many `digits` of 8 bits (`compress.kernels.linear`);
-    other weights are unpacked for each product, some rows at a time. `explain` says which is which. What the checkpoint says beside its codes -
-    residuals, inputs in 8 bits, a cache in FP8 - is computed as said. Raises `InputError` for what is no such checkpoint.
+    Kernels multiply integers of 2, 3, 4 and 8 bits, with inputs in so many `digits` of 8 bits (`compress.kernels.linear`), and small floats, with
+    inputs as they are (`compress.kernels.small`); other weights are unpacked for each product, some rows at a time. `explain` says which is which.
+    What the checkpoint says beside its codes - residuals, inputs in 8 bits, a cache in FP8 - is computed as said. Raises
+    `InputError` for what is no such checkpoint.
 
     Casting the model (`half`, `double`, `to`) changes what is computed in between; packed weights stay as they are stored. It can be copied and
     pickled, but not be saved as a checkpoint: copy the folder.
@@ -149,9 +150,12 @@ class _Loading:
 
     def _packed(self, weight: Quantized, extras: Extras) -> Packed:
         from compress.kernels.linear import PackedLinear
+        from compress.kernels.small import SmallLinear
         from compress.kernels.unpacked import UnpackedLinear
 
-        return PackedLinear(weight, extras, self._digits) if PackedLinear.takes(weight) else UnpackedLinear(weight, extras)
+        if PackedLinear.takes(weight):
+            return PackedLinear(weight, extras, self._digits)
+        return (SmallLinear if SmallLinear.takes(weight) else UnpackedLinear)(weight, extras)
 
     def _experts(self, block: BlockLayout, activation: Any) -> PackedExperts:
         from compress.kernels.experts import PackedExperts
@@ -182,8 +186,16 @@ class _Loading:
         return stack
 
     def _quantized(self, name: str) -> Quantized:
+        import torch
+
+        from compress.numerics.grid import E4M3
+
         weight = self._model.quantized(name)
         assert weight is not None
+        # Kernels that widen codes bit by bit know no NaN.
+        nan = isinstance(weight.grid, E4M3) and bool((weight.codes.view(torch.uint8).bitwise_and(0x7F) == 0x7F).any())
+        if nan or not bool(weight.scale.float().isfinite().all()):
+            raise InputError.one(name, "holds NaN or infinity", "the artifact is damaged; fetch it again")
         return weight
 
 

@@ -1,4 +1,5 @@
 // Runs every kernel on memory of exactly the size it may touch, for a sanitizer to watch, and compares it with the plain one, bit for bit.
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -57,6 +58,45 @@ int main() {
                         if (value != 3.0f * columns) return std::printf("%s: a dense product is wrong\n", t16_tier(tier)), 1;
                 }
             }
+    for (int code : {T16_E4M3, T16_E2M1})
+        for (int group : {2, 16, 32, 38, 256})
+            for (int rows : {1, 4, 7})
+                for (int inputs : {1, 3, 9})
+                    for (int scale : {T16_FLOAT32, T16_BFLOAT16, T16_FLOAT16, T16_E8M0, T16_E4M3}) {
+                        const int columns = 3 * group, each = code == T16_E4M3 ? 1 : 2;
+                        std::vector<uint8_t> codes(rows * columns / each), bytes(rows * 3, scale == T16_E8M0 ? 128 : 0x40);  // 2 in either type
+                        for (uint8_t &byte : codes) byte = static_cast<uint8_t>(next() % 256);
+                        if (each == 1)
+                            for (uint8_t &byte : codes) byte = (byte & 127) == 127 ? 0 : byte;
+                        const std::vector<float> floats(rows * 3, 2);
+                        const std::vector<uint16_t> halves(rows * 3, 0x4000);
+                        std::vector<float> x(inputs * columns);
+                        for (float &value : x) value = static_cast<float>(next() % 2001) - 1000;
+                        const void *scales = scale == T16_FLOAT32                            ? static_cast<const void *>(floats.data())
+                                             : scale == T16_E8M0 || scale == T16_E4M3 ? static_cast<const void *>(bytes.data())
+                                                                                      : halves.data();
+                        const float unit = 4;
+                        const t16_small matrix = {codes.data(), scales, &unit, rows, columns, group, code, scale};
+                        for (int tier = 0; t16_tier(tier); ++tier) {
+                            if (!t16_present(tier)) continue;
+                            std::vector<float> y(inputs * rows);
+                            t16_small_floats(tier, &matrix, x.data(), inputs, y.data(), 2);
+                            for (int input = 0; input < inputs; ++input)
+                                for (int row = 0; row < rows; ++row) {
+                                    double expected = 0, most = 0;
+                                    for (int k = 0; k < columns; ++k) {
+                                        const int at = row * columns + k, byte = codes[at / each], bits = each == 1 ? byte : byte >> at % 2 * 4 & 15;
+                                        const int wide = each == 1 ? 3 : 1, bias = each == 1 ? 7 : 1, top = each == 1 ? 128 : 8;
+                                        const int exponent = (bits & (top - 1)) >> wide, fraction = bits & ((1 << wide) - 1);
+                                        const double value = std::ldexp(exponent ? fraction + (1 << wide) : fraction, (exponent ? exponent : 1) - bias - wide);
+                                        expected += (bits & top ? -value : value) * x[input * columns + k] / 2;
+                                        most += std::fabs(value * x[input * columns + k] / 2);
+                                    }
+                                    if (std::fabs(y[input * rows + row] - expected) > 1e-5 * most)
+                                        return std::printf("%s: a product of small floats is wrong: code %d, group %d\n", t16_tier(tier), code, group), 1;
+                                }
+                        }
+                    }
     std::vector<uint64_t> data(1024, 1);
     if (t16_read(data.data(), 8192, 2) != 1024) std::abort();
     std::printf("clean:%s\n", ran.c_str());

@@ -161,9 +161,7 @@ def test_a_shape_that_is_none_or_another_than_the_configs_is_given_as_the_reason
     assert any(line.startswith(f"{UP}.weight: has the shape [96, 61], config.json makes it [96, 64]") for line in problems(folder))
 
 
-@pytest.mark.parametrize(
-    ("count", "what"), [(1, "model.layers.1: is not accounted for"), (3, "model.layers.2: has no tensors, though config")]
-)
+@pytest.mark.parametrize(("count", "what"), [(1, "model.layers.1: is not accounted for"), (3, "model.layers.2: has no tensors, though config")])
 def test_a_wrong_number_of_blocks_is_given_as_the_reason(count: int, what: str, artifact: Callable[[str], Path]) -> None:
     folder = artifact("w4")
     with_config(folder, lambda config: config.update(num_hidden_layers=count))

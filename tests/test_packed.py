@@ -17,6 +17,7 @@ from compress.kernels.experts import PackedExperts, Stack
 from compress.kernels.linear import PackedLinear
 from compress.kernels.packed import Extras, Packed
 from compress.kernels.residuals import Residuals
+from compress.kernels.small import SmallLinear
 from compress.kernels.unpacked import UnpackedLinear
 from compress.numerics.activations import Activations
 from compress.numerics.grid import E2M1, E4M3, Grid, Integer, Quantized, below, minmax_scales, quantized, round_to_nearest
@@ -43,7 +44,9 @@ def any_weight(name: str, rows: int = 200) -> Quantized:
 
 
 def packed(weight: Quantized, extras: Extras = Extras()) -> Packed:  # noqa: B008
-    return PackedLinear(weight, extras) if PackedLinear.takes(weight) else UnpackedLinear(weight, extras)
+    if PackedLinear.takes(weight):
+        return PackedLinear(weight, extras)
+    return (SmallLinear if SmallLinear.takes(weight) else UnpackedLinear)(weight, extras)
 
 
 def some_residual(shape: tuple[int, int], share: float = 0.05, stored: torch.dtype = BF16) -> Residual:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compress.kernels import small
 from compress.kernels.linear import T16
 from compress.kernels.packed import Kept, Packed, refuse
 from compress.kernels.residuals import Residuals
@@ -36,7 +37,10 @@ def _product(
                 product = torch.ops.compress.packed_linear(given, codes[expert], scales[expert], zero, bits, rows, x.shape[1], digits)
             else:
                 unit = None if units is None else units[expert]
-                product = torch.ops.compress.unpacked_linear(given, codes[expert], scales[expert], zero, unit, coding)
+                if coding in small.CODINGS:
+                    product = torch.ops.compress.small_linear(given, codes[expert], scales[expert], unit, coding)
+                else:
+                    product = torch.ops.compress.unpacked_linear(given, codes[expert], scales[expert], zero, unit, coding)
             outputs[start:end] = product
         start = end
     return outputs

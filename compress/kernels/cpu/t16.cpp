@@ -149,6 +149,14 @@ extern "C" void t16_dense(int32_t tier, const void *weight, int32_t kind, int64_
         dense(weight, kind, rows, columns, x, tokens, y, rows * thread / threads, rows * (thread + 1) / threads);
 }
 
+extern "C" void t16_small_floats(int32_t tier, const t16_small *matrix, const float *x, int64_t tokens, float *y, int32_t threads) {
+    const t16::Small small = TIERS[tier].kernels.small;
+    if (threads <= 1) return small(*matrix, x, tokens, y, 0, matrix->rows);
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+    for (int32_t thread = 0; thread < threads; ++thread)
+        small(*matrix, x, tokens, y, matrix->rows * thread / threads, matrix->rows * (thread + 1) / threads);
+}
+
 extern "C" uint64_t t16_read(const void *data, int64_t bytes, int32_t threads) {
     uint64_t total = 0;
 #pragma omp parallel for num_threads(threads) schedule(static, 1) reduction(+ : total)
