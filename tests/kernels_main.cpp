@@ -97,6 +97,36 @@ int main() {
                                 }
                         }
                     }
+    for (int bits : {2, 3, 4, 8})
+        for (int scale : {T16_FLOAT32, T16_BFLOAT16})
+            for (int zeros : {0, 1}) {
+                const int rows = 37, blocks = 3, columns = 64, group = 32, experts = 4, values = experts * blocks * 16 * (columns / group);
+                const int64_t ends[experts] = {0, 2, 2, 5};
+                std::vector<uint8_t> codes(experts * blocks * columns * bits * 2), points(values);
+                for (uint8_t &code : codes) code = static_cast<uint8_t>(next());
+                for (uint8_t &point : points) point = static_cast<uint8_t>(next() % (1u << bits));
+                std::vector<float> floats(values), x(5 * columns);
+                std::vector<uint16_t> halves(values);
+                for (float &value : floats) value = static_cast<float>(next() % 100);
+                for (uint16_t &value : halves) value = static_cast<uint16_t>(0x3f80 + next() % 100);
+                for (float &value : x) value = static_cast<float>(next() % 2001) - 1000;
+                for (int tier = 0; t16_tier(tier); ++tier) {
+                    if (!t16_present(tier)) continue;
+                    const auto of = [&](int expert) {
+                        const int at = expert * values / experts;
+                        return t16_matrix{codes.data() + expert * (codes.size() / experts),
+                                          scale == T16_FLOAT32 ? static_cast<const void *>(floats.data() + at) : halves.data() + at,
+                                          zeros ? points.data() + at : nullptr, rows, columns, group, group, bits, scale};
+                    };
+                    std::vector<float> all(5 * rows), each(5 * rows);
+                    const t16_matrix first = of(0), second = of(1), last = of(3);
+                    t16_experts(tier, &first, experts, ends, x.data(), columns, 2, all.data(), 2);
+                    t16_linear(tier, &second, x.data(), 2, columns, 2, each.data(), 2);
+                    t16_linear(tier, &last, x.data() + 2 * columns, 3, columns, 2, each.data() + 2 * rows, 2);
+                    if (std::memcmp(all.data(), each.data(), all.size() * sizeof(float)))
+                        return std::printf("%s: experts of %d bits differ from their products\n", t16_tier(tier), bits), 1;
+                }
+            }
     std::vector<uint64_t> data(1024, 1);
     if (t16_read(data.data(), 8192, 2) != 1024) std::abort();
     std::printf("clean:%s\n", ran.c_str());

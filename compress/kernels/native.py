@@ -56,6 +56,7 @@ def library() -> ctypes.CDLL | None:
         found.t16_read.restype = c_uint64
         found.t16_read.argtypes = [c_void_p, c_int64, c_int32]
         found.t16_linear.argtypes = [c_int32, POINTER(_Matrix), c_void_p, c_int64, c_int64, c_int32, c_void_p, c_int32]
+        found.t16_experts.argtypes = [c_int32, POINTER(_Matrix), c_int64, c_void_p, c_void_p, c_int64, c_int32, c_void_p, c_int32]
         found.t16_multiply.argtypes = [c_int32, POINTER(_Matrix), POINTER(_Inputs), c_void_p, c_int32]
         found.t16_dense.argtypes = [c_int32, c_void_p, c_int32, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_int32]
         found.t16_small_floats.argtypes = [c_int32, POINTER(_Small), c_void_p, c_int64, c_void_p, c_int32]
@@ -118,6 +119,39 @@ def multiply(
         codes.data_ptr(), scales.data_ptr(), _pointer(zeros), rows, columns, columns // scales.shape[1], step, bits, FLOATS[scales.dtype]
     )
     found.t16_linear(_number(tier), matrix, inputs.data_ptr(), tokens, given, digits, outputs.data_ptr(), threads)
+    return outputs
+
+
+def experts(
+    inputs: Tensor,
+    ends: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    *,
+    bits: int,
+    rows: int,
+    columns: int,
+    step: int,
+    digits: int,
+    tier: str,
+) -> Tensor:
+    """`multiply` by the weights [experts, ...] of several, each with its own ``inputs``: those from the end before up to its own of ``ends``.
+
+    ``ends`` int64 [experts] ascend to at most the number of inputs; outputs of inputs beyond are zero. Raises `ValueError` for others.
+    """
+    found = library()
+    assert found is not None
+    tokens, given = inputs.shape
+    values = ends.tolist()
+    if ends.dtype != torch.int64 or len(values) != len(codes) or sorted([0, *values, tokens]) != [0, *values, tokens]:
+        raise ValueError(f"ends must be int64 [{len(codes)}], ascending to at most {tokens}, got {values}")
+    outputs, threads = torch.zeros(tokens, rows), torch.get_num_threads()
+    matrix = _matrix(
+        codes.data_ptr(), scales.data_ptr(), _pointer(zeros), rows, columns, columns // scales.shape[2], step, bits, FLOATS[scales.dtype]
+    )
+    at = ends.contiguous()
+    found.t16_experts(_number(tier), matrix, len(ends), at.data_ptr(), inputs.data_ptr(), given, digits, outputs.data_ptr(), threads)
     return outputs
 
 

@@ -60,7 +60,12 @@ int32_t t16_present(int32_t number);
 // Inputs are rounded, `step` of them to one scale: x ~ scale * digit of 8 bits, or x ~ scale * (128 * first + second), 15 bits together.
 void t16_linear(int32_t tier, const t16_matrix *matrix, const float *x, int64_t tokens, int64_t given, int32_t digits, float *y, int32_t threads);
 
-// The same for inputs that are rounded already.
+// t16_linear for each of so many experts, whose codes, scales and zeros follow those of the first one, which `matrix` is: the rows of x and y from
+// the end of the expert before it up to its own of `ends` are its tokens. An expert without any is not read.
+void t16_experts(int32_t tier, const t16_matrix *matrix, int64_t experts, const int64_t *ends, const float *x, int64_t given, int32_t digits,
+                 float *y, int32_t threads);
+
+// The same as t16_linear for inputs that are rounded already.
 void t16_multiply(int32_t tier, const t16_matrix *matrix, const t16_inputs *inputs, float *y, int32_t threads);
 
 // y [tokens][rows] = x [tokens][columns] times W', W [rows][columns] of the floats `kind` says (enum t16_float).
