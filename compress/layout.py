@@ -119,7 +119,7 @@ class Layout:
                 problems.add(f"{checkpoint.folder / 'config.json'}: {key}", f"must be a positive number, got {size!r}", "fetch it again")
         self.of_blocks = self._of_blocks(problems)
         self.blocks = self._blocks(problems)
-        if len(problems):
+        if len(problems) and not self._readable:
             self._refuse_declared()  # weights under other names are then no riddle
         problems.raise_if_any()
 
@@ -127,6 +127,12 @@ class Layout:
     def packed(self) -> bool:
         """Whether the checkpoint is one of our own artifacts."""
         return "quantization_config" in self.checkpoint.config
+
+    @property
+    def _readable(self) -> bool:
+        """Whether weights, if they are quantised, go by names that this program knows."""
+        declared = self.checkpoint.config.get("quantization_config")
+        return isinstance(declared, dict) and declared.get("quant_method") == "compressed-tensors"
 
     @cached_property
     def cache_scales(self) -> frozenset[str]:
@@ -278,7 +284,7 @@ class Layout:
 
     def _group(self, prefix: str, table: InputGroup, suffix: str, problems: Problems, expert: int | None = None) -> Group | None:
         names = [f"{prefix}.{local}" for local in table.linears]
-        shapes = {name: self._shape(name) for name in names}
+        shapes = {name: self._shape(name, problems) for name in names}
         present = [name for name, shape in shapes.items() if shape]
         if not present:
             return None
@@ -289,18 +295,25 @@ class Layout:
             problems.add(f"{prefix}.{table.name}", f"linears that share an input differ in width: {[linear.columns for linear in linears]}")
         return Group(f"{prefix}.{table.name}{suffix}", linears, expert)
 
-    def _shape(self, linear: str) -> tuple[int, int] | None:
+    def _shape(self, linear: str, problems: Problems) -> tuple[int, int] | None:
         tensors = self.checkpoint.tensors
         if (info := tensors.get(f"{linear}.weight")) is not None:
             return (info.shape[0], info.shape[1]) if len(info.shape) == 2 else None
-        if (info := tensors.get(f"{linear}.weight_packed")) is not None and info.dtype == "U8" and len(info.shape) == 2:
-            return info.shape[0], 2 * info.shape[1]  # two codes a byte
-        if (info := tensors.get(f"{linear}.weight_shape")) is not None:
-            with info.file.open("rb") as file:
-                file.seek(info.begin)
-                rows, columns = struct.unpack("<2q", file.read(16))
-            return rows, columns
-        return None
+        packed = tensors.get(f"{linear}.weight_packed")
+        if packed is not None and packed.dtype == "U8" and len(packed.shape) == 2:
+            return packed.shape[0], 2 * packed.shape[1]  # two codes a byte
+        if packed is None:
+            return None
+        if (info := tensors.get(f"{linear}.weight_shape")) is None or (info.dtype, info.shape) != ("I64", (2,)) or len(packed.shape) != 2:
+            raise InputError.one(f"{linear}.weight_shape", "is missing, or no shape of a matrix", "the artifact is damaged; fetch it again")
+        with info.file.open("rb") as file:
+            file.seek(info.begin)
+            rows, columns = struct.unpack("<2q", file.read(16))
+        # A code has two to eight bits.
+        if rows != packed.shape[0] or not columns * 2 <= packed.shape[1] * 32 < columns * 8 + 32:
+            what = f"says {[rows, columns]}, which {list(packed.shape)} words of 32 bits do not hold"
+            problems.add(f"{linear}.weight_shape", what, "the artifact is damaged; fetch it again")
+        return rows, columns
 
 
 def _edges(prefix: str, fold: Fold, locals_: list[str]) -> Iterator[Edge]:

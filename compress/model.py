@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import json
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
-from compress import hardware
+from compress import declared, hardware
 from compress.arch.base import Experts
 from compress.checkpoint import (
     FLOATS,
@@ -455,6 +454,8 @@ class Model:
     """
 
     def __init__(self, layout: Layout, schemes: Mapping[str, Scheme] = MappingProxyType({})) -> None:
+        if layout.packed:
+            declared.check(layout)
         self.layout = layout
         self.schemes = schemes
         self.checkpoint: Checkpoint = layout.checkpoint
@@ -664,8 +665,7 @@ class Model:
         groups = self.checkpoint.config.get("quantization_config", {}).get("config_groups", {}) if self.layout.packed else {}
         for group in groups.values():
             if group.get("input_activations"):
-                targets = [target.removeprefix("re:") for target in group["targets"] if target != "Linear"]
-                named = {name for name in self.layout.linears if not targets or any(re.fullmatch(target, name) for target in targets)}
+                named = {name for name in self.layout.linears if any(declared.fits(target, name) for target in group["targets"])}
                 self._inputs |= dict.fromkeys(named, group["input_activations"])
 
     def inputs(self, linear: str) -> Activations | None:
@@ -829,6 +829,8 @@ class Model:
                     slot.view(module).copy_(read_entry(self.final(name)))
             if scales := self.cache_scales(layout):
                 _round_cache(module.get_submodule(self.layout.arch.attention), scales)
+        for config in (self._config, whole.config):  # what is registered under another name, a process that unpickles the model lacks
+            config._experts_implementation = config.get_text_config()._experts_implementation = "eager"
         return whole.to(self.device).eval()
 
     def write_outside(self, path: Path, tensors: dict[str, Tensor], settings: dict[str, Any], records: list[dict[str, Any]]) -> None:
@@ -911,11 +913,12 @@ def _round_cache(attention: nn.Module, scales: tuple[Tensor, Tensor]) -> None:
     for name, scale in zip(CACHE_BUFFERS, scales, strict=True):
         attention.register_buffer(name, scale)
 
-    def before(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        keys, values = (module.get_buffer(name) for name in CACHE_BUFFERS)
-        return given, named | {"past_key_values": Cache((keys, values), kept=named.get("past_key_values"))}
+    attention.register_forward_pre_hook(_with_cache, with_kwargs=True)
 
-    attention.register_forward_pre_hook(before, with_kwargs=True)
+
+def _with_cache(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    keys, values = (module.get_buffer(name) for name in CACHE_BUFFERS)
+    return given, named | {"past_key_values": Cache((keys, values), kept=named.get("past_key_values"))}
 
 
 def _dense_name(name: str) -> str:
