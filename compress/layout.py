@@ -263,24 +263,22 @@ class Layout:
         if not stages:
             problems.add(prefix, f"has none of the linears a {self.arch.model_type} has", "is model_type right?")
         edges = tuple(edge for fold in self.arch.folds for edge in _edges(prefix, fold, locals_))
-        units = tuple(found for unit in self.arch.units for found in self._units(prefix, index, unit, locals_))
+        linears = {linear.name: linear for stage in stages for group in stage.groups for linear in group.linears}
+        units = tuple(found for unit in self.arch.units for found in self._units(prefix, index, unit, linears))
         return BlockLayout(index, prefix, tuple(stages), edges, units, tuple(f"{prefix}.{name}" for name in locals_))
 
-    def _units(self, prefix: str, index: int, unit: Unit, locals_: list[str]) -> Iterator[Units]:
-        """What `unit` is in a block with tensors of these local names."""
-        before, _, after = unit.columns.partition("*")
-        owners = {name.rpartition(".")[0] for name in locals_}
+    def _units(self, prefix: str, index: int, unit: Unit, linears: dict[str, Linear]) -> Iterator[Units]:
+        """What `unit` is in a block with these linears, by name."""
+        before, _, after = f"{prefix}.{unit.columns}".partition("*")
         size = (self.head_dim or 0) if unit.heads else 1
-        found = [owner for owner in owners if _fits(unit.columns, owner)] if size else []
-        numbers = sorted(int(owner.removeprefix(before).removesuffix(after)) for owner in found) if "*" in unit.columns else [None] * len(found)
+        found = [name for name in linears if _fits(f"{prefix}.{unit.columns}", name)] if size else []
+        numbers = sorted(int(name.removeprefix(before).removesuffix(after)) for name in found) if "*" in unit.columns else [None] * len(found)
         for number in numbers:
             *rows, columns = (f"{prefix}.{name}".replace("*", str(number)) for name in (*unit.rows, unit.columns))
-            made = self._shape(rows[-1])
-            if made and all(map(self._shape, rows)):  # what is missing has been told
+            if all(name in linears for name in rows):  # what is missing has been told
                 name = f"{prefix}.{unit.kind}" + ("" if number is None else f".{number}")
-                count = made[0] // size
                 parts = int(self.setting(unit.within, index) or 1) if unit.within else 1
-                yield Units(name, unit.kind, count, tuple(rows), columns, unit.heads, parts, number)
+                yield Units(name, unit.kind, linears[rows[-1]].rows // size, tuple(rows), columns, unit.heads, parts, number)
 
     def _group(self, prefix: str, table: InputGroup, suffix: str, problems: Problems, expert: int | None = None) -> Group | None:
         names = [f"{prefix}.{local}" for local in table.linears]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -149,5 +150,5 @@ def test_every_sample_comes_once_before_any_comes_again() -> None:
 def test_the_rate_rises_then_falls() -> None:
     shares = [rate(step / 100) for step in range(101)]
     assert shares[0] == 0.01 and max(shares) == shares[10] == 1.0 and shares[100] == pytest.approx(0.01)
-    assert all(one <= other for one, other in zip(shares[:10], shares[1:11], strict=True))
-    assert all(one >= other for one, other in zip(shares[10:], shares[11:], strict=False))
+    assert all(one <= other for one, other in pairwise(shares[:11]))
+    assert all(one >= other for one, other in pairwise(shares[10:]))
