@@ -34,7 +34,7 @@ from compress.checkpoint import (
 )
 from compress.errors import InputError, Problems
 from compress.formats import base as formats
-from compress.formats import sparse_residual
+from compress.formats import nm_packed, sparse_residual
 from compress.formats.sparse_residual import Residual
 from compress.layout import BlockLayout, Layout
 from compress.numerics.activations import Activations
@@ -553,6 +553,17 @@ class Model:
             ) from error
         return config, modules.eval().requires_grad_(False)
 
+    def _generation(self) -> dict[str, Any]:
+        """What transformers has to be told of generation, which it looks for beside the weights."""
+        from transformers import GenerationConfig
+
+        folder = self.checkpoint.folder
+        if self.checkpoint.weights == folder:
+            return {}
+        if (folder / "generation_config.json").exists():
+            return {"generation_config": GenerationConfig.from_pretrained(folder, local_files_only=True)}
+        return {"generation_config": GenerationConfig.from_model_config(self._config)}
+
     def _hollow(self) -> Any:
         bare = copy.deepcopy(self._config)
         text = bare.get_text_config()
@@ -561,8 +572,9 @@ class Model:
         if types is not None:
             text.layer_types = []
         hollow, info = self._auto_class().from_pretrained(
-            self.checkpoint.folder, config=bare, dtype=self.dtype, attn_implementation="sdpa",
+            self.checkpoint.weights, config=bare, dtype=self.dtype, attn_implementation="sdpa",
             local_files_only=True, trust_remote_code=False, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True,
+            **self._generation(),
         )  # fmt: skip
         # transformers makes numbers up for what it does not find.
         problems = Problems()
@@ -720,7 +732,8 @@ class Model:
         """The weight of a linear as stored, or as its codes and residuals say."""
         weight, residual = self.quantized(linear), self.residual(linear)
         if weight is None:
-            return read_tensor(self.tensors[f"{linear}.weight"])
+            name = f"{linear}.weight"
+            return read_tensor(self.tensors[name]) if name in self.tensors else self._as_stored(name)
         computed = self.computed(linear, weight)
         return residual.add_to(computed) if residual else computed
 
@@ -760,7 +773,7 @@ class Model:
 
     def dense_dtype(self, linear: str) -> torch.dtype:
         """The dtype of a linear's weight in the source, or of its scales if it was packed there."""
-        names = (f"{linear}.weight", f"{linear}.weight_scale")
+        names = (f"{linear}.weight", f"{linear}.weight_scale", f"{linear}.{nm_packed.VALUES}")
         return next(DTYPES[info.dtype] for name in names if (info := self.checkpoint.tensors.get(name)) and info.dtype in DTYPES)
 
     def cache_scales(self, block: BlockLayout) -> tuple[Tensor, Tensor] | None:
@@ -770,6 +783,13 @@ class Model:
             return None
         keys, values = (read_tensor(self.tensors[name]).to(self.device, torch.float32) for name in names)
         return keys, values
+
+    def _as_stored(self, name: str) -> Tensor:
+        """A tensor that is not quantised, in the dtype it has in the artifact."""
+        linear = name.removesuffix(".weight")
+        if f"{linear}.{nm_packed.VALUES}" not in self.tensors:
+            return read_entry(self.final(name))
+        return nm_packed.unpack_dense(linear, {f"{linear}.{part}": read_tensor(info) for part, info in self.parts(linear).items()})
 
     def final(self, name: str) -> Entry:
         """A tensor as it goes into the artifact; if a pass changed it, in the dtype it has in the source."""
@@ -790,7 +810,7 @@ class Model:
             if linear in self.layout.linears and (linear in self.schemes or self.packed_as(linear)):
                 slot.view(module).copy_(self.dense(linear))
             else:  # nobody will round it, so it computes as it will be stored
-                slot.view(module).copy_(read_entry(self.final(name)))
+                slot.view(module).copy_(self._as_stored(name))
         block = Block(layout, module, slots, self)
         try:
             for each in layout.linears:
@@ -826,7 +846,7 @@ class Model:
                 module.get_submodule(owner)._parameters[leaf] = nn.Parameter(empty, requires_grad=False)
             for name, slot in slots.items():
                 if name.removesuffix(".weight") not in packed and name.removesuffix(".bias") not in packed:
-                    slot.view(module).copy_(read_entry(self.final(name)))
+                    slot.view(module).copy_(self._as_stored(name))
             if scales := self.cache_scales(layout):
                 _round_cache(module.get_submodule(self.layout.arch.attention), scales)
         for config in (self._config, whole.config):  # what is registered under another name, a process that unpickles the model lacks

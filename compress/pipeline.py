@@ -442,7 +442,7 @@ class _Run:
     def _size(self, staging: Path) -> dict[str, Any]:
         after = Checkpoint(staging)
         quantized = sum(linear.rows * linear.columns for name, linear in self.layout.linears.items() if name in self.plan)
-        parts = [f"{name}.{part}" for name in self.plan for part in (*PARTS, *RESIDUAL_PARTS) if part != "weight_shape"]
+        parts = [f"{name}.{part}" for name in self.plan for part in (*PARTS, *RESIDUAL_PARTS) if part not in ("weight_shape", "nm_pattern")]
         stored = sum(after.tensors[part].nbytes for part in parts if part in after.tensors)
         return {
             "before_bytes": self.source.checkpoint.nbytes,

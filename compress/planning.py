@@ -96,7 +96,7 @@ def plan(recipe: Recipe, layout: Layout, schemes: dict[str, tuple[str, Scheme]])
             "before_bytes": source.checkpoint.nbytes,
             "after_bytes": output_bytes(layout, per_linear, cache_scheme(recipe)) + added_bytes(recipe, layout),
             "bits_per_weight": 8 * stored / weights if weights else None,
-            "at_most": mixed != per_linear,
+            "at_most": mixed != per_linear or recipe.export[0] == "nm-packed",
         },
         "engines": export_module(recipe.export[0]).verdicts(layout, mixed, cache_scheme(recipe)),
     }

@@ -395,6 +395,8 @@ def _check_export(recipe: Recipe, layout: Layout, place: str, plan: dict[str, Sc
     """What is exported must be possible with whatever bits are allocated."""
     found = Problems()
     for target in recipe.export:
+        if target == "nm-packed" and not any(isinstance(step, Prunes) for _, step in recipe.instances()):
+            found.add(f"{place}: export", "nothing is pruned that nm-packed could pack", "add a pass such as prune_nm, or take compressed-tensors")
         for bits in examples:
             schemes = plan | {name: plan[name].model_copy(update={"bits": bits[name]}) for name in plan.keys() & bits.keys()}
             exporter = export_module(target)

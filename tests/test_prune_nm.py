@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -285,12 +286,15 @@ def test_a_whole_run_with_another_order_keeps_more_of_the_scores(checkpoint: Che
 # Experts that saw too little ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_starved_expert_stops_the_run_or_is_pruned_by_magnitude_and_recorded(checkpoint: Checkpoints, tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [{"refit": True}, {"method": "alps"}, {"method": "wanda"}], ids=str)
+def test_a_starved_expert_stops_the_run_or_is_pruned_by_magnitude_and_recorded(
+    options: dict[str, Any], checkpoint: Checkpoints, tmp_path: Path
+) -> None:
     few = QUICK | {"calibration": {"samples": 1, "length": 8}}
     folder = checkpoint("qwen3_moe")
     with pytest.raises(InputError, match=r"experts\.gate_up\.\d: saw \d+ of 8 calibration tokens, needs 16; .* set fallback: magnitude"):
         pruned(folder, tmp_path / "out", more=few, min_tokens=0.25, include=["*experts*"])
-    result = pruned(folder, tmp_path / "out", more=few, min_tokens=0.25, include=["*experts*"], fallback="magnitude", refit=True)
+    result = pruned(folder, tmp_path / "out", more=few, min_tokens=0.25, include=["*experts*"], fallback="magnitude", **options)
     pruned(folder, tmp_path / "plain", include=["*experts*"], method="magnitude")
     assert len(result["fallbacks"]) == len(result["transforms"]) == 2 * 8 * 3
     one, other = weights(tmp_path / "out"), weights(tmp_path / "plain")
@@ -352,3 +356,21 @@ def test_the_report_on_disk_has_the_figures_of_the_files(checkpoint: Checkpoints
     report, model = json.loads((tmp_path / "out" / "report.json").read_text()), opened(tmp_path / "out")
     dense = [model.dense(linear) for linear in model.layout.linears]
     assert report["verification"]["pruned_density"] == sum(int(each.count_nonzero()) for each in dense) / sum(each.numel() for each in dense) <= 0.5
+
+
+# On a trained model ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_methods_lose_in_the_order_that_is_known_of_them(tmp_path: Path) -> None:
+    more = {"calibration": {"samples": 64, "length": 256}, "evaluate": {"context": 256, "windows": 20}, "verify": "streamed"}
+    rows = {
+        "alps": {"method": "alps"}, "refit": {"refit": True}, "sparsegpt": {}, "wanda": {"method": "wanda"}, "magnitude": {"method": "magnitude"},
+        "4:8": {"pattern": "4:8"}, "1:4": {"pattern": "1:4"},
+    }  # fmt: skip
+    lost = {
+        name: math.log(pruned("demo:dense", tmp_path / name.replace(":", "-"), more=more, **options)["evaluation"]["figures"]["perplexity_ratio"])
+        for name, options in rows.items()
+    }
+    assert lost["alps"] < lost["refit"] < lost["sparsegpt"] < lost["wanda"] - 0.05
+    assert lost["wanda"] <= lost["magnitude"] and lost["4:8"] < lost["sparsegpt"] < lost["1:4"]

@@ -139,12 +139,13 @@ class Pass(Fed, Selecting):
         reasons = [self._unfit(inputs, index, bool(factor.damp[index].isnan())) for index in range(len(members))]
         for shape in sorted({tuple(linear.rows for linear in linears) for linears in members}):
             batch = [index for index, linears in enumerate(members) if tuple(linear.rows for linear in linears) == shape]
+            moment = hessian if len(batch) == len(members) else hessian[batch]  # a copy may be large
             unfit = torch.tensor([reasons[index] is not None for index in batch], device=hessian.device)
             for linears in zip(*(members[index] for index in batch), strict=True):
                 exact = [_ordered(block.weight(linear.name), orders[index]) for index, linear in zip(batch, linears, strict=True)]
                 weight = torch.stack(exact).to(hessian.dtype)
-                pruned = self._solve(weight, hessian[batch], energy[batch], factor.members(batch), unfit)
-                lost = cost(weight - pruned, hessian[batch]).sum(1) / cost(weight, hessian[batch]).sum(1).clamp_min(1e-30)
+                pruned = self._solve(weight, moment, energy[batch], factor.members(batch), unfit)
+                lost = cost(weight - pruned, moment).sum(1) / cost(weight, moment).sum(1).clamp_min(1e-30)
                 for place, (index, linear) in enumerate(zip(batch, linears, strict=True)):
                     reason = reasons[index]
                     record = {
@@ -170,7 +171,7 @@ class Pass(Fed, Selecting):
             found = torch.stack([self._masked(each, level) for each, level in zip(weight, energy, strict=True)])
             kept = found != 0
         if self.method == "alps":
-            found = torch.stack([alps(*each[:2], self._pattern, each[2]) for each in zip(weight, hessian, found, strict=True)])
+            found = torch.stack([alps(each, moment, self._pattern, start) for each, moment, start in zip(weight, hessian, found, strict=True)])
         elif self.refit:
             found = refit(weight, found, kept, hessian)
         return torch.where(unfit[:, None, None], plain, found)
