@@ -12,6 +12,7 @@ from compress.layout import BlockLayout, Group, Layout
 from compress.passes.base import Allocator, Differentiating, Prunes, Quantize, Restructure, Rewrite
 from compress.recipe import Recipe, cache_scheme, expected, export_module
 from compress.scheme import Scheme, dense_bytes, output_bytes
+from compress.tradeoff import against_fewer_bits
 
 RUNTIME_BYTES = 600 << 20
 """Python with torch and transformers, before any tensor."""
@@ -67,6 +68,8 @@ def plan(recipe: Recipe, layout: Layout, schemes: dict[str, tuple[str, Scheme]])
         operations = _operations(layout, taken, tokens)
         if isinstance(step, Differentiating):
             operations = _forward(source, tokens) * step.forwards
+        if tokens and isinstance(step, Rewrite | Restructure):
+            operations = max(operations, _forward(source, tokens) * step.sweeps(recipe.calibration.samples, recipe.calibration.length))
         if isinstance(step, Allocator):
             operations = _forward(layout, step.sequences(layout) * recipe.calibration.length)
             mixed |= {linear: per_linear[linear].model_copy(update={"bits": bits}) for linear, bits in step.examples(layout)[-1].items()}
@@ -81,7 +84,7 @@ def plan(recipe: Recipe, layout: Layout, schemes: dict[str, tuple[str, Scheme]])
                 + gradient_bytes(recipe, layout) * isinstance(step, Differentiating)
                 + sum(_packed(layout, linear, scheme) for linear, scheme in mine.items())
                 + 2 * tokens * _hidden(layout),
-                "seconds": operations / ASSUMED_FLOPS,
+                "seconds": operations / ASSUMED_FLOPS + (step.seconds if isinstance(step, Rewrite) else 0.0),
             }
         )
         if isinstance(step, Allocator):
@@ -90,11 +93,13 @@ def plan(recipe: Recipe, layout: Layout, schemes: dict[str, tuple[str, Scheme]])
             times, allocating = trying
             allocating["seconds"] += times * passes[-1]["seconds"]
             allocating["disk_bytes"] += times * passes[-1]["disk_bytes"]
+    after_bytes = output_bytes(layout, per_linear, cache_scheme(recipe)) + added_bytes(recipe, layout)
     return {
         "passes": passes,
+        "instead": against_fewer_bits(recipe, source, layout, mixed, after_bytes),
         "size": {
             "before_bytes": source.checkpoint.nbytes,
-            "after_bytes": output_bytes(layout, per_linear, cache_scheme(recipe)) + added_bytes(recipe, layout),
+            "after_bytes": after_bytes,
             "bits_per_weight": 8 * stored / weights if weights else None,
             "at_most": mixed != per_linear or recipe.export[0] == "nm-packed",
         },

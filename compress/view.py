@@ -123,8 +123,24 @@ def plan(result: dict[str, Any]) -> None:
     bits = f", {size['bits_per_weight']:.3f} bits per quantised weight" if size["bits_per_weight"] else ""
     most = "at most " if size["at_most"] else ""
     console.print(f"size: {human(size['before_bytes'])} -> {most}{human(size['after_bytes'])}{bits}", highlight=False)
+    if result["instead"]:
+        console.print(_instead(result["instead"]), highlight=False)
     for engine, verdict in result["engines"].items():
         console.print(f"{engine}: {verdict}", highlight=False)
+
+
+def _instead(found: dict[str, Any]) -> str:
+    """Pruning beside fewer bits, in a sentence or two."""
+    pruned, quantized, bits = found["pruned"], found["quantized"], found["bits"]
+    begin = f"expected to lose {pruned:.3f} nats as demo:dense did; quantising alone to as many bytes, {bits:.2f} bits per weight, "
+    if quantized is None:
+        return begin + "leaves fewer than 2 bits, which nothing here survives: pruning is what is left"
+    if bits == 16:
+        return f"expected to lose {pruned:.3f} nats as demo:dense did, and to save no bytes: what pays is hardware that skips zeros"
+    worse, better = (pruned, quantized) if pruned > quantized else (quantized, pruned)
+    if worse < 1.2 * better:
+        return begin + f"{quantized:.3f}: neither is clearly better"
+    return begin + f"{quantized:.3f}: " + ("fewer bits lose less" if pruned > quantized else "pruning loses less")
 
 
 def advice(result: dict[str, Any]) -> None:

@@ -279,9 +279,8 @@ class Restructure(BaseModel):
     verb: ClassVar[str]
     """What the ledger says it did to a tensor."""
 
-    @property
-    def sweeps(self) -> float:
-        """What it costs, in forward passes of the model over the calibration data."""
+    def sweeps(self, samples: int, length: int) -> float:
+        """What it costs, in forward passes of the model over the calibration data, of so many samples of so many tokens."""
         return 0.0
 
     def resident_bytes(self, layout: Layout) -> int:
@@ -320,6 +319,15 @@ class Rewrite(BaseModel):
 
     def plan(self, layout: Layout) -> dict[str, Scheme]:
         return {}
+
+    def sweeps(self, samples: int, length: int) -> float:
+        """What it costs, in forward passes of the model over the calibration data, of so many samples of so many tokens."""
+        return 0.0
+
+    @property
+    def seconds(self) -> float:
+        """How long it was told to take."""
+        return 0.0
 
     def added_bytes(self, layout: Layout) -> int:
         """Bytes of the tensors it adds to the artifact."""

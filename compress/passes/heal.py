@@ -64,6 +64,13 @@ class Pass(Rewrite):
         if self.train == "lora" and self.mask == "moving":
             problems.add(f"{place}: mask", "adapters of low rank cannot say which weights are to be zero", "set mask: fixed, or train: all")
 
+    def sweeps(self, samples: int, length: int) -> float:
+        return 0.0 if self.tokens is None else 4.0 * self.copies * self.tokens / (samples * length)
+
+    @property
+    def seconds(self) -> float:
+        return 60 * self.copies * (self.minutes or 0.0)
+
     def resident_bytes(self, layout: Layout) -> int:
         """The source, the model, and weights, gradients and two moments in float32."""
         parameters = sum(linear.rows * linear.columns for linear in layout.linears.values())

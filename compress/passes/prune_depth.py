@@ -30,8 +30,7 @@ class Pass(Restructure):
     drop: int = Field(default=1, ge=1, description="how many blocks to remove")
     iterative: bool = Field(default=True, description="measure again after each one removed; otherwise all go by the first measurement")
 
-    @property
-    def sweeps(self) -> float:
+    def sweeps(self, samples: int, length: int) -> float:
         return float(self.drop if self.iterative else 1)
 
     def check(self, place: str, layout: Layout, problems: Problems) -> None:

@@ -72,9 +72,9 @@ class Pass(Restructure):
     def needs_data(self) -> bool:
         return self.method not in WITHOUT_DATA
 
-    @property
-    def sweeps(self) -> float:
-        return {"taylor": 4.0}.get(self.method, float(self.needs_data))  # steps of ddp are counted by samples, which it does not know
+    def sweeps(self, samples: int, length: int) -> float:
+        # A step back costs two forward, and what is learned from one more.
+        return {"taylor": 4.0, "ddp": 4.0 * self.steps * self.batch / samples}.get(self.method, float(self.needs_data))
 
     def check(self, place: str, layout: Layout, problems: Problems) -> None:
         there = {units.kind for block in layout.blocks for units in block.units}
