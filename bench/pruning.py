@@ -49,11 +49,13 @@ ROWS: dict[str, Passes] = {
     "structured/wanda_sp": structured("wanda_sp", CUT),
     "structured/taylor": structured("taylor", CUT),
     "structured/flap": structured("flap", CUT),
+    "structured/flap, compensated": structured("flap", CUT, compensate=True),
     "structured/ddp": structured("ddp", CUT, **GATES),
     "per_layer/magnitude": structured("magnitude", SHARED),
     "per_layer/wanda_sp": structured("wanda_sp", SHARED),
     "per_layer/taylor": structured("taylor", SHARED),
     "per_layer/flap": structured("flap", SHARED),
+    "per_layer/flap, compensated": structured("flap", SHARED, compensate=True),
     "per_layer/ddp": structured("ddp", SHARED, **GATES),
     "nm/magnitude": nm("magnitude"),
     "nm/wanda": nm("wanda"),
@@ -65,6 +67,8 @@ ROWS: dict[str, Passes] = {
     "nm/sparsegpt 1:4": nm("sparsegpt", "1:4"),
     "healed/sparsegpt, healed 10 minutes": [*nm("sparsegpt"), {"heal": HEALING}],
     "healed/magnitude, AST 10 minutes": [*nm("magnitude"), {"heal": HEALING | {"mask": "moving"}}],
+    "depth/one block of four": [{"prune_depth": {"drop": 1}}],
+    **{f"share/flap, {share} kept": structured("flap", {"keep": {"ffn_channel": share}, "multiple_of": 16}) for share in (0.5, 0.875)},
     **{f"low_rank/{method}": [{"low_rank": {"method": method, "keep": 0.8}}] for method in ("svd", "asvd", "lord", "svd_llm")},
 }
 """By table and name, the passes of a row."""

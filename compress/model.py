@@ -223,7 +223,9 @@ class Block:
 
         Until then the block computes as before.
         """
-        self._changed[name] = read_entry(Entry(name, self._model.checkpoint.tensors[name].dtype, tuple(tensor.shape), tensor))
+        known = self._model.checkpoint.tensors
+        dtype = known[name if name in known else f"{name.rpartition('.')[0]}.weight"].dtype  # a bias may be new
+        self._changed[name] = read_entry(Entry(name, dtype, tuple(tensor.shape), tensor))
 
     def is_pruned(self, linear: str) -> bool:
         """Whether a pass before this one removed weights of a linear."""

@@ -167,6 +167,8 @@ class _Run:
         """Of the model as it is now: passes may take parts out of it."""
         self.origins = {name: name for name in layout.checkpoint.tensors}
         """What each tensor of the model as it is now was called in the source."""
+        self.added: dict[str, str] = {}
+        """By tensor of the model as it is now that the source has nothing of: the pass that made it."""
         self.cut: dict[str, dict[str, str]] = {}
         """By tensor of the source that passes made smaller, or took out: which did, and what they call it."""
         self.plan = plan
@@ -323,10 +325,11 @@ class _Run:
                 self._take(record)
         places = {(info.file, info.begin): tensor for tensor, info in before.checkpoint.tensors.items()}
         now = {tensor: places.get((info.file, info.begin), tensor) for tensor, info in self.layout.checkpoint.tensors.items()}
-        changed = {was for tensor, was in now.items() if self.layout.checkpoint.tensors[tensor] is not before.checkpoint.tensors[was]}
-        for was in changed | (before.checkpoint.tensors.keys() - now.values()):
+        changed = {was for tensor, was in now.items() if self.layout.checkpoint.tensors[tensor] is not before.checkpoint.tensors.get(was)}
+        for was in (changed | (before.checkpoint.tensors.keys() - now.values())) & self.origins.keys():
             self.cut.setdefault(self.origins[was], {})[name] = step.verb
-        self.origins = {tensor: self.origins[was] for tensor, was in now.items()}
+        self.added = {tensor: self.added.get(was, name) for tensor, was in now.items() if was not in self.origins}
+        self.origins = {tensor: self.origins[was] for tensor, was in now.items() if was in self.origins}
 
     def _allocate(self, plan: Allocation, name: str, sources: dict[str, str]) -> None:
         """From here on linears are to be stored as `plan` says."""
@@ -414,6 +417,9 @@ class _Run:
         added = sorted(self.rewritten.keys() - self.layout.checkpoint.tensors.keys())
         for name in added:
             info, by = self.model.tensors[name], " and ".join(self.rewritten[name])
+            ledger.append({"name": name, "shape": list(info.shape), "dtype": info.dtype, "action": "added", "why": f"by {by}"})
+        for name, by in sorted(self.added.items()):
+            info = self.model.tensors[name]
             ledger.append({"name": name, "shape": list(info.shape), "dtype": info.dtype, "action": "added", "why": f"by {by}"})
         ledger += [{"name": name, "action": "dropped", "why": "in a shard, but not in the index"} for name in self.source.checkpoint.unlisted]
         ledger += [{"name": name, "action": "dropped", "why": "weights in another format"} for name in self.source.checkpoint.left_behind]

@@ -35,6 +35,29 @@ def taken_from(units: Units, kept: Tensor, scale: Tensor | None, tensors: Mappin
     return left
 
 
+def made_up(
+    units: Units, kept: Tensor, mean: Tensor, tensors: Mapping[str, Tensor], together: Iterable[str], left: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Biases [rows] of the linears `together`, of which the one that reads ``units`` gets what those not ``kept`` gave on average.
+
+    ``mean`` [columns] is that of its inputs, ``tensors`` are weights and biases before, ``left`` those after (arXiv 2312.11983 section 3.4). The
+    others get zeros where they had none.
+    """
+    removed = torch.ones(units.count, dtype=torch.bool, device=mean.device)
+    removed[kept] = False
+    weight = tensors[f"{units.columns}.weight"]
+    lost = weight @ (mean * removed.repeat_interleave(len(mean) // units.count)).to(weight.dtype)
+    found = {}
+    for linear in together:
+        name = f"{linear}.bias"
+        rows = left.get(f"{linear}.weight", tensors.get(f"{linear}.weight"))
+        assert rows is not None
+        found[name] = left.get(name, tensors.get(name, rows.new_zeros(len(rows))))
+        if linear == units.columns:
+            found[name] = found[name] + lost
+    return found
+
+
 def _runs(tensor: Tensor, units: Units) -> Tensor:
     """[rows, ...] as [units, run, ...]."""
     return tensor.reshape(units.count, -1, *tensor.shape[1:])
@@ -47,16 +70,31 @@ def parameters(layout: Layout, units: Units) -> int:
     return sum(torch.Size(tensors[name].shape).numel() for name in names if name in tensors) // units.count
 
 
-def narrowed(layout: Layout, counts: Mapping[str, int]) -> dict[str, TensorInfo]:
-    """What the tensors of units will be when of those of each name so many are left. There is nothing to read yet where they say they lie."""
-    found: dict[str, TensorInfo] = {}
+def biases(layout: Layout, columns: Collection[str]) -> dict[str, list[str]]:
+    """By linear among `columns` that may be given a bias: all linears, itself too, that then have one, since the config says so of all of them."""
+    found: dict[str, list[str]] = {}
+    for block in layout.blocks:
+        for _, locals_ in layout.arch.biases:
+            together = [name for local in locals_ if (name := f"{block.prefix}.{local}") in layout.linears]
+            found |= {name: together for name in together if name in columns}
+    return found
+
+
+def narrowed(layout: Layout, counts: Mapping[str, int], biased: Collection[str] = ()) -> dict[str, TensorInfo]:
+    """What the tensors of units will be when of those of each name so many are left, and all linears in `biased` have a bias.
+
+    There is nothing to read yet where they say they lie.
+    """
+    tensors = layout.checkpoint.tensors
+    missing = [linear for linear in biased if f"{linear}.bias" not in tensors]
+    found = {f"{linear}.bias": _of_shape(tensors[f"{linear}.weight"], tensors[f"{linear}.weight"].shape[:1]) for linear in missing}
     for block in layout.blocks:
         for units in block.units:
             if (count := counts.get(units.name, units.count)) == units.count:
                 continue
             for linear, axis in [*((linear, 0) for linear in units.rows), (units.columns, 1)]:
                 for name in (f"{linear}.weight", f"{linear}.bias")[: 2 - axis]:
-                    if (info := found.get(name, layout.checkpoint.tensors.get(name))) is not None:
+                    if (info := found.get(name, tensors.get(name))) is not None:
                         found[name] = _of_shape(info, [size * count // units.count if at == axis else size for at, size in enumerate(info.shape)])
     return found
 
@@ -86,6 +124,9 @@ def reshaped(layout: Layout, tensors: Mapping[str, TensorInfo]) -> Layout:
                 declared[index][unit.count] = counts[index]
         if unit.heads and layout.head_dim:
             text["head_dim"] = layout.head_dim  # otherwise it would be worked out from the number of heads
+    for key, locals_ in layout.arch.biases:
+        if any(f"{block.prefix}.{local}.bias" in tensors for block in layout.blocks for local in locals_):
+            text[key] = True
     _declare(text, declared, len(layout.blocks))
     return Layout(checkpoint.altered(merged, config))
 

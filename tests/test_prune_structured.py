@@ -15,6 +15,7 @@ from test_run import compress, contents, weights
 
 from compress import recipe, runtime
 from compress.checkpoint import SINGLE, Checkpoint
+from compress.data import Tokenizer, calibration
 from compress.errors import InputError
 from compress.layout import Layout
 from compress.numerics import saliency
@@ -163,6 +164,28 @@ def test_the_order_of_channels_does_not_matter(method: str, copy: Callable[..., 
         assert set(indices(one["kept"])) == {int(order[index]) for index in indices(other["kept"])}
 
 
+@pytest.mark.parametrize(
+    ("model", "keep"), [("llama", {"ffn_channel": 0.5}), ("llama-bias", {"kv_group": 0.5, "ffn_channel": 0.5}), ("qwen3", {"kv_group": 0.5})]
+)
+def test_a_bias_makes_up_for_the_mean_of_what_was_removed(
+    model: str, keep: dict[str, float], checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Over the calibration data, what the first block's linears give is the same on average as before."""
+    result = compress(pruning(method="flap", keep=keep, compensate=True), checkpoint(model), tmp_path / "out")
+    assert result["verification"]["logits_max_difference"] < 1e-3
+    samples = calibration("demo:text", 4, 48, 0, Tokenizer(checkpoint(model)))
+    path = {"kv_group": "self_attn.o_proj", "ffn_channel": "mlp.down_proj"}[next(iter(keep))]
+    means = []
+    for folder in (checkpoint(model), tmp_path / "out"):
+        opened, given = tiny.plain(folder), []
+        opened.model.layers[0].get_submodule(path).register_forward_hook(lambda _, arguments, output, given=given: given.append(output.flatten(0, 1)))
+        with torch.no_grad():
+            for item in samples.items:
+                opened(input_ids=item.ids[None])
+        means.append(torch.cat(given).mean(0))
+    assert torch.allclose(means[0], means[1], atol=1e-5)
+
+
 def test_trained_gates_are_folded_into_the_weights(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     """The gated model is the source with what reads each unit multiplied by its gate."""
     compress(pruning(method="ddp", keep={"ffn_channel": 0.5}, steps=30, batch=2), checkpoint("llama"), tmp_path / "out")
@@ -227,6 +250,9 @@ def test_what_follows_sees_the_smaller_model_and_the_plan_knows_its_size(checkpo
         ),
         ("llama", [{"prune_structured": {"keep": {}}}], "names no units"),
         ("llama", [{"prune_structured": {"keep": {"kv_group": 0.5, "query_head": 0.5}}}], "kv_group takes query heads with it"),
+        ("mistral", [{"prune_structured": {"keep": {"kv_group": 0.5}, "compensate": True}}], "knows no bias of o_proj"),
+        ("qwen3", [{"prune_structured": {"keep": {"ffn_channel": 0.5}, "multiple_of": 8, "compensate": True}}], "knows no bias of down_proj"),
+        ("llama", [{"prune_structured": {"keep": 0.5, "method": "taylor", "compensate": True}}], "compensate: is an option of flap"),
         ("llama", [{"prune_structured": {"keep": 0.5, "steps": 100}}], "steps: is an option of ddp, which flap does not read"),
         (
             "llama",

@@ -90,8 +90,8 @@ class Arch:
     `groups` are in the order in which data flows through a block, so that each is measured with everything before it already
     compressed. A group none of whose linears a block has is skipped (dense and sparse blocks may alternate), and so is an edge of `folds`
     without consumers. ``scores`` are the linears behind attention scores, where an error is raised to an exponent.
-    `units` are what structured pruning takes out; with ``whole_heads`` transformers refuses numbers of heads that do not divide the hidden
-    size. `attention` is the module that has a cache of keys and values.
+    `biases` are keys of the config that give all of some linears a bias each. `units` are what structured pruning takes out; with ``whole_heads``
+    transformers refuses numbers of heads that do not divide the hidden size. `attention` is the module that has a cache of keys and values.
     """
 
     model_type: str
@@ -107,6 +107,7 @@ class Arch:
     experts: Experts | None = None
     rename: tuple[tuple[str, str], ...] = ()
     image: bool = False
+    biases: tuple[tuple[str, tuple[str, ...]], ...] = ()
     whole_heads: bool = False
     unquantized: tuple[str, ...] = ()
     dropped: tuple[tuple[str, str], ...] = ((r".*rotary_emb\.inv_freq", "a buffer that the config determines"),)
@@ -145,6 +146,8 @@ ATTENTION_UNITS = (
     ),
     Unit("query_head", ("self_attn.q_proj",), "self_attn.o_proj", "num_attention_heads", heads=True, within="num_key_value_heads"),
 )
+ATTENTION_BIASES = ("attention_bias", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"))
+GATED_MLP_BIASES = ("mlp_bias", ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"))
 GATED_MLP_UNITS = (Unit("ffn_channel", ("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj", "intermediate_size"),)
 
 

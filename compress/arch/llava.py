@@ -1,6 +1,17 @@
 """LLaVA: a CLIP vision tower and a projector, kept as they are, in front of a Llama or Mistral language model."""
 
-from compress.arch.base import ATTENTION, ATTENTION_FOLDS, ATTENTION_UNITS, GATED_MLP, GATED_MLP_FOLDS, GATED_MLP_UNITS, Arch, Outside
+from compress.arch.base import (
+    ATTENTION,
+    ATTENTION_BIASES,
+    ATTENTION_FOLDS,
+    ATTENTION_UNITS,
+    GATED_MLP,
+    GATED_MLP_BIASES,
+    GATED_MLP_FOLDS,
+    GATED_MLP_UNITS,
+    Arch,
+    Outside,
+)
 
 ARCH = Arch(
     model_type="llava",
@@ -17,5 +28,6 @@ ARCH = Arch(
     module_blocks="model.language_model.layers",
     text_config="text_config",
     image=True,
+    biases=(ATTENTION_BIASES, GATED_MLP_BIASES),
     whole_heads=True,
 )

@@ -1,6 +1,18 @@
 """Qwen3-MoE: routed experts, alternating with dense MLPs where the config says so."""
 
-from compress.arch.base import ATTENTION, ATTENTION_FOLDS, ATTENTION_UNITS, GATED_MLP, GATED_MLP_FOLDS, GATED_MLP_UNITS, Arch, Experts, Fold, Unit
+from compress.arch.base import (
+    ATTENTION,
+    ATTENTION_BIASES,
+    ATTENTION_FOLDS,
+    ATTENTION_UNITS,
+    GATED_MLP,
+    GATED_MLP_FOLDS,
+    GATED_MLP_UNITS,
+    Arch,
+    Experts,
+    Fold,
+    Unit,
+)
 
 ARCH = Arch(
     model_type="qwen3_moe",
@@ -16,6 +28,7 @@ ARCH = Arch(
         *GATED_MLP_UNITS,
         Unit("expert_channel", ("mlp.experts.*.gate_proj", "mlp.experts.*.up_proj"), "mlp.experts.*.down_proj", "moe_intermediate_size"),
     ),
+    biases=(ATTENTION_BIASES,),
     experts=Experts(prefix="mlp.experts", module="mlp.experts", gate="gate_proj", up="up_proj", down="down_proj"),
     unquantized=("mlp.gate",),
 )

@@ -32,7 +32,7 @@ Kind = Literal["kv_group", "query_head", "ffn_channel", "expert_channel"]
 Share = Annotated[float, Field(gt=0, le=1)]
 DEFAULT_KINDS = ("kv_group", "ffn_channel", "expert_channel")
 WITHOUT_DATA = ("magnitude", "random")
-KEPT, GATES = "kept.safetensors", "gates.safetensors"
+KEPT, GATES, MEAN = "kept.safetensors", "gates.safetensors", ".mean"
 
 
 class Pass(Restructure):
@@ -56,6 +56,11 @@ class Pass(Restructure):
         default="uniform",
         description="`uniform`: all blocks alike, which every engine loads; `per_layer`: where the model needs them most, for as many parameters, "
         "which only this program loads",
+    )
+    compensate: bool = Field(
+        default=False,
+        description="`flap`: add what removed units gave on average to a bias of the linear that read them; only where the model's config knows such "
+        "biases",
     )
     seed: int = Field(default=0, ge=0, description="of what is random")
     steps: int = Field(default=1000, ge=1, description="`ddp`: how often gates are changed; fewer than 300 do not reach the share to keep")
@@ -83,6 +88,13 @@ class Pass(Restructure):
                 problems.add(f"{place}: keep", f"the model has no {kind}", f"it has {', '.join(sorted(there)) or 'none that can be removed'}")
         for name in sorted({"steps", "batch", "learning_rate", "divergence"} & self.model_fields_set if self.method != "ddp" else ()):
             problems.add(f"{place}: {name}", f"is an option of ddp, which {self.method} does not read", "leave it out, or take method: ddp")
+        if self.compensate and self.method != "flap":
+            problems.add(f"{place}: compensate", f"is an option of flap, which {self.method} does not read", "leave it out, or take method: flap")
+        elif self.compensate and len(self._biased(layout)) < len(self._readers(layout)):
+            without = sorted({name.rpartition(".")[2] for name in self._readers(layout) - self._biased(layout).keys()})
+            problems.add(
+                f"{place}: compensate", f"the config of a {layout.arch.model_type} knows no bias of {', '.join(without)}", "set compensate: false"
+            )
         shares = self._shares(layout)
         if not shares:
             problems.add(f"{place}: keep", "names no units, so nothing would be removed", f"the model has {', '.join(sorted(there)) or 'none'}")
@@ -121,6 +133,17 @@ class Pass(Restructure):
         """What is to be kept of the kinds that the recipe names, or does not."""
         return dict.fromkeys(DEFAULT_KINDS, self.keep) if isinstance(self.keep, float) else {str(kind): share for kind, share in self.keep.items()}
 
+    def _readers(self, layout: Layout) -> set[str]:
+        """The linears that read what is to be removed."""
+        uniform = self._uniform(layout)
+        return {units.columns for block in layout.blocks for units in block.units if uniform.get(units.name, units.count) < units.count}
+
+    def _biased(self, layout: Layout) -> dict[str, list[str]]:
+        """By linear that is to have a bias for what it no longer reads: all that then have one."""
+        from compress.reshape import biases
+
+        return biases(layout, self._readers(layout)) if self.compensate else {}
+
     def _step(self, units: Units) -> int:
         """How many units are removed at a time at least."""
         return units.parts if units.heads else min(self.multiple_of, units.count)
@@ -143,7 +166,8 @@ class Pass(Restructure):
             # Whatever comes out, widths are multiples; that of the first block stands for those that are odd ones.
             first = [units for units in layout.blocks[0].units if counts.get(units.name, units.count) < units.count]
             counts |= {units.name: max(self._step(units), counts[units.name] - self._step(units)) for units in first}
-        return reshaped(layout, narrowed(layout, counts))
+        biased = {name for together in self._biased(layout).values() for name in together}
+        return reshaped(layout, narrowed(layout, counts, biased))
 
     def outcome(self, layout: Layout, workspace: Workspace) -> Layout:
         from compress.checkpoint import read_header
@@ -154,7 +178,7 @@ class Pass(Restructure):
     def run(self, model: Model, samples: Samples, workspace: Workspace) -> None:
         from compress.calibrate import walk
         from compress.checkpoint import entry, read_header, read_tensor, write_safetensors
-        from compress.reshape import taken_from
+        from compress.reshape import made_up, taken_from
 
         path = workspace.folder / KEPT
         if not path.exists():
@@ -163,14 +187,19 @@ class Pass(Restructure):
             entries = [entry(name, indices) for name, indices in kept.items()]
             if self.method == "ddp":
                 entries += [entry(f"{name}.scale", scores[name][indices].float()) for name, indices in kept.items()]
+            entries += [entry(name, scores[name].float()) for name in scores if name.endswith(MEAN)]
             write_safetensors(path, entries, {})
         chosen = {name: read_tensor(info).to(model.device) for name, info in read_header(path)[0].items()}
+        biased = self._biased(model.layout)
         for block in walk(model, workspace):
             for units in block.layout.units:
                 scale = chosen.get(f"{units.name}.scale")
                 if units.name in chosen and (scale is not None or len(chosen[units.name]) < units.count):
                     names = [name for name in block.layout.tensors if name.rpartition(".")[0] in (*units.rows, units.columns)]
-                    left = taken_from(units, chosen[units.name], scale, {name: block.tensor(name) for name in names})
+                    tensors = {name: block.tensor(name) for name in names}
+                    left = taken_from(units, chosen[units.name], scale, tensors)
+                    if units.columns in biased:
+                        left |= made_up(units, chosen[units.name], chosen[f"{units.name}{MEAN}"], tensors, biased[units.columns], left)
                     for name, tensor in left.items():
                         block.restructure(name, tensor)
                     block.add_record(units.name, self._record(units, chosen[units.name], scale))
@@ -216,6 +245,8 @@ class Pass(Restructure):
                     if not moments[units.columns].tokens:
                         raise InputError.one(units.columns, "saw no calibration token, so its inputs cannot be judged", "give more calibration data")
                     found[units.name] = self._measured(probe.block.weight(units.columns), moments[units.columns], units.count)
+                    if self.compensate:
+                        found[f"{units.name}{MEAN}"] = moments[units.columns].mean
         return {name: scores.cpu() for name, scores in found.items()}
 
     def _gates(self, model: Model, samples: Samples, workspace: Workspace) -> Scores:
