@@ -79,6 +79,7 @@ TOP = ("pipeline", "cli", "__main__")
 LIGHT = (
     "errors",
     "numerics.knapsack",
+    "numerics.ranks",
     "arch",
     "checkpoint",
     "allocation",

@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from oracles import low_rank as oracle
+from oracles import statistics
+from safetensors.torch import load_file, save_file
+from test_run import compress, weights
 from torch import Tensor
 
+from compress import recipe, runtime
+from compress.calibrate import Workspace, sweep
+from compress.checkpoint import Checkpoint
+from compress.data import Samples, Tokenizer, calibration
+from compress.errors import InputError
+from compress.layout import Layout
+from compress.model import Model
 from compress.numerics import low_rank, ranks
 from compress.numerics.ranks import Spectrum
 
@@ -225,3 +240,281 @@ def test_one_that_no_rank_makes_smaller_stays_whole() -> None:
 def test_a_share_that_the_first_multiple_exceeds_is_refused() -> None:
     with pytest.raises(ValueError, match=r"rank 16 everywhere takes more than 0\.1"):
         ranks.water_filling({"one": Spectrum(64, 64, [1.0] * 64)}, 0.1, 16)
+
+
+# Whole runs -------------------------------------------------------------------------------------------------------------------------
+
+
+QUICK: dict[str, Any] = {"calibration": {"samples": 4, "length": 48}, "evaluate": None}
+WITHOUT_EXPERTS = {"mixtral": ["*experts*"], "qwen3_moe": ["*experts*"], "qwen3_moe-dense-first": ["*experts*"]}
+KINDS = ("llama", "llama-tied", "llama-bias", "mistral", "qwen2", "qwen2-sliding", "qwen3", "qwen3_moe", "qwen3_moe-dense-first", "mixtral", "llava")
+RTN = {"rtn": {"bits": 8, "group_size": 32}}
+
+
+def recipe_of(*more: dict[str, Any], **options: Any) -> dict[str, Any]:
+    return QUICK | {"passes": [{"low_rank": {"multiple_of": 4} | options}, *more]}
+
+
+def factored(kind: str, folder: Path, out: Path, *more: dict[str, Any], **options: Any) -> tuple[dict[str, Any], Model]:
+    """A run on a model of a kind, its experts aside, and what it made, opened."""
+    result = compress(recipe_of(*more, exclude=WITHOUT_EXPERTS.get(kind, []), **options), folder, out)
+    return result, Model(Layout(Checkpoint(out)))
+
+
+@torch.no_grad()
+def logits(model: Model, samples: Samples) -> list[Tensor]:
+    """By batch."""
+    hidden, kwargs = model.embed_all(batch.inputs for batch in samples.batches())
+    for layout in model.blocks:
+        with model.block(layout.index) as block:
+            block.advance(hidden, [each[layout.index] for each in kwargs])
+    return [model.logits(each) for each in hidden]
+
+
+def close(one: list[Tensor], other: list[Tensor], tolerance: float = 1e-4) -> bool:
+    return all(bool((mine - theirs).abs().max() <= tolerance * theirs.abs().max()) for mine, theirs in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_linears_compute_what_their_product_does_in_plain_transformers(kind: str, checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    folder, samples = checkpoint(kind), tiny.samples(image=kind == "llava")
+    _, apart = factored(kind, folder, tmp_path / "factors")
+    whole = compress(recipe_of(store="dense", exclude=WITHOUT_EXPERTS.get(kind, [])) | {"verify": "full"}, folder, tmp_path / "dense")
+    plain = tiny.plain(tmp_path / "dense")
+    expected = [plain(**batch.inputs, use_cache=False).logits.float() for batch in samples.batches()]
+    assert whole["accepted"] and whole["size"]["after_bytes"] == whole["size"]["before_bytes"] and apart.layout.factored
+    assert close(logits(apart, samples), expected) and not close(expected, logits(Model(Layout(Checkpoint(folder))), samples), 0.01)
+
+
+@pytest.mark.parametrize("store", ["factors", "dense"])
+def test_a_model_of_that_rank_stays_what_it_is(store: str, copy: Callable[..., Path], tmp_path: Path) -> None:
+    folder = copy("llama-bias")
+    for path in folder.glob("*.safetensors"):
+        tensors = load_file(path)
+        for name, tensor in tensors.items():
+            if "_proj.weight" in name:
+                left, values, right = torch.linalg.svd(tensor, full_matrices=False)
+                tensors[name] = (left[:, :8] * values[:8]) @ right[:8]
+        save_file(tensors, path, {"format": "pt"})
+    result, model = factored("llama-bias", folder, tmp_path / "out", store=store, ranks="uniform", multiple_of=8)
+    assert close(logits(model, tiny.samples()), logits(Model(Layout(Checkpoint(folder))), tiny.samples()))
+    assert all(record["error"] < 1e-6 for record in result["transforms"])
+
+
+@pytest.mark.parametrize("ranks_", ["uniform", "water_filling"])
+def test_factors_have_the_ranks_of_the_records_and_the_parameters_of_the_recipe(ranks_: str, checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    folder = checkpoint("llama-bias", torch.bfloat16)
+    result, model = factored("llama-bias", folder, tmp_path / "out", keep=0.6, ranks=ranks_)
+    before, after = Checkpoint(folder).tensors, weights(tmp_path / "out")
+    total = {"before": 0, "after": 0}
+    for record in result["transforms"]:
+        name, (full, rank) = record["name"], record["rank"]
+        rows, columns = before[f"{name}.weight"].shape
+        assert full == min(rows, columns) and 0 <= record["error"] < 1
+        total["before"] += rows * columns
+        if record["kind"] == "left whole":
+            assert rank == full and tuple(after[f"{name}.weight"].shape) == (rows, columns)
+            total["after"] += rows * columns
+        else:
+            assert after[f"{name}.0.weight"].shape == (rank, columns) and after[f"{name}.1.weight"].shape == (rows, rank) and rank % 4 == 0
+            assert after[f"{name}.0.weight"].dtype == torch.bfloat16 and f"{name}.weight" not in after and f"{name}.1.bias" in after
+            total["after"] += rank * (rows + columns)
+    assert 0.5 < total["after"] / total["before"] <= 0.6 and len(result["transforms"]) == len(Layout(Checkpoint(folder)).linears)
+    assert {linear.name for block in model.blocks for linear in block.linears} == {
+        name.removesuffix(".weight") for name in after if name.endswith("weight") and "_proj" in name
+    }
+
+
+def given_to(folder: Path, samples: Samples) -> dict[str, Tensor]:
+    """Everything each linear is given in plain transformers, [tokens, in] by module."""
+    seen = statistics.inputs_of_linears(tiny.plain(folder), [batch.inputs for batch in samples.batches()])
+    return {name: torch.cat([each.flatten(0, -2) for each in inputs]).double() for name, inputs in seen.items()}
+
+
+@pytest.mark.parametrize("method", ["svd_llm", "lord", "asvd", "svd"])
+def test_each_linear_is_measured_with_all_before_it_replaced(method: str, checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    folder = checkpoint("llama-bias")
+    result, _ = factored("llama-bias", folder, tmp_path / "out", method=method, store="dense", ranks="uniform")
+    samples = calibration("demo:text", 4, 48, 0, Tokenizer(folder))
+    seen, before, after = given_to(tmp_path / "out", samples), weights(folder), weights(tmp_path / "out")
+    for record in result["transforms"]:
+        weight, instead, inputs = before[f"{record['name']}.weight"].double(), after[f"{record['name']}.weight"].double(), seen[record["name"]]
+        expected = float((inputs @ (weight - instead).T).square().sum() / (inputs @ weight.T).square().sum())
+        assert record["error"] == pytest.approx(expected, rel=1e-3), record["name"]
+
+
+def test_asvd_goes_by_the_mean_magnitude_of_what_a_linear_is_given(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    folder = checkpoint("llama")
+    compress(recipe_of(method="asvd", store="dense", ranks="uniform", include=["*.0.self_attn.q_proj"]), folder, tmp_path / "out")
+    name = "model.layers.0.self_attn.q_proj"
+    inputs = given_to(folder, calibration("demo:text", 4, 48, 0, Tokenizer(folder)))[name]
+    weight = weights(folder)[f"{name}.weight"]
+    expected = low_rank.decompose(weight, low_rank.magnitudes_root(inputs.abs().mean(0)), ranks.uniform(64, 64, 0.8, 4) or 0).product
+    assert torch.allclose(weights(tmp_path / "out")[f"{name}.weight"].double(), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral"])
+def test_products_of_experts_are_stored_as_their_weights(kind: str, checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    result = compress(recipe_of(store="dense", include=["*experts*"], keep=0.5) | {"verify": "full"}, checkpoint(kind), tmp_path / "out")
+    after = weights(tmp_path / "out")
+    for record in result["transforms"]:
+        if record["kind"] != "left whole":
+            values = torch.linalg.svdvals(after[f"{record['name']}.weight"])
+            assert values[record["rank"][1] :].max() < 1e-4 * values[0]
+
+
+def test_too_few_tokens_are_recorded_and_never_silent(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    plain = recipe_of() | {"calibration": {"samples": 1, "length": 8}, "gates": {"fallbacks": {"max": 0}}}
+    result = compress(plain, checkpoint("llama"), tmp_path / "out")
+    replaced = [record for record in result["transforms"] if record["kind"] != "left whole"]
+    assert len(result["fallbacks"]) == len(replaced) and not result["accepted"]
+    assert all("second moment is not positive definite" in record["fallback"] for record in replaced)
+
+
+# The artifact -----------------------------------------------------------------------------------------------------------------------
+
+
+def test_plain_transformers_refuses_factors_loudly(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    import transformers
+
+    result, _ = factored("llama", checkpoint("llama"), tmp_path / "out")
+    with pytest.raises((ValueError, KeyError), match="compress_low_rank"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", local_files_only=True)
+    assert result["verification"]["mode"] == "streamed" and json.loads((tmp_path / "out" / "manifest.json").read_text())["loadable_by"] == [
+        "compress"
+    ]
+    assert {verdict.partition(" ")[0] for engine, verdict in result["engines"].items() if engine != "compress"} == {"refuses"}
+    assert "compress.load" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("more", [[], [RTN], [{"gptq": {"bits": 4, "group_size": 32, "min_tokens": 0}}]], ids=["exact", "rtn", "gptq"])
+def test_a_loaded_model_computes_what_the_streamed_one_does(more: list[Any], checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    _, model = factored("llama-bias", checkpoint("llama-bias"), tmp_path / "out", *more, multiple_of=32, keep=0.95)
+    samples = tiny.samples()
+    loaded = runtime.load(tmp_path / "out")
+    with torch.no_grad():
+        found = [loaded(**batch.inputs, use_cache=False).logits.float() for batch in samples.batches()]
+    assert close(found, logits(model, samples), 1e-2 if more else 1e-4)
+
+
+def test_the_command_line_opens_factors(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from compress.cli import app
+
+    factored("llama", checkpoint("llama"), tmp_path / "out")
+    for command in (["eval", "--context", "32", "--windows", "2"], ["inspect"], ["generate", "--tokens", "3"]):
+        words = [command[0], str(tmp_path / "out"), *(["The"] if command[0] == "generate" else []), *command[1:]]
+        done = CliRunner().invoke(app, words)
+        assert done.exit_code == 0, done.output
+
+
+def test_the_ledger_says_what_every_tensor_became_two_of(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    folder = checkpoint("llama-bias")
+    options: dict[str, Any] = {"include": ["*q_proj"], "ranks": "uniform", "multiple_of": 16, "keep": 0.9}
+    for number, more in enumerate([[], [{"rtn": {"group_size": 32, "include": ["*q_proj.0"]}}]]):
+        result, _ = factored("llama-bias", folder, tmp_path / str(number), *more, **options)
+        ledger = {item["name"]: item for item in result["ledger"]}
+        weight, bias = (ledger[f"model.layers.1.self_attn.q_proj.{part}"] for part in ("weight", "bias"))
+        names = [f"model.layers.1.self_attn.q_proj.{factor}.weight" for factor in (0, 1)]
+        assert len(ledger) == len(result["ledger"]) == len(Checkpoint(folder).tensors)
+        assert weight["action"] == ("quantized and factored" if more else "factored") and weight["why"].endswith(f"now called {' and '.join(names)}")
+        assert bias["action"] == "kept" and bias["why"].endswith("now called model.layers.1.self_attn.q_proj.1.bias")
+
+
+def test_a_run_goes_on_from_an_artifact_of_factors(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    folder, options = checkpoint("llama"), {"multiple_of": 32, "keep": 0.95, "ranks": "uniform"}
+    factored("llama", folder, tmp_path / "first", **options)
+    compress(QUICK | {"passes": [RTN]}, tmp_path / "first", tmp_path / "second")
+    factored("llama", folder, tmp_path / "both", RTN, **options)
+    one, other = weights(tmp_path / "second"), weights(tmp_path / "both")
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    with pytest.raises(InputError, match=r"layers\.0\.mlp\.down_proj is two linears of low rank already; exclude it"):
+        compress(recipe_of(), tmp_path / "first", tmp_path / "third")
+
+
+@pytest.mark.parametrize("factor", [0, 1])
+def test_a_factor_that_is_missing_is_named(factor: int, checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    factored("llama", checkpoint("llama"), tmp_path / "out", ranks="uniform", include=["*o_proj"])
+    path = tmp_path / "out" / "model.safetensors"
+    name = f"model.layers.1.self_attn.o_proj.{factor}.weight"
+    save_file({key: tensor for key, tensor in load_file(path).items() if key != name}, path, {"format": "pt"})
+    with pytest.raises(InputError, match=rf"layers\.1\.self_attn\.o_proj{factor * '.1'}\.weight: is missing from the checkpoint"):
+        Model(Layout(Checkpoint(tmp_path / "out")))
+
+
+# What comes after -------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_second_factor_is_measured_with_what_the_first_gives_now(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    _, model = factored("llama", checkpoint("llama"), tmp_path / "out", ranks="uniform")
+    samples, seen = tiny.samples(), {}
+    for inputs in sweep(model, samples, Workspace(tmp_path, tiny.Silent()), lambda group: True):
+        for group, moment in zip(inputs.groups, inputs.hessian, strict=True):
+            for linear in group.linears:
+                seen[linear.name] = moment.clone()
+                if linear.name.endswith(".0"):
+                    inputs.block.set_dense(f"{linear.name}.weight", 0.5 * inputs.block.weight(linear.name))
+                if linear.name.endswith(".1"):
+                    first = linear.name.removesuffix("1") + "0"
+                    weight = inputs.block.weight(first)
+                    torch.testing.assert_close(moment, weight @ seen[first] @ weight.T, rtol=1e-3, atol=1e-5 * float(moment.abs().max()))
+    assert len(seen) == 28
+
+
+@pytest.mark.parametrize("kind", ["llama-bias", "qwen2", "mixtral"])
+@pytest.mark.parametrize("step", [{"rotate": {}}, {"smooth": {"method": "smoothquant"}}], ids=lambda step: next(iter(step)))
+def test_what_leaves_a_model_as_it_is_does_so_with_factors(kind: str, step: dict[str, Any], checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    folder = checkpoint(kind)
+    (_, one), (_, other) = (factored(kind, folder, tmp_path / str(len(more)), *more, ranks="uniform") for more in ([], [step]))
+    assert close(logits(other, tiny.samples()), logits(one, tiny.samples()), 1e-3)
+    assert not all(torch.equal(tensor, weights(tmp_path / "1")[name]) for name, tensor in weights(tmp_path / "0").items())
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        {"gptq": {"group_size": 32, "min_tokens": 0, "qep": 0.5}},
+        {"autoround": {"group_size": 32, "min_tokens": 0, "steps": 2}},
+        {"smooth": {"min_tokens": 0}},
+        {"prune_structured": {"keep": {"ffn_channel": 0.67, "kv_group": 0.5}, "multiple_of": 32}},
+        {"prune_depth": {"drop": 1}},
+    ],
+    ids=lambda step: next(iter(step)),
+)
+def test_every_kind_of_pass_takes_factors(step: dict[str, Any], checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    more = [step, *([RTN] if next(iter(step)) in ("smooth", "prune_structured", "prune_depth") else [])]
+    result, model = factored("llama-bias", checkpoint("llama-bias"), tmp_path / "out", *more, multiple_of=32, keep=0.95)
+    assert {record["name"].rpartition(".")[2] for record in result["linears"]} >= {"0", "1"}
+    assert {record["name"] for record in result["linears"]} == model.layout.linears.keys()
+
+
+# What is refused before weights load ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("qwen3_moe", {}, r"store: .*experts\.0\.gate_proj is a routed expert, which transformers holds in one tensor"),
+        ("llama", {"keep": 0.1}, r"keep: 0\.1 of the parameters of model\.layers\.0\.self_attn\.q_proj is rank 3, less than multiple_of 4"),
+        ("llama", {"multiple_of": 64}, "no rank that is a multiple of 64 makes any linear smaller"),
+        ("llama", {"include": ["*nothing*"]}, r"include: '\*nothing\*' matches none"),
+    ],
+)
+def test_what_cannot_be_is_refused_beforehand(kind: str, options: dict[str, Any], message: str, checkpoint: Callable[..., Path]) -> None:
+    with pytest.raises(InputError, match=message):
+        recipe.check(recipe.validate(recipe_of(**options), "r.yaml"), Layout(Checkpoint(checkpoint(kind))), "r.yaml")
+
+
+def test_a_group_that_does_not_divide_the_ranks_is_refused_beforehand(checkpoint: Callable[..., Path]) -> None:
+    layout = Layout(Checkpoint(checkpoint("llama")))
+    for ranks_ in ("uniform", "water_filling"):
+        plain = recipe_of(RTN, ranks=ranks_, keep=0.95, include=["*.q_proj"], multiple_of=20)
+        with pytest.raises(InputError, match=r"group_size: 32 does not divide the width \d+ of model\.layers\.0\.self_attn\.q_proj\.1"):
+            recipe.check(recipe.validate(plain, "r.yaml"), layout, "r.yaml")
+
+
+def test_tasks_are_refused_for_what_transformers_refuses(checkpoint: Callable[..., Path]) -> None:
+    plain = recipe_of() | {"evaluate": {"context": 32, "tasks": ["arc_easy"]}}
+    with pytest.raises(InputError, match=r"evaluate\.tasks: lm-eval runs the artifact in transformers, which refuses linears that are two"):
+        recipe.check(recipe.validate(plain, "r.yaml"), Layout(Checkpoint(checkpoint("llama"))), "r.yaml")

@@ -330,8 +330,9 @@ RESUMED = {
     "smooth": QUICK | {"passes": [{"smooth": {}}, {"rtn": {"bits": 3, "group_size": 32}}]},
     "rotate": QUICK | {"passes": [{"rotate": {}}, {"rtn": {"bits": 3, "group_size": 32}}]},
     "kv_quant": QUICK | {"passes": [{"rtn": {"group_size": 32}}, {"kv_quant": {}}]},
+    "low_rank": QUICK | {"passes": [{"low_rank": {"multiple_of": 32, "keep": 0.95}}, {"rtn": {"group_size": 32}}]},
 }
-REPORTS = {"gptq": 4, "qep": 4, "autoround": 4, "rtn": 3, "two passes": 8, "smooth": 7, "rotate": 6, "kv_quant": 7}
+REPORTS = {"gptq": 4, "qep": 4, "autoround": 4, "rtn": 3, "two passes": 8, "smooth": 7, "rotate": 6, "kv_quant": 7, "low_rank": 11}
 
 
 @pytest.mark.parametrize(("which", "reports"), [(which, reports) for which, count in REPORTS.items() for reports in range(count)])

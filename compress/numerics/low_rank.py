@@ -16,8 +16,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-ALPHA = 0.5
-"""The power of ASVD."""
 ROOM = 1e-6
 """What the least eigenvalue becomes where a second moment has to be mended, as a fraction of the mean of its diagonal."""
 
@@ -35,12 +33,12 @@ class Factors:
         return self.second @ self.first
 
 
-def magnitudes_root(magnitude: Tensor) -> Tensor:
-    """ASVD's stand-in for a square root of the second moment: ``magnitude`` [in], the mean of ``|x|``, to the power `ALPHA`, [in] float64.
+def magnitudes_root(magnitude: Tensor, alpha: float = 0.5) -> Tensor:
+    """ASVD's stand-in for a square root of the second moment: ``magnitude`` [in], the mean of ``|x|``, to the power `alpha`, [in] float64.
 
     Channels that were always zero count as the smallest that was not, since what they are multiplied by is divided by afterwards.
     """
-    root = magnitude.double() ** ALPHA
+    root = magnitude.double() ** alpha
     alive = root[root > 0]
     return root.clamp_min(float(alive.min()) if len(alive) else 1.0)
 
@@ -62,7 +60,8 @@ def moment_root(moment: Tensor) -> tuple[Tensor, float]:
 
 def energy(weight: Tensor, root: Tensor) -> Tensor:
     """[min(out, in)] float64, descending: squares of the singular values of ``weight`` [out, in] times ``root``."""
-    return torch.linalg.svdvals(_times(weight, root)).square()
+    values: Tensor = torch.linalg.svdvals(_times(weight, root))
+    return values.square()
 
 
 def decompose(weight: Tensor, root: Tensor, rank: int) -> Factors:
@@ -77,7 +76,8 @@ def decompose(weight: Tensor, root: Tensor, rank: int) -> Factors:
 
 def output_energy(weight: Tensor, moment: Tensor) -> Tensor:
     """[out] float64, descending: eigenvalues of the second moment of the outputs of ``weight`` [out, in]."""
-    return torch.linalg.eigvalsh(_outputs(weight, moment)).flip(0).clamp_min(0)
+    values: Tensor = torch.linalg.eigvalsh(_outputs(weight, moment))
+    return values.flip(0).clamp_min(0)
 
 
 def output_directions(weight: Tensor, moment: Tensor, rank: int) -> Factors:

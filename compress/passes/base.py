@@ -91,10 +91,45 @@ class QuantizesCache(Protocol):
 Bits = Annotated[int, Field(ge=2, le=8)]
 
 
-class Quantize(BaseModel):
-    """Options of every pass that rounds weights to a grid."""
+class Selecting(BaseModel):
+    """Options of every pass that takes some of the linears."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    include: tuple[str, ...] = Field(default=(), description="take only linears that match: shell patterns, or `re:` and a regular expression")
+    exclude: tuple[str, ...] = Field(default=(), description="leave out linears that match, same patterns")
+
+    @field_validator("include", "exclude")
+    @classmethod
+    def _compile(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
+        for pattern in patterns:
+            if pattern.startswith("re:"):
+                try:
+                    re.compile(pattern.removeprefix("re:"))
+                except re.error as error:
+                    raise ValueError(f"{pattern!r} is no regular expression ({error})") from error
+        return patterns
+
+    def wants(self, name: str) -> bool:
+        """Whether `include` and `exclude` leave a linear to this pass."""
+        wanted = not self.include or any(matches(pattern, name) for pattern in self.include)
+        return wanted and not any(matches(pattern, name) for pattern in self.exclude)
+
+    def check_selection(self, place: str, layout: Layout, problems: Problems) -> None:
+        """Report patterns that match nothing."""
+        for key in ("include", "exclude"):
+            for pattern in getattr(self, key):
+                if not any(matches(pattern, name) for name in layout.linears):
+                    problems.add(
+                        f"{place}: {key}",
+                        f"{pattern!r} matches none of the {len(layout.linears)} linears",
+                        f"one of them is {_first(layout.linears)}",
+                    )
+
+
+class Quantize(Selecting):
+    """Options of every pass that rounds weights to a grid."""
+
     stage: ClassVar[str] = "quantize"
 
     format: Literal["int", "fp8", "fp8-block", "mxfp8", "mxfp4", "nvfp4"] = Field(
@@ -111,8 +146,6 @@ class Quantize(BaseModel):
         default="none",
         description="round inputs to 8 bits too (integers for `int`, E4M3 for `fp8`): `dynamic`, a scale per token; `static`, one for all, measured",
     )
-    include: tuple[str, ...] = Field(default=(), description="take only linears that match: shell patterns, or `re:` and a regular expression")
-    exclude: tuple[str, ...] = Field(default=(), description="leave out linears that match, same patterns")
     indivisible: Literal["error", "keep", "channel"] = Field(
         default="error",
         description="what to do with a linear whose width the group does not divide: refuse, leave it as it is, or one scale per output",
@@ -131,24 +164,11 @@ class Quantize(BaseModel):
                 raise ValueError(f"format {options['format']} fixes {key} at {value}, but {key} is {options[key]!r}")
         return implied | options
 
-    @field_validator("include", "exclude")
-    @classmethod
-    def _compile(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
-        for pattern in patterns:
-            if pattern.startswith("re:"):
-                try:
-                    re.compile(pattern.removeprefix("re:"))
-                except re.error as error:
-                    raise ValueError(f"{pattern!r} is no regular expression ({error})") from error
-        return patterns
-
     def takes(self, layout: Layout) -> dict[str, Linear]:
         """The linears this pass quantises, by name."""
         chosen = {}
         for name, linear in layout.linears.items():
-            wanted = not self.include or any(matches(pattern, name) for pattern in self.include)
-            wanted = wanted and not any(matches(pattern, name) for pattern in self.exclude)
-            if wanted and (self.indivisible != "keep" or linear.columns % self._group(linear) == 0):
+            if self.wants(name) and (self.indivisible != "keep" or linear.columns % self._group(linear) == 0):
                 chosen[name] = linear
         return chosen
 
@@ -192,14 +212,7 @@ class Quantize(BaseModel):
         if self.group_size != "channel" and self.group_size < 16:
             problems.add(f"{place}: group_size", f"must be at least 16, got {self.group_size}", "smaller groups store more scale than weight")
             return
-        for key in ("include", "exclude"):
-            for pattern in getattr(self, key):
-                if not any(matches(pattern, name) for name in layout.linears):
-                    problems.add(
-                        f"{place}: {key}",
-                        f"{pattern!r} matches none of the {len(layout.linears)} linears",
-                        f"one of them is {_first(layout.linears)}",
-                    )
+        self.check_selection(place, layout, problems)
         if self.activations != "none":
             if self.format not in ("int", "fp8", "fp8-block"):
                 problems.add(f"{place}: activations", f"{self.format} is for weights only here", "set activations: none, or format: fp8")
