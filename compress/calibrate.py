@@ -60,13 +60,17 @@ class Workspace:
 class SecondMoment:
     """Sum of ``x x^T`` over tokens, [batch, in, in] float32 or `dtype`, and the tokens counted per member, [batch].
 
-    On request also the largest magnitude seen per member, ``peaks`` [batch]. Two of a kind merge, which is what makes them distributable.
+    On request also the largest magnitude seen per member, ``peaks`` [batch], and the sum of magnitudes per input, ``magnitudes`` [batch, in]
+    float64. Two of a kind merge, which is what makes them distributable.
     """
 
-    def __init__(self, batch: int, size: int, device: torch.device, *, peaks: bool = False, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, batch: int, size: int, device: torch.device, *, peaks: bool = False, magnitudes: bool = False, dtype: torch.dtype = torch.float32
+    ) -> None:
         self.total = torch.zeros(batch, size, size, device=device, dtype=dtype)
         self.tokens = [0] * batch
         self.peaks: list[float | None] = [0.0 if peaks else None] * batch
+        self.magnitudes = torch.zeros(batch, size, device=device, dtype=torch.float64) if magnitudes else None
 
     def add(self, member: int, inputs: Tensor) -> None:
         """Count ``inputs`` [..., in] for `member`."""
@@ -74,6 +78,8 @@ class SecondMoment:
         total, size = self.total[member], rows.shape[1]
         if (peak := self.peaks[member]) is not None and rows.numel():
             self.peaks[member] = max(peak, float(rows.abs().max()))
+        if self.magnitudes is not None:
+            self.magnitudes[member] += rows.abs().sum(0, dtype=torch.float64)
         with fast_exact_products(rows.dtype):
             rows = rows.to(self.total.dtype)
             # Whole tiles of the upper triangle: about half the work of the full product.
@@ -87,6 +93,14 @@ class SecondMoment:
         self.total += other.total
         self.tokens = [mine + theirs for mine, theirs in zip(self.tokens, other.tokens, strict=True)]
         self.peaks = [None if mine is None or theirs is None else max(mine, theirs) for mine, theirs in zip(self.peaks, other.peaks, strict=True)]
+        if self.magnitudes is not None and other.magnitudes is not None:
+            self.magnitudes += other.magnitudes
+
+    def mean_magnitude(self) -> Tensor | None:
+        """[batch, in] float64, mean of ``|x|``, if it was asked for."""
+        if self.magnitudes is None:
+            return None
+        return self.magnitudes / torch.tensor([max(1, count) for count in self.tokens], device=self.magnitudes.device)[:, None]
 
     def mean(self) -> Tensor:
         """The Hessian of the squared output error up to a factor of two: mean of ``x x^T``; in place, call once."""
@@ -132,6 +146,8 @@ class Inputs:
     """Tokens of the whole calibration set."""
     peaks: tuple[float | None, ...]
     """Largest magnitude that each group read, on request."""
+    magnitude: Tensor | None = None
+    """[groups, in] float64, mean of ``|x|``, on request."""
     moved: Moved | None = None
     """How far inputs are from what they were before the pass began; on request, never of experts."""
 
@@ -149,11 +165,19 @@ def walk(model: Model, workspace: Workspace) -> Iterator[Block]:
 
 @torch.no_grad()
 def sweep(
-    model: Model, samples: Samples, workspace: Workspace, wanted: Callable[[Group], bool], *, drift: bool = False, peaks: bool = False
+    model: Model,
+    samples: Samples,
+    workspace: Workspace,
+    wanted: Callable[[Group], bool],
+    *,
+    drift: bool = False,
+    peaks: bool = False,
+    magnitudes: bool = False,
 ) -> Iterator[Inputs]:
     """Measure every input group for which `wanted` holds, block after block, in the order in which data flows.
 
-    With `peaks`, the largest magnitude too. With `drift`, also against the model as it was: a second block in memory, and about twice the work.
+    With `peaks`, the largest magnitude too, with `magnitudes` the mean one of each input. With `drift`, also against the model as it was: a second
+    block in memory, and about twice the work.
     """
     start, streams, kwargs = _begin(model, samples, workspace, 2 if drift else 1)
     model.release()
@@ -166,12 +190,12 @@ def sweep(
             for stage in layout.stages:
                 for groups in _turns(tuple(group for group in stage.groups if wanted(group))):
                     sums = torch.promote_types(model.dtype, torch.float32)
-                    moment = SecondMoment(len(groups), groups[0].columns, model.device, peaks=peaks, dtype=sums)
+                    moment = SecondMoment(len(groups), groups[0].columns, model.device, peaks=peaks, magnitudes=magnitudes, dtype=sums)
                     apart = moved if stage.name not in (EXPERTS_IN, EXPERTS_OUT) else None
                     finish = _measure(block, stage, groups, replay, moment, apart)
-                    tokens, largest = tuple(moment.tokens), tuple(moment.peaks)
+                    tokens, largest, usual = tuple(moment.tokens), tuple(moment.peaks), moment.mean_magnitude()
                     return_freed_memory()
-                    yield Inputs(block, groups, moment.mean(), tokens, samples.tokens, largest, apart.mean() if apart else None)
+                    yield Inputs(block, groups, moment.mean(), tokens, samples.tokens, largest, usual, apart.mean() if apart else None)
                     del moment
                     finish()
                     return_freed_memory()

@@ -15,10 +15,21 @@ from compress.scheme import Scheme
 LEFT_OUT = """
 transformers and serving engines leave out what lies in `residuals/`; `compress eval` reads it. The report says what is lost with it and without.
 """
+OPENED_BY_TRANSFORMERS = """
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("PATH")
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+"""
+OPENED_HERE = """
+import compress
+
+model = compress.load("PATH")
+"""
 
 
-def write(model: str, recipe: Recipe, schemes: dict[str, Scheme], patterns: Mapping[str, Pattern]) -> str:
-    """README.md of the artifact."""
+def write(model: str, recipe: Recipe, schemes: dict[str, Scheme], patterns: Mapping[str, Pattern], factored: int = 0) -> str:
+    """README.md of the artifact, in which so many linears are `factored` into two."""
     kinds = sorted({scheme.text for scheme in schemes.values()})
     cache = cache_scheme(recipe)
     of_cache = f" Keys and values are cached as {cache.text}." if cache else ""
@@ -34,20 +45,18 @@ def write(model: str, recipe: Recipe, schemes: dict[str, Scheme], patterns: Mapp
         rest = "All other values are as in the source."
     if all(not isinstance(step, Rewrite | Prunes | Restructure) for step in steps):
         rest = "Everything else is as in the source, byte for byte."
+    of_rank = f"{factored} linears became two of low rank, which only compress opens. " if factored else ""
     return f"""---
-library_name: transformers
+library_name: {"compress" if factored else "transformers"}
 tags: [compress, compressed-tensors]
 ---
 
 # {model}, compressed
 
-{len(schemes)} linears are {"; ".join(kinds) or "unchanged"} ({passes}).{of_cache}{pruned} {rest}
+{of_rank}{len(schemes)} linears are {"; ".join(kinds) or "unchanged"} ({passes}).{of_cache}{pruned} {rest}
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("PATH")
-tokenizer = AutoTokenizer.from_pretrained("PATH")
+{(OPENED_HERE if factored else OPENED_BY_TRANSFORMERS).strip()}
 ```
 {left_out}
 What was lost is in `report.html`; hashes of all other files are in `manifest.json`.

@@ -45,6 +45,9 @@ CAST_AT_ONCE = 1 << 20
 """Elements of a tensor that is written in another dtype than it is stored in, held at a time."""
 PER_LAYER = "per_layer_config"
 """Where a config of transformers says what differs by block. Its model classes do not read it yet, and fail."""
+LOW_RANK = "compress_low_rank"
+"""The `model_type` of a checkpoint in which linears are two. Its real config is inside, under ``original``: engines, which would make up numbers
+for the whole linears with no more than a warning, know no such type and refuse it."""
 OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".pkl", ".safetensors")
 
 
@@ -152,7 +155,7 @@ class Checkpoint:
     def _config(self, problems: Problems) -> dict[str, Any]:
         path = self.folder / "config.json"
         try:
-            config = json.loads(path.read_text(encoding="utf-8"))
+            config = unwrapped(json.loads(path.read_text(encoding="utf-8")))
             if isinstance(config, dict):
                 return config
             problems.add("config.json", f"must hold a mapping, got {type(config).__name__}")
@@ -244,11 +247,21 @@ class Checkpoint:
         return {path.name: digest for path, digest in hashes.items()}
 
 
+def wrapped(config: dict[str, Any]) -> dict[str, Any]:
+    """config.json for linears that are two, so that only those open the checkpoint who know what that means."""
+    return {"model_type": LOW_RANK, "original": config}
+
+
+def unwrapped(config: Any) -> Any:
+    """What config.json says of the model: all of it, or what `wrapped` put inside."""
+    return config.get("original") if isinstance(config, dict) and config.get("model_type") == LOW_RANK else config
+
+
 def transformers_config(plain: Mapping[str, Any]) -> Any:
     """The config of transformers for a config.json, without what its classes fail over or would act on: widths by block and packed weights."""
     from transformers import CONFIG_MAPPING
 
-    config = {key: value for key, value in plain.items() if key not in (PER_LAYER, "quantization_config")}
+    config = {key: value for key, value in unwrapped(plain).items() if key not in (PER_LAYER, "quantization_config")}
     for key, value in config.items():
         if isinstance(value, dict):
             config[key] = {inner: copy.deepcopy(what) for inner, what in value.items() if inner != PER_LAYER}

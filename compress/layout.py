@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -95,6 +95,10 @@ class BlockLayout:
     @property
     def linears(self) -> Iterator[Linear]:
         return (linear for stage in self.stages for group in stage.groups for linear in group.linears)
+
+    def second(self, linear: str) -> str:
+        """The linear that gives on what `linear` gives: the second of two factors for the first, otherwise itself."""
+        return f"{linear.removesuffix('.0')}.1" if linear.endswith(".0") else linear
 
 
 SIZES = ("hidden_size", "intermediate_size", "moe_intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
@@ -184,6 +188,17 @@ class Layout:
         return frozenset(linear.name for group in groups if group.expert is not None for linear in group.linears)
 
     @cached_property
+    def factored(self) -> frozenset[str]:
+        """Names of the linears that are the product of two, ``{name}.1`` after ``{name}.0``; of these `linears` has both."""
+        return frozenset(name.removesuffix(".0") for name in self.linears if name.endswith(".0"))
+
+    def unfactored(self, name: str) -> str:
+        """What a tensor was called before its linear became two; of others their own name."""
+        owner, _, part = name.rpartition(".")
+        whole, _, _ = owner.rpartition(".")
+        return f"{whole}.{part}" if whole in self.factored else name
+
+    @cached_property
     def in_blocks(self) -> frozenset[str]:
         """Names of all tensors that belong to a block."""
         return frozenset(name for block in self.blocks for name in block.tensors)
@@ -242,7 +257,10 @@ class Layout:
     def _block(self, index: int, locals_: list[str], problems: Problems) -> BlockLayout:
         prefix = f"{self.arch.blocks}.{index}"
         stages = []
-        for table in self.arch.groups:
+        # Linears that are two, by their local name: the first factor reads what the whole would, the second gives what it would.
+        owners_ = {name.rpartition(".")[0] for name in locals_}
+        pairs = {name for table in self.arch.groups for name in table.linears if f"{name}.0" in owners_}
+        for table in (each for whole in self.arch.groups for each in _with_factors(whole, pairs)):
             if group := self._group(prefix, table, "", problems):
                 stages.append(Stage(table.name, (group,)))
         if experts := self.arch.experts:
@@ -262,19 +280,23 @@ class Layout:
                     stages.append(Stage(name, tuple(group for group in groups if group)))
         if not stages:
             problems.add(prefix, f"has none of the linears a {self.arch.model_type} has", "is model_type right?")
-        edges = tuple(edge for fold in self.arch.folds for edge in _edges(prefix, fold, locals_))
+        wholes = {f"{name}.{factor}": name for name in pairs for factor in (0, 1)}
+        owners = list(dict.fromkeys(wholes.get(owner, owner) for owner in (name.rpartition(".")[0] for name in locals_)))
+        edges = tuple(edge for fold in self.arch.folds for edge in _edges(prefix, fold, owners, pairs))
         linears = {linear.name: linear for stage in stages for group in stage.groups for linear in group.linears}
-        units = tuple(found for unit in self.arch.units for found in self._units(prefix, index, unit, linears))
+        units = tuple(found for unit in self.arch.units for found in self._units(prefix, index, unit, linears, pairs))
         return BlockLayout(index, prefix, tuple(stages), edges, units, tuple(f"{prefix}.{name}" for name in locals_))
 
-    def _units(self, prefix: str, index: int, unit: Unit, linears: dict[str, Linear]) -> Iterator[Units]:
-        """What `unit` is in a block with these linears, by name."""
-        before, _, after = f"{prefix}.{unit.columns}".partition("*")
+    def _units(self, prefix: str, index: int, unit: Unit, linears: dict[str, Linear], pairs: Collection[str]) -> Iterator[Units]:
+        """What `unit` is in a block with these linears, by name, where the local names in `pairs` stand for two."""
+        reader = _reads(unit.columns, pairs)
+        before, _, after = f"{prefix}.{reader}".partition("*")
         size = (self.head_dim or 0) if unit.heads else 1
-        found = [name for name in linears if _fits(f"{prefix}.{unit.columns}", name)] if size else []
+        found = [name for name in linears if _fits(f"{prefix}.{reader}", name)] if size else []
         numbers = sorted(int(name.removeprefix(before).removesuffix(after)) for name in found) if "*" in unit.columns else [None] * len(found)
         for number in numbers:
-            *rows, columns = (f"{prefix}.{name}".replace("*", str(number)) for name in (*unit.rows, unit.columns))
+            names = (*(_makes(name, pairs) for name in unit.rows), reader)
+            *rows, columns = (f"{prefix}.{name}".replace("*", str(number)) for name in names)
             if all(name in linears for name in rows):  # what is missing has been told
                 name = f"{prefix}.{unit.kind}" + ("" if number is None else f".{number}")
                 parts = int(self.setting(unit.within, index) or 1) if unit.within else 1
@@ -314,13 +336,31 @@ class Layout:
         return rows, columns
 
 
-def _edges(prefix: str, fold: Fold, locals_: list[str]) -> Iterator[Edge]:
-    """The edges that `fold` makes in a block with tensors of these local names."""
-    owners = dict.fromkeys(name.rpartition(".")[0] for name in locals_)
+def _with_factors(whole: InputGroup, pairs: Collection[str]) -> list[InputGroup]:
+    """A group of the table as a block has it that holds some linears as `pairs`: their second factors follow, each in a group of its own."""
+    factors = [name for name in whole.linears if name in pairs]
+    if not factors:
+        return [whole]
+    if len(whole.linears) == 1:  # whoever looks for the group that ends a submodule finds the second factor
+        return [InputGroup(f"{whole.name}.0", (f"{factors[0]}.0",)), InputGroup(whole.name, (f"{factors[0]}.1",))]
+    first = InputGroup(whole.name, tuple(_reads(name, pairs) for name in whole.linears))
+    return [first, *(InputGroup(f"{whole.name}.{name.rpartition('.')[2]}", (f"{name}.1",)) for name in factors)]
+
+
+def _reads(name: str, pairs: Collection[str]) -> str:
+    return f"{name}.0" if name in pairs else name
+
+
+def _makes(name: str, pairs: Collection[str]) -> str:
+    return f"{name}.1" if name in pairs else name
+
+
+def _edges(prefix: str, fold: Fold, owners: Collection[str], pairs: Collection[str]) -> Iterator[Edge]:
+    """The edges that `fold` makes in a block with modules of these local names, of which those of `pairs` are two."""
     if "*" not in fold.producer:
-        consumers = tuple(f"{prefix}.{owner}" for pattern in fold.consumers for owner in owners if _fits(pattern, owner))
+        consumers = tuple(f"{prefix}.{_reads(owner, pairs)}" for pattern in fold.consumers for owner in owners if _fits(pattern, owner))
         if consumers:
-            yield Edge(f"{prefix}.{fold.name}", fold.name, f"{prefix}.{fold.producer}", consumers, fold.heads)
+            yield Edge(f"{prefix}.{fold.name}", fold.name, f"{prefix}.{_makes(fold.producer, pairs)}", consumers, fold.heads)
         return
     before, _, after = fold.producer.partition("*")
     numbers = sorted(int(owner.removeprefix(before).removesuffix(after)) for owner in owners if _fits(fold.producer, owner))

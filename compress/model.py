@@ -170,6 +170,14 @@ class Block:
         """The module that holds the one that computes the linear of this name on disk."""
         return self.module.get_submodule(self._slots[f"{linear}.weight"].parameter.removesuffix(".weight").rpartition(".")[0])
 
+    def surrounding(self, linear: str) -> nn.Module:
+        """The submodule, attention or an MLP, that the linear of this name on disk is part of, be it alone or one of two factors."""
+        whole = linear.rpartition(".")[0]
+        if whole not in self._model.layout.factored:
+            return self.parent(linear)
+        path = self._slots[f"{linear}.weight"].parameter.removesuffix(".weight")
+        return self.module.get_submodule(path.rpartition(".")[0].rpartition(".")[0])
+
     @property
     def experts(self) -> Any:
         """The module that holds all experts."""
@@ -262,6 +270,21 @@ class Block:
         for name in (f"{linear}.weight", f"{linear}.bias"):
             if name in self.layout.tensors:
                 self._orders[name, 0] = outputs
+
+    def set_factors(self, linear: str, first: Tensor, second: Tensor, *, apart: bool) -> Tensor:
+        """From here on the block computes with ``second @ first`` ([out, rank] and [rank, in], or their product) in place of a linear's weight.
+
+        From the end of the pass on the checkpoint has both `apart`, or else the product as the weight, in the dtype of the source. Returns what the
+        linear computes with, [out, in] float32.
+        """
+        dtype = self._model.checkpoint.tensors[f"{linear}.weight"].dtype
+        made = {f"{linear}.0.weight": first, f"{linear}.1.weight": second} if apart else {f"{linear}.weight": second @ first}
+        stored = {name: read_entry(Entry(name, dtype, tuple(tensor.shape), tensor)) for name, tensor in made.items()}
+        self._changed |= stored
+        factors = [tensor.double() for tensor in stored.values()]
+        product = (factors[1] @ factors[0] if apart else factors[0]).float()
+        self._slots[f"{linear}.weight"].view(self.module).copy_(product)
+        return product
 
     def add_record(self, name: str, record: dict[str, Any]) -> None:
         """Put what became of `name` into the report."""
@@ -548,6 +571,8 @@ class Model:
                 modules = whole.get_submodule(self.layout.arch.module_blocks)
                 for index, changes in self.layout.of_blocks.items():
                     modules[index] = type(modules[index])(_with(whole.config.get_text_config(), changes), index).to(self.dtype)
+                for linear in self.layout.factored:
+                    self._factor(linear, modules)
         except CONFIG_ERRORS as error:
             reason = " ".join(f"{type(error).__name__} {error}".split())[:300]
             raise InputError.one(
@@ -565,6 +590,15 @@ class Model:
         if (folder / "generation_config.json").exists():
             return {"generation_config": GenerationConfig.from_pretrained(folder, local_files_only=True)}
         return {"generation_config": GenerationConfig.from_model_config(self._config)}
+
+    def _factor(self, linear: str, modules: Any) -> None:
+        """Have two modules in sequence compute a linear whose factors are on disk."""
+        index, _, local = linear.removeprefix(f"{self.layout.arch.blocks}.").partition(".")
+        module = modules[int(index)]
+        path = self._slot(local, module).parameter
+        whole, rank = module.get_submodule(path), self.layout.linears[f"{linear}.0"].rows
+        pair = nn.Linear(whole.in_features, rank, bias=False), nn.Linear(rank, whole.out_features, bias=whole.bias is not None)
+        _replace(module, path, nn.Sequential(*pair).to(self.dtype))
 
     def _hollow(self) -> Any:
         bare = copy.deepcopy(self._config)

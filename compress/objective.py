@@ -36,7 +36,7 @@ def losses(probe: Probe, edges: list[Edge], counted: list[Tensor]) -> dict[str, 
 
 def _loss_of_module(probe: Probe, edge: Edge, batches: list[int], counted: list[Tensor]) -> Loss:
     first = edge.consumers[0]
-    module = probe.block.submodule(first) if len(edge.consumers) == 1 else probe.block.parent(first)
+    module = probe.block.submodule(first) if len(edge.consumers) == 1 else probe.block.surrounding(first)
     calls = probe.calls(module, batches)
     before = [call.repeat(module) for call in calls]
     energy = sum(_total(each, counted[call.batch]) for call, each in zip(calls, before, strict=True))

@@ -324,9 +324,13 @@ class _Run:
             for record in json.loads(read_header(file)[1]["records"]) if file.exists() else ():
                 self._take(record)
         places = {(info.file, info.begin): tensor for tensor, info in before.checkpoint.tensors.items()}
-        now = {tensor: places.get((info.file, info.begin), tensor) for tensor, info in self.layout.checkpoint.tensors.items()}
-        changed = {was for tensor, was in now.items() if self.layout.checkpoint.tensors[tensor] is not before.checkpoint.tensors.get(was)}
-        for was in (changed | (before.checkpoint.tensors.keys() - now.values())) & self.origins.keys():
+        known = before.checkpoint.tensors
+        now = {
+            tensor: places.get((info.file, info.begin), tensor if tensor in known else self.layout.unfactored(tensor))
+            for tensor, info in self.layout.checkpoint.tensors.items()
+        }
+        changed = {was for tensor, was in now.items() if self.layout.checkpoint.tensors[tensor] is not known.get(was)}
+        for was in (changed | (known.keys() - now.values())) & self.origins.keys():
             self.cut.setdefault(self.origins[was], {})[name] = step.verb
         self.added = {tensor: self.added.get(was, name) for tensor, was in now.items() if was not in self.origins}
         self.origins = {tensor: self.origins[was] for tensor, was in now.items() if was in self.origins}
@@ -403,16 +407,21 @@ class _Run:
         """What became of every tensor of the source, and what is new. Raises AssertionError if one is not accounted for: a bug, not a warning."""
         exporter = export_module(self.recipe.export[0])
         ledger = []
-        names = {origin: name for name, origin in self.origins.items()}
+        names: dict[str, list[str]] = {}
+        for name, of in sorted(self.origins.items()):
+            names.setdefault(of, []).append(name)
         for origin, info in sorted(self.source.checkpoint.tensors.items()):
             item: dict[str, Any] = {"name": origin, "shape": list(info.shape), "dtype": info.dtype}
             cut = self.cut.get(origin, {})
             if origin not in names:
                 item |= {"action": "removed", "why": f"by {' and '.join(cut)}"}
             else:
-                item |= self._fate(names[origin], exporter, cut)
-                if names[origin] != origin:
-                    item["why"] += f"; now called {names[origin]}"
+                fates = {name: self._fate(name, exporter, cut) for name in names[origin]}
+                alike = len({fate["why"] for fate in fates.values()}) == 1
+                item["action"] = " and ".join(dict.fromkeys(fate["action"] for fate in fates.values()))
+                item["why"] = next(iter(fates.values()))["why"] if alike else "; ".join(f"{name} {fate['why']}" for name, fate in fates.items())
+                if names[origin] != [origin]:
+                    item["why"] += f"; now called {' and '.join(names[origin])}"
             ledger.append(item)
         added = sorted(self.rewritten.keys() - self.layout.checkpoint.tensors.keys())
         for name in added:
@@ -460,7 +469,8 @@ class _Run:
     def _manifest(self, staging: Path, sources: dict[str, str], samples: Any, accepted: bool) -> None:
         from compress import card
 
-        write_text(staging / "README.md", card.write(self.request.model, self.recipe, self.schemes, self.model.patterns))
+        card_ = card.write(self.request.model, self.recipe, self.schemes, self.model.patterns, len(self.layout.factored))
+        write_text(staging / "README.md", card_)
         files = {
             str(path.relative_to(staging)): sha256(path) for path in sorted(staging.rglob("*")) if path.is_file() and path.name not in NOT_IN_MANIFEST
         }

@@ -87,6 +87,7 @@ def page(result: dict[str, Any]) -> str:
         cut=_cut(result),
         transforms=_transforms([record for record in result.get("transforms") or [] if not _special(record)]),
         pruned=_pruned(result),
+        factored=_factored([record for record in result.get("transforms") or [] if "rank" in record]),
         detached=[_detaching(record, result) for record in _detached(result)],
         passes=_passes(result),
         engines=[(name, verdict, _verdict_state(verdict)) for name, verdict in (result.get("engines") or {}).items()],
@@ -197,7 +198,7 @@ def _summary(result: dict[str, Any]) -> str:
 
 def _special(record: dict[str, Any]) -> bool:
     """Whether what a pass did that quantised nothing is told elsewhere on the page."""
-    return any(key in record for key in ("key_error", "completeness", "pattern", "after"))
+    return any(key in record for key in ("key_error", "completeness", "pattern", "after", "rank"))
 
 
 def _pruned(result: dict[str, Any]) -> list[dict[str, str]]:
@@ -348,7 +349,7 @@ def _cut(result: dict[str, Any]) -> list[dict[str, str]]:
 def _transforms(records: list[dict[str, Any]]) -> list[dict[str, str]]:
     """What passes did to tensors that they did not quantise, a row per pass and kind."""
     rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for record in records:
+    for record in (record for record in records if "rank" not in record):
         rows.setdefault((record["pass"], record.get("kind") or ""), []).append(record)
     return [
         {
@@ -362,6 +363,24 @@ def _transforms(records: list[dict[str, Any]]) -> list[dict[str, str]]:
             "clipped": _spread([record["clipped"] for record in members if record.get("clipped") is not None], percent_text),
         }
         for (step, kind), members in rows.items()
+    ]
+
+
+def _factored(records: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """Ranks and what they lose, a row per method and kind of linear."""
+    rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for record in records:
+        rows.setdefault((record["method"], record["kind"]), []).append(record)
+    return [
+        {
+            "method": method,
+            "kind": kind,
+            "count": f"{len(members):,}",
+            "before": _spread(sorted({record["rank"][0] for record in members}), str),
+            "after": _spread([record["rank"][1] for record in members], str),
+            "error": _spread([record["error"] for record in members], share_text),
+        }
+        for (method, kind), members in rows.items()
     ]
 
 

@@ -161,6 +161,25 @@ def without_blocks(layout: Layout, dropped: Collection[int]) -> Layout:
     return Layout(layout.checkpoint.altered(tensors, config))
 
 
+def in_two(layout: Layout, ranks: Mapping[str, int]) -> dict[str, TensorInfo]:
+    """What the factors of linears will be, by rank and name. There is nothing to read yet where they say they lie."""
+    found: dict[str, TensorInfo] = {}
+    for name, rank in ranks.items():
+        info, linear = layout.checkpoint.tensors[f"{name}.weight"], layout.linears[name]
+        found[f"{name}.0.weight"] = _of_shape(info, (rank, linear.columns))
+        found[f"{name}.1.weight"] = _of_shape(info, (linear.rows, rank))
+    return found
+
+
+def with_factors(layout: Layout, tensors: Mapping[str, TensorInfo]) -> Layout:
+    """The layout with `tensors` in place of those of the same names. Where they are factors, the whole goes and its bias is the second's."""
+    pairs = {name.removesuffix(".0.weight") for name in tensors if name.endswith(".0.weight")}
+    biases = {f"{name}.bias": f"{name}.1.bias" for name in pairs}
+    wholes = {f"{name}.weight" for name in pairs}
+    kept = {biases.get(name, name): info for name, info in layout.checkpoint.tensors.items() if name not in wholes}
+    return Layout(layout.checkpoint.altered(kept | dict(tensors), layout.checkpoint.config))
+
+
 def _copy_of_config(layout: Layout) -> tuple[dict[str, Any], dict[str, Any]]:
     """The config and the part of it that the blocks go by, to be changed."""
     config = copy.deepcopy(layout.checkpoint.config)

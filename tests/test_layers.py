@@ -91,6 +91,7 @@ LIGHT = (
     "errors",
     "numerics.knapsack",
     "numerics.pattern",
+    "numerics.ranks",
     "arch",
     "checkpoint",
     "allocation",

@@ -53,6 +53,8 @@ def alone(layout: Layout, options: Evaluation, tokenizer: Tokenizer, progress: P
     model = Model(layout)
     if options.tasks and model.has_residuals:
         raise InputError.one("tasks", "lm-eval runs the model in transformers, which leaves its residuals out", "leave the tasks out")
+    if options.tasks and layout.factored:
+        raise InputError.one("tasks", "lm-eval runs the model in transformers, which refuses linears that are two of low rank", "leave the tasks out")
     both = _measure(model, model, options, tokenizer, progress)
     model.release()
     result = {"protocol": both["protocol"], **both["baseline"]}

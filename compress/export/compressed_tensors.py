@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.checkpoint import INDEX, RESIDUALS, SINGLE, Entry, entry, write_safetensors, write_text
+from compress.checkpoint import INDEX, RESIDUALS, SINGLE, Entry, entry, wrapped, write_safetensors, write_text
 from compress.errors import InputError, Problems
 from compress.formats.base import RESIDUAL_PARTS
 from compress.layout import Layout
@@ -39,7 +39,7 @@ def check(place: str, layout: Layout, plan: dict[str, Scheme], problems: Problem
         for stage in block.stages:
             for group in stage.groups:
                 found = {kinds.get(linear.name) for linear in group.linears}
-                if len(found) > 1:
+                if len(found) > 1 and not layout.factored:  # else no engine will join them anyway
                     problems.add(place, f"{group.name} is one matrix to serving engines, but its linears get different schemes", "treat them alike")
                 if group.expert is not None:
                     schemes |= found
@@ -65,6 +65,8 @@ def check(place: str, layout: Layout, plan: dict[str, Scheme], problems: Problem
 
 def verdicts(layout: Layout, plan: dict[str, Scheme], cache: CacheScheme | None = None) -> dict[str, str]:
     """For each serving engine, whether and how it reads the artifact, as far as its loader's rules tell."""
+    if layout.factored:
+        return {"compress": "loads"} | dict.fromkeys(("transformers", "vLLM", "SGLang"), "refuses linears that are two of low rank")
     if layout.of_blocks:
         # Seen with transformers 5.23.0: its classes ask the config for one width and fail loudly when told that there are several.
         return {"compress": "loads"} | dict.fromkeys(("transformers", "vLLM", "SGLang"), "refuses blocks of different widths")
@@ -244,7 +246,7 @@ def write(model: Model, plan: dict[str, Scheme], cache: CacheScheme | None, fold
         (folder / RESIDUALS).parent.mkdir()
         write_safetensors(folder / RESIDUALS, residuals, {"format": "sparse-residual"})
         config["quantization_config"]["residuals"] = RESIDUALS
-    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    write_text(folder / "config.json", json.dumps(wrapped(config) if model.layout.factored else config, indent=2) + "\n")
 
 
 def _shards(model: Model) -> Iterator[list[Entry]]:

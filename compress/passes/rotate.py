@@ -122,7 +122,7 @@ def turn_block(layout: BlockLayout, read: Read, write: Write, stream: Rotation |
                 write(name, _per_head(read(name), heads))
         if stream:
             for linear in edge.consumers:
-                _turn_writer(linear, layout.tensors, read, write, stream)
+                _turn_writer(layout.second(linear), layout.tensors, read, write, stream)
 
 
 def turn_outside(outside: Outside, tied: bool, names: Collection[str], read: Read, stream: Rotation) -> dict[str, Tensor]:

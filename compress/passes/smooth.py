@@ -83,7 +83,7 @@ class _Smoothing:
 
     def __init__(self, options: Pass, model: Model, probe: Probe, counted: list[Tensor]) -> None:
         self.options, self.schemes, self.block, self.probe, self.counted = options, model.schemes, probe.block, probe, counted
-        self.scores = {f"{probe.block.layout.prefix}.{name}" for name in model.layout.arch.scores}
+        self.scores = {f"{probe.block.layout.prefix}.{name}{factor}" for name in model.layout.arch.scores for factor in ("", ".0", ".1")}
         self.groups = [group for stage in probe.block.layout.stages for group in stage.groups]
         self.seen = self._observe()
 
