@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from torch import Tensor
 from compress.calibrate import Progress
 from compress.data import Samples
 from compress.layout import Units
-from compress.model import Model
+from compress.model import Block, Change, Model
 from compress.numerics.gates import LOWEST, Multipliers, gate, middle, retention
 from compress.whole import Distillation, Training, Whole, draw, opened, rate, scored
 
@@ -44,8 +45,19 @@ class Scope:
     keep: float
 
 
-def learn(model: Model, samples: Samples, scopes: Mapping[str, Scope], options: Options, path: Path, progress: Progress) -> dict[str, Tensor]:
-    """The gates of all units after training, [count] float32, zero or more, by name of the units. What is needed to go on lies at `path`."""
+def learn(
+    model: Model,
+    samples: Samples,
+    scopes: Mapping[str, Scope],
+    options: Options,
+    path: Path,
+    progress: Progress,
+    means: Mapping[str, Tensor] = MappingProxyType({}),
+) -> dict[str, Tensor]:
+    """The gates of all units after training, [count] float32, zero or more, by name of the units. What is needed to go on lies at `path`.
+
+    Where ``means`` [columns] has what units give on average, by their name, they give that in so far as they are gone, as a bias will.
+    """
     generator = torch.Generator().manual_seed(options.seed)
     every = [units for scope in scopes.values() for units in scope.units]
     z = {units.name: (1 + 0.01 * torch.randn(units.count, generator=generator)).to(model.device).requires_grad_() for units in every}
@@ -56,7 +68,7 @@ def learn(model: Model, samples: Samples, scopes: Mapping[str, Scope], options: 
     distillation = Distillation(model, model, options.divergence)
     with opened(model) as whole:
         while training.step < options.steps:
-            _step(whole, samples, scopes, z, multipliers, distillation, training, options)
+            _step(whole, samples, scopes, z, means, multipliers, distillation, training, options)
             training.advance(rate(training.step / options.steps))
             with torch.no_grad():
                 for each in z.values():
@@ -73,6 +85,7 @@ def _step(
     samples: Samples,
     scopes: Mapping[str, Scope],
     z: dict[str, Tensor],
+    means: Mapping[str, Tensor],
     multipliers: Multipliers,
     distillation: Distillation,
     training: Training,
@@ -81,19 +94,30 @@ def _step(
     """Add up the gradients of one step."""
     chosen = draw(samples, options.batch, options.seed, training.step)
     tokens = scored(chosen)
+    halfway = middle(training.step / options.steps)
     for batch in chosen.batches():
         hidden, kwargs = whole.embed(batch)
         with torch.no_grad():
             wanted = whole.forward(hidden, kwargs)
         with torch.enable_grad(), ExitStack() as gated:
             for block in whole.blocks:
-                mine = {units.columns: units for units in block.layout.units if units.name in z}
-                columns = {linear: next(each.columns for each in block.layout.linears if each.name == linear) for linear in mine}
-                factors = {linear: gate(z[units.name]).repeat_interleave(columns[linear] // units.count) for linear, units in mine.items()}
-                gated.enter_context(block.scaling(factors))
+                gated.enter_context(block.scaling(_changes(block, z, means, halfway)))
             given = whole.forward(hidden, kwargs)
             distillation.learn(batch, given, wanted, tokens)
     with torch.enable_grad():
-        halfway = middle(training.step / options.steps)
         penalty = multipliers.penalty([torch.cat([retention(z[units.name], halfway) for units in scope.units]) for scope in scopes.values()])
         torch.autograd.backward(penalty)
+
+
+def _changes(block: Block, z: Mapping[str, Tensor], means: Mapping[str, Tensor], halfway: float) -> dict[str, Change]:
+    """What the readers of a block's units are given in place of what they are."""
+    columns = {linear.name: linear.columns for linear in block.layout.linears}
+    changes: dict[str, Change] = {}
+    for units in block.layout.units:
+        if units.name in z:
+            run = columns[units.columns] // units.count
+            shift = None
+            if units.name in means:
+                shift = (1 - retention(z[units.name], halfway)).repeat_interleave(run) * means[units.name]
+            changes[units.columns] = gate(z[units.name]).repeat_interleave(run), shift
+    return changes

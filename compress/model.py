@@ -51,6 +51,8 @@ CACHE_BUFFERS = ("k_scale", "v_scale")
 """Of attention in a model that is kept whole: the scales of its cache, if that is quantised."""
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 Recorder = Callable[[int, Tensor, Tensor], None]
+Change = tuple[Tensor, Tensor | None]
+"""What inputs [..., columns] are multiplied by, and what is added then, each [columns]."""
 
 
 CONFIG_ERRORS = (StrictDataclassError, OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError)
@@ -75,13 +77,13 @@ class Experts3D:
 def experts_forward(self: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """The experts of transformers v5, one after the other, telling `self.listener` what each is given.
 
-    `self.factors`, by expert, are what the last linear of each is to have its inputs multiplied by.
+    `self.factors`, by expert, are what the last linear of each is to have its inputs multiplied by, and what is then to be added.
 
     ``hidden`` [tokens, hidden]; ``top_k_index`` and ``top_k_weights`` [tokens, k]. Same operations in the same order as the eager
     implementation.
     """
     listener: Experts3D | None = getattr(self, "listener", None)
-    factors: dict[int, Tensor] | None = getattr(self, "factors", None)
+    factors: dict[int, Change] | None = getattr(self, "factors", None)
     result = torch.zeros_like(hidden)
     for expert in range(self.gate_up_proj.shape[0]):
         token, place = torch.where(top_k_index == expert)
@@ -91,7 +93,8 @@ def experts_forward(self: Any, hidden: Tensor, top_k_index: Tensor, top_k_weight
             continue
         gated = self._apply_gate(nn.functional.linear(inputs, self.gate_up_proj[expert]))
         if factors and expert in factors:
-            gated = gated * factors[expert]
+            factor, shift = factors[expert]
+            gated = gated * factor if shift is None else gated * factor + shift
         if listener:
             listener.record(expert, token, gated)
             continue
@@ -399,24 +402,25 @@ class Block:
             self.experts.listener = None
 
     @contextmanager
-    def scaling(self, factors: Mapping[str, Tensor]) -> Iterator[None]:
-        """While inside, what each of these linears, by name, is given is multiplied by a vector [columns]; differentiable in that.
+    def scaling(self, changes: Mapping[str, Change]) -> Iterator[None]:
+        """While inside, what each of these linears, by name, is given is changed; differentiable in what it is changed by.
 
-        Of an expert only the last linear can be scaled.
+        Of an expert that can be done to the last linear only.
         """
         handles = []
-        of_experts: dict[int, Tensor] = {}
+        of_experts: dict[int, Change] = {}
 
-        def before(factor: Tensor) -> Callable[[Any, tuple[Tensor]], tuple[Tensor]]:
-            return lambda _, arguments: (arguments[0] * factor.to(arguments[0].dtype),)
+        def before(factor: Tensor, shift: Tensor | None) -> Callable[[Any, tuple[Tensor]], tuple[Tensor]]:
+            return lambda _, arguments: (arguments[0] * factor if shift is None else arguments[0] * factor + shift,)
 
-        for linear, factor in factors.items():
+        for linear, (factor, shift) in changes.items():
+            factor, shift = factor.to(self._model.dtype), None if shift is None else shift.to(self._model.dtype)
             slot = self._slots[f"{linear}.weight"]
             if slot.expert is None:
-                handles.append(self.submodule(linear).register_forward_pre_hook(before(factor)))
+                handles.append(self.submodule(linear).register_forward_pre_hook(before(factor, shift)))
             else:
                 assert linear.endswith(f".{self._down}")
-                of_experts[slot.expert] = factor.to(self._model.dtype)
+                of_experts[slot.expert] = factor, shift
         if of_experts:
             self.experts.factors = of_experts
         try:

@@ -32,6 +32,7 @@ Kind = Literal["kv_group", "query_head", "ffn_channel", "expert_channel"]
 Share = Annotated[float, Field(gt=0, le=1)]
 DEFAULT_KINDS = ("kv_group", "ffn_channel", "expert_channel")
 WITHOUT_DATA = ("magnitude", "random")
+COMPENSATING = ("flap", "ddp")
 KEPT, GATES, MEAN = "kept.safetensors", "gates.safetensors", ".mean"
 
 
@@ -59,8 +60,8 @@ class Pass(Restructure):
     )
     compensate: bool = Field(
         default=False,
-        description="`flap`: add what removed units gave on average to a bias of the linear that read them; only where the model's config knows such "
-        "biases",
+        description="`flap`, `ddp`: add what removed units gave on average to a bias of the linear that read them; only where the model's config "
+        "knows such biases. `flap` is meant to be used with it",
     )
     seed: int = Field(default=0, ge=0, description="of what is random")
     steps: int = Field(default=1000, ge=1, description="`ddp`: how often gates are changed; fewer than 300 do not reach the share to keep")
@@ -88,8 +89,10 @@ class Pass(Restructure):
                 problems.add(f"{place}: keep", f"the model has no {kind}", f"it has {', '.join(sorted(there)) or 'none that can be removed'}")
         for name in sorted({"steps", "batch", "learning_rate", "divergence"} & self.model_fields_set if self.method != "ddp" else ()):
             problems.add(f"{place}: {name}", f"is an option of ddp, which {self.method} does not read", "leave it out, or take method: ddp")
-        if self.compensate and self.method != "flap":
-            problems.add(f"{place}: compensate", f"is an option of flap, which {self.method} does not read", "leave it out, or take method: flap")
+        if self.compensate and self.method not in COMPENSATING:
+            problems.add(
+                f"{place}: compensate", f"is an option of flap and ddp, which {self.method} does not read", f"leave it out, or take {COMPENSATING[0]}"
+            )
         elif self.compensate and len(self._biased(layout)) < len(self._readers(layout)):
             without = sorted({name.rpartition(".")[2] for name in self._readers(layout) - self._biased(layout).keys()})
             problems.add(
@@ -194,7 +197,8 @@ class Pass(Restructure):
         for block in walk(model, workspace):
             for units in block.layout.units:
                 scale = chosen.get(f"{units.name}.scale")
-                if units.name in chosen and (scale is not None or len(chosen[units.name]) < units.count):
+                touched = scale is not None or units.columns in biased  # where one linear has a bias, all must
+                if units.name in chosen and (touched or len(chosen[units.name]) < units.count):
                     names = [name for name in block.layout.tensors if name.rpartition(".")[0] in (*units.rows, units.columns)]
                     tensors = {name: block.tensor(name) for name in names}
                     left = taken_from(units, chosen[units.name], scale, tensors)
@@ -260,8 +264,20 @@ class Pass(Restructure):
                     scopes[units.name if self.widths == "uniform" else units.kind].append(units)
         ready = {name: Scope(tuple(members), uniform[members[0].name] / members[0].count) for name, members in scopes.items()}
         options = Options(self.steps, self.batch, self.learning_rate, self.divergence, self.seed)
-        found = learn(model, samples, ready, options, workspace.folder / GATES, workspace.progress)
-        return {name: gates.double() for name, gates in found.items()}
+        means = self._means(model, samples, workspace) if self.compensate else {}
+        found = learn(model, samples, ready, options, workspace.folder / GATES, workspace.progress, means)
+        return {name: gates.double() for name, gates in found.items()} | {f"{name}{MEAN}": mean.cpu() for name, mean in means.items()}
+
+    def _means(self, model: Model, samples: Samples, workspace: Workspace) -> Scores:
+        """[columns] float64 of what units give on average, by their name."""
+        from compress.calibrate import look
+
+        kinds = tuple(self._shares(model.layout))
+        found: Scores = {}
+        for probe in look(model, samples, workspace.progress):
+            moments = _moments(probe, kinds)
+            found |= {units.name: moments[units.columns].mean for units in _of(probe.block.layout, kinds)}
+        return found
 
     def _measured(self, columns: Tensor, moments: Any, count: int) -> Tensor:
         from compress.numerics.saliency import fluctuation, wanda
