@@ -1,6 +1,7 @@
 """Quality beside the rivals: perplexity of one model after each tool, on the same calibration and evaluation tokens.
 
     python bench/quality.py --model DIR --calibration TEXT --eval TEXT --venvs DIR --json quality.json --only 'w3g128/*'
+    python bench/quality.py prune --json pruning.json          # how much each way of pruning loses: bench/pruning.py
 
 Every tool reads the same token windows from one file, and every result is evaluated by the same script (rivals/perplexity.py,
 where the protocol stands). A rival that is not installed or that fails is a row of the table like any other. The numbers are
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import harness
+import pruning
 from outliers import plant
 from rich.console import Console
 from rich.table import Table
@@ -326,4 +328,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["prune"]:
+        pruning.main(sys.argv[2:])
+    else:
+        main()

@@ -64,7 +64,7 @@ def mean_loss(model: Model, samples: Samples, weights: Weights = none, advance: 
         with model.block(layout.index) as block:
             _forward(block, weights(block), hidden, kwargs)
         advance()
-    total = sum(_loss(model, batch, each) for batch, each in zip(samples.batches(), hidden, strict=True))
+    total = sum(summed_loss(model, batch, each) for batch, each in zip(samples.batches(), hidden, strict=True))
     model.release()
     return total / _scored(samples)
 
@@ -96,7 +96,7 @@ def backsweep(
         advance()
     upstream = [torch.zeros_like(each) for each in hidden]
     batches = zip(samples.batches(), hidden, upstream, strict=True)
-    loss = sum(_loss(model, batch, each, gradient) for batch, each, gradient in batches) / count
+    loss = sum(summed_loss(model, batch, each, gradient) for batch, each, gradient in batches) / count
     del hidden
     model.release()
     for layout in reversed(model.blocks):
@@ -137,7 +137,7 @@ def _forward(block: Block, weights: dict[str, Tensor], hidden: list[Tensor], kwa
         hidden[number] = block.forward_with(weights, each, kwargs[number][block.layout.index])
 
 
-def _loss(model: Model, batch: Batch, hidden: Tensor, gradient: Tensor | None = None) -> float:
+def summed_loss(model: Model, batch: Batch, hidden: Tensor, gradient: Tensor | None = None) -> float:
     """Sum of the losses for ``hidden`` [rows, tokens, hidden] after the last block; ``gradient``, of zeros, receives its gradient in that."""
     labels = batch.inputs["input_ids"].to(model.device)
     total = 0.0

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import yaml
 
 from compress import __version__
-from compress.passes.base import Transform
+from compress.numerics.pattern import Pattern
+from compress.passes.base import Prunes, Restructure, Rewrite, Transform
 from compress.recipe import Recipe, cache_scheme
 from compress.scheme import Scheme
 
@@ -25,15 +28,22 @@ model = compress.load("PATH")
 """
 
 
-def write(model: str, recipe: Recipe, schemes: dict[str, Scheme], factored: int = 0) -> str:
+def write(model: str, recipe: Recipe, schemes: dict[str, Scheme], patterns: Mapping[str, Pattern], factored: int = 0) -> str:
     """README.md of the artifact, in which so many linears are `factored` into two."""
     kinds = sorted({scheme.text for scheme in schemes.values()})
     cache = cache_scheme(recipe)
     of_cache = f" Keys and values are cached as {cache.text}." if cache else ""
+    kept = " and ".join(f"{list(patterns.values()).count(pattern)} to {pattern}" for pattern in dict.fromkeys(patterns.values()))
+    pruned = f" Linears were pruned, {kept}: so many weights are left of every M inputs." if patterns else ""
     passes = ", ".join(name for name, _ in recipe.instances())
     left_out = LEFT_OUT if any(scheme.residuals for scheme in schemes.values()) else ""
     rest = "Other tensors were rewritten without changing what the model computes, and rounded to the dtype they had."
-    if all(not isinstance(step, Transform) for _, step in recipe.instances()):
+    steps = [step for _, step in recipe.instances()]
+    if any(isinstance(step, Restructure) or (isinstance(step, Rewrite) and not isinstance(step, Transform)) for step in steps):
+        rest = "Other tensors were pruned or trained, and rounded to the dtype they had: the model computes something else than the source."
+    elif all(not isinstance(step, Transform) for step in steps):
+        rest = "All other values are as in the source."
+    if all(not isinstance(step, Rewrite | Prunes | Restructure) for step in steps):
         rest = "Everything else is as in the source, byte for byte."
     of_rank = f"{factored} linears became two of low rank, which only compress opens. " if factored else ""
     return f"""---
@@ -43,7 +53,7 @@ tags: [compress, compressed-tensors]
 
 # {model}, compressed
 
-{of_rank}{len(schemes)} linears are {"; ".join(kinds) or "unchanged"} ({passes}).{of_cache} {rest}
+{of_rank}{len(schemes)} linears are {"; ".join(kinds) or "unchanged"} ({passes}).{of_cache}{pruned} {rest}
 
 ```python
 {(OPENED_HERE if factored else OPENED_BY_TRANSFORMERS).strip()}

@@ -29,6 +29,8 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 RESIDUALS = "residuals/residuals.safetensors"
 """What only this program reads lies in a folder of its own: engines take every safetensors file beside the config for weights."""
+PACKED = "packed"
+"""Where all weights lie that only this program reads."""
 DTYPE_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
     "I16": 2, "U16": 2, "F16": 2, "BF16": 2, "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8,
@@ -111,11 +113,11 @@ class Checkpoint:
     """A folder of safetensors with its config and everything that belongs to it.
 
     `tensors` maps names to `TensorInfo`; `extra_files` are to be carried byte for byte; `left_behind` are weight files in other
-    formats, which are not. Raises `InputError` with every fault of the folder at once.
+    formats, which are not. `weights` is where the shards lie. Raises `InputError` with every fault of the folder at once.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder = self.weights = folder
         problems = Problems()
         if not folder.is_dir():
             raise InputError.one(
@@ -124,6 +126,9 @@ class Checkpoint:
                 "give a local folder, a hub id or demo:dense, demo:moe, demo:vlm",
             )
         self.config = self._config(problems)
+        declared = self.config.get("quantization_config")
+        if isinstance(declared, dict) and declared.get("weights") == PACKED:
+            self.weights = folder / PACKED
         self.tensors: dict[str, TensorInfo] = {}
         self.unlisted: list[str] = []
         files = self._shards(problems) | self._residuals(problems)
@@ -162,9 +167,9 @@ class Checkpoint:
 
     def _shards(self, problems: Problems) -> dict[Path, set[str]]:
         """Shard files with the tensors the index lists in each (an empty set: no index, take all)."""
-        index = self.folder / INDEX
+        index = self.weights / INDEX
         if not index.exists():
-            single = self.folder / SINGLE
+            single = self.weights / SINGLE
             if single.exists():
                 return {single: set()}
             pickles = sorted(p.name for p in self.folder.glob("*.bin"))
@@ -179,9 +184,9 @@ class Checkpoint:
             return {}
         shards: dict[Path, set[str]] = {}
         for name, file in pairs:
-            shards.setdefault(self.folder / file, set()).add(name)
+            shards.setdefault(self.weights / file, set()).add(name)
         for path in list(shards):
-            file = str(path.relative_to(self.folder)) if path.is_relative_to(self.folder) else str(path)
+            file = str(path.relative_to(self.weights)) if path.is_relative_to(self.weights) else str(path)
             if Path(file).name != file or file in ("..", "."):
                 problems.add(INDEX, f"points outside the folder ({file})", "an index may only name files beside it")
                 del shards[path]
@@ -203,7 +208,7 @@ class Checkpoint:
 
     def _other_files(self) -> tuple[list[Path], list[str]]:
         extra, left = [], []
-        own = {*self.shards, self.folder / INDEX, self.folder / "config.json"}
+        own = {*self.shards, self.weights / INDEX, self.folder / "config.json"}
         for path in sorted(self.folder.rglob("*")):
             relative = path.relative_to(self.folder)
             if not path.is_file() or path in own or any(part.startswith(".") for part in relative.parts):

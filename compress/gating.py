@@ -57,7 +57,7 @@ def learn(model: Model, samples: Samples, scopes: Mapping[str, Scope], options: 
     with opened(model) as whole:
         while training.step < options.steps:
             _step(whole, samples, scopes, z, multipliers, distillation, training, options)
-            training.advance(rate(training.step, options.steps))
+            training.advance(rate(training.step / options.steps))
             with torch.no_grad():
                 for each in z.values():
                     each.clamp_(min=LOWEST)

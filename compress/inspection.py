@@ -26,7 +26,7 @@ def inspect(folder: Path) -> dict[str, Any]:
             continue
         item = tensors.setdefault(linear, {"name": linear, "shape": [], "became": "", "bytes": 0})
         item["bytes"] += info.nbytes
-        if part in ("weight", "weight_packed"):
+        if part in ("weight", "weight_packed", "nm_values"):
             item["shape"] = _shape(checkpoint, linear)
             item["became"] = _scheme(checkpoint, linear, item["shape"]) + _residuals(checkpoint, linear)
     manifest = folder / "manifest.json"
@@ -47,15 +47,25 @@ def _shape(checkpoint: Checkpoint, linear: str) -> list[int]:
 
 
 def _scheme(checkpoint: Checkpoint, linear: str, shape: list[int]) -> str:
+    if stored := checkpoint.tensors.get(f"{linear}.nm_pattern"):
+        with stored.file.open("rb") as file:
+            file.seek(stored.begin)
+            v, n, m, bits = struct.unpack("<4i", file.read(16))
+        packed = checkpoint.tensors[f"{linear}.nm_values"].dtype
+        return f"{f'{v}:' if v else ''}{n}:{m}, " + (f"int{bits}, {_integers(checkpoint, linear, shape)}" if bits else packed)
     scale = checkpoint.tensors[f"{linear}.weight_scale"]
     dtypes = {part: info.dtype for part in PARTS if (info := checkpoint.tensors.get(f"{linear}.{part}"))}
     layout = KINDS.get((dtypes.get("weight_packed", dtypes.get("weight", "")), scale.dtype))
-    group = f"group {shape[1] // scale.shape[1]}"
     if layout:
-        return f"{layout}, {group}"
+        return f"{layout}, group {shape[1] // scale.shape[1]}"
     bits = 8 if "weight" in dtypes else checkpoint.tensors[f"{linear}.weight_packed"].shape[1] * 32 // shape[1]
-    kind = "asymmetric" if "weight_zero_point" in dtypes else "symmetric"
-    return f"int{bits}, {group}, {kind}, {scale.dtype} scales"
+    return f"int{bits}, {_integers(checkpoint, linear, shape)}"
+
+
+def _integers(checkpoint: Checkpoint, linear: str, shape: list[int]) -> str:
+    scale = checkpoint.tensors[f"{linear}.weight_scale"]
+    kind = "asymmetric" if f"{linear}.weight_zero_point" in checkpoint.tensors else "symmetric"
+    return f"group {shape[1] // scale.shape[1]}, {kind}, {scale.dtype} scales"
 
 
 def _residuals(checkpoint: Checkpoint, linear: str) -> str:

@@ -123,7 +123,7 @@ class Layout:
                 problems.add(f"{checkpoint.folder / 'config.json'}: {key}", f"must be a positive number, got {size!r}", "fetch it again")
         self.of_blocks = self._of_blocks(problems)
         self.blocks = self._blocks(problems)
-        if len(problems):
+        if len(problems) and not self._readable:
             self._refuse_declared()  # weights under other names are then no riddle
         problems.raise_if_any()
 
@@ -131,6 +131,12 @@ class Layout:
     def packed(self) -> bool:
         """Whether the checkpoint is one of our own artifacts."""
         return "quantization_config" in self.checkpoint.config
+
+    @property
+    def _readable(self) -> bool:
+        """Whether weights, if they are quantised, go by names that this program knows."""
+        declared = self.checkpoint.config.get("quantization_config")
+        return isinstance(declared, dict) and declared.get("quant_method") == "compressed-tensors"
 
     @cached_property
     def cache_scales(self) -> frozenset[str]:
@@ -252,7 +258,8 @@ class Layout:
         prefix = f"{self.arch.blocks}.{index}"
         stages = []
         # Linears that are two, by their local name: the first factor reads what the whole would, the second gives what it would.
-        pairs = {name for table in self.arch.groups for name in table.linears if self._shape(f"{prefix}.{name}.0")}
+        modules = dict.fromkeys(name.rpartition(".")[0] for name in locals_)
+        pairs = {name for table in self.arch.groups for name in table.linears if f"{name}.0" in modules}
         for table in (each for whole in self.arch.groups for each in _with_factors(whole, pairs)):
             if group := self._group(prefix, table, "", problems):
                 stages.append(Stage(table.name, (group,)))
@@ -274,30 +281,30 @@ class Layout:
         if not stages:
             problems.add(prefix, f"has none of the linears a {self.arch.model_type} has", "is model_type right?")
         wholes = {f"{name}.{factor}": name for name in pairs for factor in (0, 1)}
-        owners = list(dict.fromkeys(wholes.get(owner, owner) for owner in (name.rpartition(".")[0] for name in locals_)))
+        owners = list(dict.fromkeys(wholes.get(name, name) for name in modules))
         edges = tuple(edge for fold in self.arch.folds for edge in _edges(prefix, fold, owners, pairs))
-        units = tuple(found for unit in self.arch.units for found in self._units(prefix, index, unit, owners, pairs))
+        linears = {linear.name: linear for stage in stages for group in stage.groups for linear in group.linears}
+        units = tuple(found for unit in self.arch.units for found in self._units(prefix, index, unit, linears, pairs))
         return BlockLayout(index, prefix, tuple(stages), edges, units, tuple(f"{prefix}.{name}" for name in locals_))
 
-    def _units(self, prefix: str, index: int, unit: Unit, owners: Collection[str], pairs: Collection[str]) -> Iterator[Units]:
-        """What `unit` is in a block with modules of these local names, of which those of `pairs` are two."""
-        before, _, after = unit.columns.partition("*")
+    def _units(self, prefix: str, index: int, unit: Unit, linears: dict[str, Linear], pairs: Collection[str]) -> Iterator[Units]:
+        """What `unit` is in a block with these linears, by name, of which those of `pairs`, by local name, are two."""
+        reader = _reads(unit.columns, pairs)
+        before, _, after = f"{prefix}.{reader}".partition("*")
         size = (self.head_dim or 0) if unit.heads else 1
-        found = [owner for owner in owners if _fits(unit.columns, owner)] if size else []
-        numbers = sorted(int(owner.removeprefix(before).removesuffix(after)) for owner in found) if "*" in unit.columns else [None] * len(found)
+        found = [name for name in linears if _fits(f"{prefix}.{reader}", name)] if size else []
+        numbers = sorted(int(name.removeprefix(before).removesuffix(after)) for name in found) if "*" in unit.columns else [None] * len(found)
         for number in numbers:
-            names = (*(_makes(name, pairs) for name in unit.rows), _reads(unit.columns, pairs))
+            names = (*(_makes(name, pairs) for name in unit.rows), reader)
             *rows, columns = (f"{prefix}.{name}".replace("*", str(number)) for name in names)
-            made = self._shape(rows[-1])
-            if made and all(map(self._shape, rows)):  # what is missing has been told
+            if all(name in linears for name in rows):  # what is missing has been told
                 name = f"{prefix}.{unit.kind}" + ("" if number is None else f".{number}")
-                count = made[0] // size
                 parts = int(self.setting(unit.within, index) or 1) if unit.within else 1
-                yield Units(name, unit.kind, count, tuple(rows), columns, unit.heads, parts, number)
+                yield Units(name, unit.kind, linears[rows[-1]].rows // size, tuple(rows), columns, unit.heads, parts, number)
 
     def _group(self, prefix: str, table: InputGroup, suffix: str, problems: Problems, expert: int | None = None) -> Group | None:
         names = [f"{prefix}.{local}" for local in table.linears]
-        shapes = {name: self._shape(name) for name in names}
+        shapes = {name: self._shape(name, problems) for name in names}
         present = [name for name, shape in shapes.items() if shape]
         if not present:
             return None
@@ -308,18 +315,25 @@ class Layout:
             problems.add(f"{prefix}.{table.name}", f"linears that share an input differ in width: {[linear.columns for linear in linears]}")
         return Group(f"{prefix}.{table.name}{suffix}", linears, expert)
 
-    def _shape(self, linear: str) -> tuple[int, int] | None:
+    def _shape(self, linear: str, problems: Problems) -> tuple[int, int] | None:
         tensors = self.checkpoint.tensors
         if (info := tensors.get(f"{linear}.weight")) is not None:
             return (info.shape[0], info.shape[1]) if len(info.shape) == 2 else None
-        if (info := tensors.get(f"{linear}.weight_packed")) is not None and info.dtype == "U8" and len(info.shape) == 2:
-            return info.shape[0], 2 * info.shape[1]  # two codes a byte
-        if (info := tensors.get(f"{linear}.weight_shape")) is not None:
-            with info.file.open("rb") as file:
-                file.seek(info.begin)
-                rows, columns = struct.unpack("<2q", file.read(16))
-            return rows, columns
-        return None
+        packed = tensors.get(f"{linear}.weight_packed")
+        if packed is not None and packed.dtype == "U8" and len(packed.shape) == 2:
+            return packed.shape[0], 2 * packed.shape[1]  # two codes a byte
+        if packed is None:
+            return None
+        if (info := tensors.get(f"{linear}.weight_shape")) is None or (info.dtype, info.shape) != ("I64", (2,)) or len(packed.shape) != 2:
+            raise InputError.one(f"{linear}.weight_shape", "is missing, or no shape of a matrix", "the artifact is damaged; fetch it again")
+        with info.file.open("rb") as file:
+            file.seek(info.begin)
+            rows, columns = struct.unpack("<2q", file.read(16))
+        # A code has two to eight bits.
+        if rows != packed.shape[0] or not columns * 2 <= packed.shape[1] * 32 < columns * 8 + 32:
+            what = f"says {[rows, columns]}, which {list(packed.shape)} words of 32 bits do not hold"
+            problems.add(f"{linear}.weight_shape", what, "the artifact is damaged; fetch it again")
+        return rows, columns
 
 
 def _with_factors(whole: InputGroup, pairs: Collection[str]) -> list[InputGroup]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import json
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
-from compress import hardware
+from compress import declared, hardware
 from compress.arch.base import Experts
 from compress.checkpoint import (
     FLOATS,
@@ -35,12 +34,14 @@ from compress.checkpoint import (
 )
 from compress.errors import InputError, Problems
 from compress.formats import base as formats
-from compress.formats import sparse_residual
+from compress.formats import nm_packed, sparse_residual
 from compress.formats.sparse_residual import Residual
 from compress.layout import BlockLayout, Layout
 from compress.numerics.activations import Activations
 from compress.numerics.cache import as_cached
 from compress.numerics.grid import Quantized
+from compress.numerics.pattern import Pattern
+from compress.numerics.sparsity import violations
 from compress.scheme import Scheme
 
 EXPERTS_FUNCTION = "compress"
@@ -155,6 +156,8 @@ class Block:
         self._quantized: dict[str, dict[str, Tensor]] = {}
         self._changed: dict[str, Tensor] = {}
         self._residuals: dict[str, Residual] = {}
+        self._orders: dict[tuple[str, int], Tensor] = {}
+        """By tensor and dimension, the order in which its channels are saved."""
         self._hooks: list[Any] = []
         self._cache = Cache(model.cache_scales(layout))
         self.records: list[dict[str, Any]] = []
@@ -214,6 +217,10 @@ class Block:
 
     def set_dense(self, name: str, value: Tensor) -> None:
         """From here on the tensor of this name on disk is ``value``, kept in float32 until it is quantised or exported."""
+        self._check_zeros(name.removesuffix(".weight"), value)
+        self._put(name, value)
+
+    def _put(self, name: str, value: Tensor) -> None:
         slot = self._slots.get(name)
         if slot is not None:
             slot.view(self.module).copy_(value)
@@ -241,6 +248,42 @@ class Block:
         self._slots[f"{linear}.weight"].view(self.module).copy_(product)
         return product
 
+    def is_pruned(self, linear: str) -> bool:
+        """Whether a pass before this one removed weights of a linear."""
+        return linear in self._model.patterns
+
+    def kept(self, linear: str) -> Tensor:
+        """Where a linear may have weights, [out, in] bool: everywhere, unless it was pruned. What was rounded to zero is not meant."""
+        weight = self.exact(linear) if linear in self._model.exact else self.weight(linear)
+        return weight != 0 if self.is_pruned(linear) else torch.ones_like(weight, dtype=torch.bool)
+
+    def _check_zeros(self, linear: str, value: Tensor) -> None:
+        """Raise AssertionError if ``value`` [out, in] has weights where a pruned linear has none."""
+        if self.is_pruned(linear) and bool((value.masked_fill(self.kept(linear), 0) != 0).any()):
+            raise AssertionError(f"{self._model.at_work} put weights back that were pruned from {linear}")
+
+    def set_pruned(self, linear: str, weight: Tensor, pattern: Pattern, record: dict[str, Any], order: Tensor | None = None) -> None:
+        """From here on a linear is ``weight`` [out, in], which keeps the promise of `pattern`, and all later passes leave its zeros, wherever
+        there were any before.
+
+        With ``order`` int64 [in] its inputs are in that order in ``weight`` and on disk, as whoever makes them was told by `reorder`; the block in
+        memory computes with both as they were.
+        """
+        if broken := violations(weight, pattern):
+            raise AssertionError(f"{self._model.at_work} left {broken} groups of {linear} that are not {pattern}")
+        name = f"{linear}.weight"
+        if order is not None:
+            self._orders[name, 1] = order
+            weight = torch.empty_like(weight).index_copy_(1, order, weight)
+        self._put(name, weight)
+        self.add_record(linear, {"pattern": str(pattern), "density": float((weight != 0).double().mean()), **record})
+
+    def reorder(self, linear: str, outputs: Tensor) -> None:
+        """Save the outputs of a linear in the order ``outputs`` int64 [out]; until then the block computes with them as they are."""
+        for name in (f"{linear}.weight", f"{linear}.bias"):
+            if name in self.layout.tensors:
+                self._orders[name, 0] = outputs
+
     def add_record(self, name: str, record: dict[str, Any]) -> None:
         """Put what became of `name` into the report."""
         self.records.append({"name": name, "block": self.layout.index, **record})
@@ -253,7 +296,9 @@ class Block:
         It goes to disk in the format `layout`; `record` goes into the report.
         """
         # Kernels that multiply codes by codes apply the scales to the sum, and never round a weight.
-        self._slots[f"{linear}.weight"].view(self.module).copy_(weight.dequantize(torch.float32 if inputs else None))
+        computed = weight.dequantize(torch.float32 if inputs else None)
+        self._check_zeros(linear, computed)
+        self._slots[f"{linear}.weight"].view(self.module).copy_(computed)
         self._quantized[linear] = formats.called(layout).pack(linear, weight)
         if inputs is not None:
             self.round_inputs(linear, inputs)
@@ -271,7 +316,9 @@ class Block:
 
     def set_residual(self, linear: str, residual: Residual, record: dict[str, Any]) -> None:
         """From here on the block computes with the codes of a linear and `residual`; `record` goes into the report."""
-        self._slots[f"{linear}.weight"].view(self.module).copy_(residual.add_to(self._computed(linear)))
+        computed = residual.add_to(self._computed(linear))
+        self._check_zeros(linear, computed)
+        self._slots[f"{linear}.weight"].view(self.module).copy_(computed)
         self._residuals[linear] = residual
         self.add_record(linear, {"residuals": len(residual.values), **record})
 
@@ -407,6 +454,8 @@ class Block:
     def save(self, path: Path) -> None:
         """Write what changed, durably: codes in the layout of the final artifact, the rest in float32."""
         tensors = dict(self._changed)
+        for (name, dimension), order in self._orders.items():
+            tensors[name] = (tensors[name] if name in tensors else self.tensor(name)).index_select(dimension, order)
         for linear, packed in self._quantized.items():
             if (changed := tensors.pop(f"{linear}.weight", None)) is not None:
                 tensors[f"{linear}.{EXACT}"] = changed
@@ -420,18 +469,23 @@ class Model:
     """A checkpoint opened for streaming.
 
     `tensors` maps every name of the model as it is now to where its bytes lie: the source, or a block file of a finished pass. `exact` maps
-    every linear that a pass has quantised to the weight it had just before.
+    every linear that a pass has quantised to the weight it had just before; `patterns` maps every linear that a pass has pruned to what holds of
+    it since. `at_work` is the pass that is running, for messages.
     `schemes` says how each linear will be stored in the end, by name; those not in it stay as they are. `stored` is the dtype of what is not
     quantised, `dtype` the one to compute in.
     Memory holds the parts outside the blocks and the block in use.
     """
 
     def __init__(self, layout: Layout, schemes: Mapping[str, Scheme] = MappingProxyType({})) -> None:
+        if layout.packed:
+            declared.check(layout)
         self.layout = layout
         self.schemes = schemes
         self.checkpoint: Checkpoint = layout.checkpoint
         self.tensors: dict[str, TensorInfo] = dict(self.checkpoint.tensors)
         self.exact: dict[str, TensorInfo] = {}
+        self.patterns: dict[str, Pattern] = {}
+        self.at_work = "a pass"
         self.device = hardware.device()
         stored = {str(info.dtype) for name, info in self.tensors.items() if name.endswith("norm.weight")} or {"BF16"}
         # Norms tell: they are never packed.
@@ -533,6 +587,17 @@ class Model:
         pair = nn.Linear(whole.in_features, rank, bias=False), nn.Linear(rank, whole.out_features, bias=whole.bias is not None)
         _replace(module, path, nn.Sequential(*pair).to(self.dtype))
 
+    def _generation(self) -> dict[str, Any]:
+        """What transformers has to be told of generation, which it looks for beside the weights."""
+        from transformers import GenerationConfig
+
+        folder = self.checkpoint.folder
+        if self.checkpoint.weights == folder:
+            return {}
+        if (folder / "generation_config.json").exists():
+            return {"generation_config": GenerationConfig.from_pretrained(folder, local_files_only=True)}
+        return {"generation_config": GenerationConfig.from_model_config(self._config)}
+
     def _hollow(self) -> Any:
         bare = copy.deepcopy(self._config)
         text = bare.get_text_config()
@@ -541,8 +606,9 @@ class Model:
         if types is not None:
             text.layer_types = []
         hollow, info = self._auto_class().from_pretrained(
-            self.checkpoint.folder, config=bare, dtype=self.dtype, attn_implementation="sdpa",
+            self.checkpoint.weights, config=bare, dtype=self.dtype, attn_implementation="sdpa",
             local_files_only=True, trust_remote_code=False, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True,
+            **self._generation(),
         )  # fmt: skip
         # transformers makes numbers up for what it does not find.
         problems = Problems()
@@ -645,8 +711,7 @@ class Model:
         groups = self.checkpoint.config.get("quantization_config", {}).get("config_groups", {}) if self.layout.packed else {}
         for group in groups.values():
             if group.get("input_activations"):
-                targets = [target.removeprefix("re:") for target in group["targets"] if target != "Linear"]
-                named = {name for name in self.layout.linears if not targets or any(re.fullmatch(target, name) for target in targets)}
+                named = {name for name in self.layout.linears if any(declared.fits(target, name) for target in group["targets"])}
                 self._inputs |= dict.fromkeys(named, group["input_activations"])
 
     def inputs(self, linear: str) -> Activations | None:
@@ -701,7 +766,8 @@ class Model:
         """The weight of a linear as stored, or as its codes and residuals say."""
         weight, residual = self.quantized(linear), self.residual(linear)
         if weight is None:
-            return read_tensor(self.tensors[f"{linear}.weight"])
+            name = f"{linear}.weight"
+            return read_tensor(self.tensors[name]) if name in self.tensors else self._as_stored(name)
         computed = self.computed(linear, weight)
         return residual.add_to(computed) if residual else computed
 
@@ -734,13 +800,14 @@ class Model:
         """The model as it would be had it adopted the blocks in `paths`. It shares the memory of its blocks with this one."""
         model = copy.copy(self)
         model.tensors, model.exact, model._inputs = dict(self.tensors), dict(self.exact), dict(self._inputs)
+        model.patterns = dict(self.patterns)
         for path in paths:
             model.adopt(path)
         return model
 
     def dense_dtype(self, linear: str) -> torch.dtype:
         """The dtype of a linear's weight in the source, or of its scales if it was packed there."""
-        names = (f"{linear}.weight", f"{linear}.weight_scale")
+        names = (f"{linear}.weight", f"{linear}.weight_scale", f"{linear}.{nm_packed.VALUES}")
         return next(DTYPES[info.dtype] for name in names if (info := self.checkpoint.tensors.get(name)) and info.dtype in DTYPES)
 
     def cache_scales(self, block: BlockLayout) -> tuple[Tensor, Tensor] | None:
@@ -750,6 +817,13 @@ class Model:
             return None
         keys, values = (read_tensor(self.tensors[name]).to(self.device, torch.float32) for name in names)
         return keys, values
+
+    def _as_stored(self, name: str) -> Tensor:
+        """A tensor that is not quantised, in the dtype it has in the artifact."""
+        linear = name.removesuffix(".weight")
+        if f"{linear}.{nm_packed.VALUES}" not in self.tensors:
+            return read_entry(self.final(name))
+        return nm_packed.unpack_dense(linear, {f"{linear}.{part}": read_tensor(info) for part, info in self.parts(linear).items()})
 
     def final(self, name: str) -> Entry:
         """A tensor as it goes into the artifact; if a pass changed it, in the dtype it has in the source."""
@@ -770,7 +844,7 @@ class Model:
             if linear in self.layout.linears and (linear in self.schemes or self.packed_as(linear)):
                 slot.view(module).copy_(self.dense(linear))
             else:  # nobody will round it, so it computes as it will be stored
-                slot.view(module).copy_(read_entry(self.final(name)))
+                slot.view(module).copy_(self._as_stored(name))
         block = Block(layout, module, slots, self)
         try:
             for each in layout.linears:
@@ -806,9 +880,11 @@ class Model:
                 module.get_submodule(owner)._parameters[leaf] = nn.Parameter(empty, requires_grad=False)
             for name, slot in slots.items():
                 if name.removesuffix(".weight") not in packed and name.removesuffix(".bias") not in packed:
-                    slot.view(module).copy_(read_entry(self.final(name)))
+                    slot.view(module).copy_(self._as_stored(name))
             if scales := self.cache_scales(layout):
                 _round_cache(module.get_submodule(self.layout.arch.attention), scales)
+        for config in (self._config, whole.config):  # what is registered under another name, a process that unpickles the model lacks
+            config._experts_implementation = config.get_text_config()._experts_implementation = "eager"
         return whole.to(self.device).eval()
 
     def write_outside(self, path: Path, tensors: dict[str, Tensor], settings: dict[str, Any], records: list[dict[str, Any]]) -> None:
@@ -826,6 +902,8 @@ class Model:
         self.tensors |= tensors
         records = cast(list[dict[str, Any]], json.loads(metadata["records"]))
         for record in records:
+            if record.get("pattern"):
+                self.patterns[record["name"]] = Pattern.parse(record["pattern"])
             if record.get("activations"):
                 self._inputs[record["name"]] = record["activations"]
         if "settings" in metadata:
@@ -889,11 +967,12 @@ def _round_cache(attention: nn.Module, scales: tuple[Tensor, Tensor]) -> None:
     for name, scale in zip(CACHE_BUFFERS, scales, strict=True):
         attention.register_buffer(name, scale)
 
-    def before(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        keys, values = (module.get_buffer(name) for name in CACHE_BUFFERS)
-        return given, named | {"past_key_values": Cache((keys, values), kept=named.get("past_key_values"))}
+    attention.register_forward_pre_hook(_with_cache, with_kwargs=True)
 
-    attention.register_forward_pre_hook(before, with_kwargs=True)
+
+def _with_cache(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    keys, values = (module.get_buffer(name) for name in CACHE_BUFFERS)
+    return given, named | {"past_key_values": Cache((keys, values), kept=named.get("past_key_values"))}
 
 
 def _dense_name(name: str) -> str:

@@ -26,7 +26,7 @@ from compress.checkpoint import Checkpoint, copy_file, sha256, sync_folder, writ
 from compress.errors import InputError
 from compress.formats.base import PARTS, RESIDUAL_PARTS
 from compress.layout import Layout
-from compress.passes.base import Allocator, Pass, Quantize, Restructure, Transform
+from compress.passes.base import Allocator, Pass, Prunes, Quantize, Restructure, Rewrite
 from compress.recipe import Recipe, cache_scheme, check, expected, export_module
 from compress.scheme import Scheme, output_bytes
 from compress.source import locate_model
@@ -112,8 +112,8 @@ def _check_disk(request: Request, layouts: list[Layout], plan: dict[str, Scheme]
     from compress.planning import added_bytes, gradient_bytes, rewritten_bytes
 
     # Blocks of each pass, then the artifact beside them; activations between two blocks are small change beside the margin.
-    steps = [step for _, step in request.recipe.instances()]
-    rewritten = sum(rewritten_bytes(layout) for step, layout in zip(steps, layouts[1:], strict=True) if isinstance(step, Transform | Restructure))
+    steps = zip(request.recipe.instances(), layouts[1:], strict=True)
+    rewritten = sum(rewritten_bytes(layout) for (_, step), layout in steps if isinstance(step, Rewrite | Prunes | Restructure))
     needed = (
         int(2.1 * (output_bytes(layouts[-1], plan) + added_bytes(request.recipe, layouts[-1])))
         + rewritten
@@ -282,6 +282,7 @@ class _Run:
         began = time.monotonic()
         if isinstance(step, Quantize) and self.allocation:
             step = step.given(self.allocation.bits())
+        self.model.at_work = name
         step.run(self.model, samples, workspace)
         if isinstance(step, Allocator):
             self._allocate(allocation.read(folder / allocation.FILE), name, sources)
@@ -302,7 +303,11 @@ class _Run:
                 self._take(record)
         for tensor, info in self.model.tensors.items():
             if info.file.parent == workspace.folder and not self.model.packed_as(tensor.rpartition(".")[0]):
-                self.rewritten.setdefault(tensor, {})[name] = step.verb if isinstance(step, Transform) else "changed"
+                verb = step.verb if isinstance(step, Rewrite) else "changed"
+                if isinstance(step, Prunes):
+                    pattern = step.prunes(self.layout).get(tensor.removesuffix(".weight"))
+                    verb = f"pruned {pattern}" if pattern else "reordered"
+                self.rewritten.setdefault(tensor, {})[name] = verb
 
     def _restructure(self, index: int, name: str, step: Restructure, workspace: Any) -> None:
         """From here on the model is what a pass has made of it."""
@@ -369,6 +374,8 @@ class _Run:
         result: dict[str, Any] = {"tensors": len(self.model.tensors), "weights_unpacked_by_compressed_tensors": weights}
         verdict = export_module(self.recipe.export[0]).verdicts(self.layout, self.schemes)["transformers"]
         small = self.layout.checkpoint.nbytes <= FULL_REOPEN_BYTES and not verdict.startswith("refuses")
+        if self.model.patterns:
+            result |= reopen.verify_patterns(self.model, staging)
         mode = self.recipe.verify if self.recipe.verify != "auto" else "full" if small else "streamed"
         result["mode"] = mode
         if mode == "full":
@@ -443,7 +450,7 @@ class _Run:
     def _size(self, staging: Path) -> dict[str, Any]:
         after = Checkpoint(staging)
         quantized = sum(linear.rows * linear.columns for name, linear in self.layout.linears.items() if name in self.plan)
-        parts = [f"{name}.{part}" for name in self.plan for part in (*PARTS, *RESIDUAL_PARTS) if part != "weight_shape"]
+        parts = [f"{name}.{part}" for name in self.plan for part in (*PARTS, *RESIDUAL_PARTS) if part not in ("weight_shape", "nm_pattern")]
         stored = sum(after.tensors[part].nbytes for part in parts if part in after.tensors)
         return {
             "before_bytes": self.source.checkpoint.nbytes,
@@ -455,7 +462,8 @@ class _Run:
     def _manifest(self, staging: Path, sources: dict[str, str], samples: Any, accepted: bool) -> None:
         from compress import card
 
-        write_text(staging / "README.md", card.write(self.request.model, self.recipe, self.schemes, len(self.layout.factored)))
+        opened = card.write(self.request.model, self.recipe, self.schemes, self.model.patterns, len(self.layout.factored))
+        write_text(staging / "README.md", opened)
         files = {
             str(path.relative_to(staging)): sha256(path) for path in sorted(staging.rglob("*")) if path.is_file() and path.name not in NOT_IN_MANIFEST
         }

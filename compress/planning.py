@@ -9,7 +9,7 @@ import math
 from typing import Any
 
 from compress.layout import BlockLayout, Group, Layout
-from compress.passes.base import Allocator, Differentiating, Quantize, Restructure, Transform
+from compress.passes.base import Allocator, Differentiating, Prunes, Quantize, Restructure, Rewrite
 from compress.recipe import Recipe, cache_scheme, expected, export_module
 from compress.scheme import Scheme, dense_bytes, output_bytes
 
@@ -23,7 +23,7 @@ ASSUMED_FLOPS = 2.5e11
 
 def added_bytes(recipe: Recipe, layout: Layout) -> int:
     """Bytes of tensors that a recipe's transforms add."""
-    return sum(step.added_bytes(layout) for _, step in recipe.instances() if isinstance(step, Transform))
+    return sum(step.added_bytes(layout) for _, step in recipe.instances() if isinstance(step, Rewrite))
 
 
 def rewritten_bytes(layout: Layout) -> int:
@@ -62,7 +62,9 @@ def plan(recipe: Recipe, layout: Layout, schemes: dict[str, tuple[str, Scheme]])
     for name, step in recipe.instances():
         mine = {linear: scheme for linear, (by, scheme) in schemes.items() if by == name}
         tokens = recipe.calibration.samples * recipe.calibration.length if step.needs_data else 0
-        operations = _operations(layout, mine, tokens)
+        taken = {*mine, *(step.prunes(layout) if isinstance(step, Prunes) else ())}
+        rewrites = isinstance(step, Rewrite | Prunes | Restructure)
+        operations = _operations(layout, taken, tokens)
         if isinstance(step, Differentiating):
             operations = _forward(source, tokens) * step.forwards
         if isinstance(step, Allocator):
@@ -71,10 +73,11 @@ def plan(recipe: Recipe, layout: Layout, schemes: dict[str, tuple[str, Scheme]])
         passes.append(
             {
                 "name": name,
-                "peak_bytes": _peak(source if isinstance(step, Restructure) else layout, mine, tokens, isinstance(step, Transform | Restructure))
+                "peak_bytes": (step.resident_bytes(source) if isinstance(step, Rewrite | Restructure) else 0)
+                + _peak(source if isinstance(step, Restructure) else layout, taken, tokens, rewrites)
                 + _gradient_memory(layout, tokens) * isinstance(step, Differentiating)
                 + (STREAMS_BYTES + _gradient_memory(layout, tokens)) * isinstance(step, Allocator),
-                "disk_bytes": rewritten_bytes(layout) * isinstance(step, Transform | Restructure)
+                "disk_bytes": rewritten_bytes(layout) * rewrites
                 + gradient_bytes(recipe, layout) * isinstance(step, Differentiating)
                 + sum(_packed(layout, linear, scheme) for linear, scheme in mine.items())
                 + 2 * tokens * _hidden(layout),
@@ -93,7 +96,7 @@ def plan(recipe: Recipe, layout: Layout, schemes: dict[str, tuple[str, Scheme]])
             "before_bytes": source.checkpoint.nbytes,
             "after_bytes": output_bytes(layout, per_linear, cache_scheme(recipe)) + added_bytes(recipe, layout),
             "bits_per_weight": 8 * stored / weights if weights else None,
-            "at_most": mixed != per_linear,
+            "at_most": mixed != per_linear or recipe.export[0] == "nm-packed",
         },
         "engines": export_module(recipe.export[0]).verdicts(layout, mixed, cache_scheme(recipe)),
     }
@@ -111,7 +114,7 @@ def _block_bytes(layout: Layout, block: BlockLayout) -> int:
     return sum(layout.checkpoint.tensors[name].nbytes for name in block.tensors)
 
 
-def _peak(layout: Layout, mine: dict[str, Scheme], tokens: int, rewrites: bool) -> int:
+def _peak(layout: Layout, mine: set[str], tokens: int, rewrites: bool) -> int:
     """The largest block, everything outside the blocks, the activations between two blocks, and the largest group's statistics and weights."""
     outside = sum(info.nbytes for name, info in layout.checkpoint.tensors.items() if name not in layout.in_blocks)
     block = max(_block_bytes(layout, block) for block in layout.blocks)
@@ -149,7 +152,7 @@ def _forward(layout: Layout, tokens: int) -> float:
     )
 
 
-def _operations(layout: Layout, mine: dict[str, Scheme], tokens: int) -> float:
+def _operations(layout: Layout, mine: set[str], tokens: int) -> float:
     """Floating-point operations: about two and a half forward passes, second moments, factors and feedback."""
     total = 0.0
     for block in layout.blocks:

@@ -17,7 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from compress.errors import InputError, Problems
 from compress.layout import Layout
-from compress.passes.base import STAGES, Allocator, Pass, Quantize, QuantizesCache, Refining, Restructure, Transform
+from compress.numerics.pattern import Pattern
+from compress.passes.base import STAGES, WHY, Allocator, Pass, Prunes, Quantize, QuantizesCache, Refining, Restructure, Rewrite
 from compress.scheme import CacheScheme, Scheme
 
 
@@ -248,10 +249,11 @@ def _check_passes(steps: object, place: str, problems: Problems) -> None:
             _report(error, f"{where}.{name}", cls, problems)
         stage = STAGES.index(cls.stage)
         if stage < stage_reached:
+            reason = WHY.get((cls.stage, STAGES[stage_reached]))
             problems.add(
                 where,
                 f"{name} belongs to stage {cls.stage}, but comes after a pass of stage {STAGES[stage_reached]}",
-                f"the order is {' < '.join(STAGES)}",
+                f"the order is {' < '.join(STAGES)}" + (f": {reason}" if reason else ""),
             )
         stage_reached = max(stage, stage_reached)
 
@@ -321,10 +323,12 @@ def check(recipe: Recipe, layout: Layout, place: str, *, done: int = 0) -> dict[
     of_cache = [index for index, (_, step) in enumerate(recipe.instances()) if isinstance(step, QuantizesCache)]
     for index in of_cache[1:]:
         problems.add(f"{place}: passes[{index}]", f"the cache is already quantised by passes[{of_cache[0]}]", "keep one of them")
+    found: list[Layout] = []
     allocators, examples = 0, [dict[str, int]()]
     for index, (name, step) in list(enumerate(recipe.instances()))[done:]:
         where = f"{place}: passes[{index}].{name}"
         before = len(problems)
+        found.append(layout)
         step.check(where, layout, problems)
         if isinstance(step, Allocator):
             allocators += 1
@@ -350,8 +354,10 @@ def check(recipe: Recipe, layout: Layout, place: str, *, done: int = 0) -> dict[
         if isinstance(step, Refining):
             refined = step.refine(where, {linear: scheme for linear, (_, scheme) in plan.items()}, problems)
             plan |= {linear: (plan[linear][0], scheme) for linear, scheme in refined.items()}
+    if found:
+        _check_pruned(recipe, found, place, problems)
     for index, (name, step) in enumerate(recipe.instances()):
-        if isinstance(step, Transform) and not len(problems):  # a plan with a fault in it says little
+        if isinstance(step, Rewrite) and not len(problems):  # a plan with a fault in it says little
             step.check_plan(f"{place}: passes[{index}].{name}", {linear: scheme for linear, (_, scheme) in plan.items()}, problems)
     _check_export(recipe, layout, place, {name: scheme for name, (_, scheme) in plan.items()}, examples, problems)
     if recipe.evaluate and recipe.evaluate.tasks and any(scheme.residuals for _, scheme in plan.values()):
@@ -365,10 +371,32 @@ def check(recipe: Recipe, layout: Layout, place: str, *, done: int = 0) -> dict[
     return plan
 
 
+def _check_pruned(recipe: Recipe, found: list[Layout], place: str, problems: Problems) -> None:
+    """Report passes that would undo what one before them removed. The last passes of the recipe find these layouts."""
+    pruned: dict[str, tuple[str, Pattern]] = {}
+    steps = list(enumerate(recipe.instances()))[-len(found) :]
+    for (index, (name, step)), layout in zip(steps, found, strict=True):
+        where = f"{place}: passes[{index}].{name}"
+        if isinstance(step, Prunes):
+            mine = step.prunes(layout)
+            if again := next((linear for linear in mine if linear in pruned), None):
+                problems.add(where, f"{again} is already pruned by {pruned[again][0]}", "use include and exclude so that each linear is taken once")
+            if step.moves and (blocks := next((pattern for _, pattern in pruned.values() if pattern.v), None)):
+                problems.add(
+                    f"{where}: permute", f"would move outputs out of the blocks of {blocks} that a pass before it made", "set permute: false"
+                )
+            pruned |= {linear: (name, pattern) for linear, pattern in mine.items()}
+        elif pruned and isinstance(step, Rewrite) and step.mixes:
+            by, _ = next(iter(pruned.values()))
+            problems.add(where, f"makes sums of channels, in which no weight that {by} removed stays zero", f"leave out {name}, or {by}")
+
+
 def _check_export(recipe: Recipe, layout: Layout, place: str, plan: dict[str, Scheme], examples: list[dict[str, int]], problems: Problems) -> None:
     """What is exported must be possible with whatever bits are allocated."""
     found = Problems()
     for target in recipe.export:
+        if target == "nm-packed" and not any(isinstance(step, Prunes) for _, step in recipe.instances()):
+            found.add(f"{place}: export", "nothing is pruned that nm-packed could pack", "add a pass such as prune_nm, or take compressed-tensors")
         for bits in examples:
             schemes = plan | {name: plan[name].model_copy(update={"bits": bits[name]}) for name in plan.keys() & bits.keys()}
             exporter = export_module(target)

@@ -12,7 +12,9 @@ from compress.data import Sample, Samples, Tokenizer
 from compress.errors import InputError
 from compress.evaluate.scoring import last_hidden
 from compress.hardware import return_freed_memory
+from compress.layout import Layout
 from compress.model import Model
+from compress.numerics.sparsity import violations
 
 PROBE = "The quick brown fox jumps over the lazy dog, and the model that was compressed must still say the same as before."
 TOLERANCE = 2.0**-7
@@ -20,6 +22,21 @@ TOLERANCE = 2.0**-7
 
 TOLERANCE_BFLOAT16 = 2.0**-4
 """The same where one side computes in bfloat16 and the other need not."""
+
+
+def verify_patterns(model: Model, folder: Path) -> dict[str, Any]:
+    """Count, in the files of an artifact, whether every linear that was pruned keeps what its pattern promises.
+
+    Raises AssertionError if one does not: no pass may put back what was removed.
+    """
+    written = Model(Layout(Checkpoint(folder)))
+    kept = total = 0
+    for linear, pattern in model.patterns.items():
+        weight = written.dense(linear)
+        if broken := violations(weight, pattern):
+            raise AssertionError(f"{linear} has {broken} groups in {folder} that are not {pattern}")
+        kept, total = kept + int(weight.count_nonzero()), total + weight.numel()
+    return {"pruned_linears": len(model.patterns), "pruned_density": kept / total}
 
 
 @torch.no_grad()

@@ -84,7 +84,9 @@ def page(result: dict[str, Any]) -> str:
         gates=[_gate(gate) for gate in result.get("gates") or []],
         figure_groups=_plots(result),
         tasks=_tasks(result.get("evaluation") or {}),
-        transforms=_transforms([record for record in result.get("transforms") or [] if record not in _caches(result) + _detached(result)]),
+        cut=_cut(result),
+        transforms=_transforms([record for record in result.get("transforms") or [] if not _special(record)]),
+        pruned=_pruned(result),
         factored=_factored([record for record in result.get("transforms") or [] if "rank" in record]),
         detached=[_detaching(record, result) for record in _detached(result)],
         passes=_passes(result),
@@ -184,11 +186,37 @@ def _summary(result: dict[str, Any]) -> str:
     """What was done, in a sentence."""
     records = result.get("linears") or []
     caches = {record["granularity"] for record in _caches(result)}
-    cache = f" Keys and values cached in FP8, a scale per {'head' if 'head' in caches else 'block'}." if caches else ""
+    rest = f" Keys and values cached in FP8, a scale per {'head' if 'head' in caches else 'block'}." if caches else ""
+    removed = [record["pattern"] for record in result.get("transforms") or [] if "pattern" in record]
+    if removed:
+        rest = f" {len(removed):,} linear{'s' if len(removed) > 1 else ''} pruned to {' and '.join(sorted(set(removed)))}.{rest}"
     if not records:
-        return f"No linear was quantised.{cache}"
+        return f"No linear was quantised.{rest}"
     ways = sorted({f"{_treatment(record)} by {record['pass']}" for record in records})
-    return f"{len(records):,} linear{'s' if len(records) > 1 else ''} quantised: {'; '.join(ways[:4])}{' and more' if len(ways) > 4 else ''}.{cache}"
+    return f"{len(records):,} linear{'s' if len(records) > 1 else ''} quantised: {'; '.join(ways[:4])}{' and more' if len(ways) > 4 else ''}.{rest}"
+
+
+def _special(record: dict[str, Any]) -> bool:
+    """Whether what a pass did that quantised nothing is told elsewhere on the page."""
+    return any(key in record for key in ("key_error", "completeness", "pattern", "after", "rank"))
+
+
+def _pruned(result: dict[str, Any]) -> list[dict[str, str]]:
+    """Pattern and density of every linear that was pruned; those that differ in nothing but the numbers in their names share a row."""
+    rows: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for record in result.get("transforms") or []:
+        if "pattern" in record:
+            rows.setdefault((re.sub(r"\d+", "#", record["name"]), record["pattern"], record["pass"], record["method"]), []).append(record)
+    return [
+        {
+            "name": _with_ranges(name, [record["name"] for record in members]),
+            "pattern": pattern,
+            "by": f"{step}, {method}" + (", inputs reordered" if any(record["permuted"] for record in members) else ""),
+            "density": _spread(sorted({record["density"] for record in members}), percent_text),
+            "error": _spread([record["error"] for record in members if record.get("error") is not None], percent_text, middle_only=True),
+        }
+        for (name, pattern, step, method), members in rows.items()
+    ]
 
 
 def _caches(result: dict[str, Any]) -> list[dict[str, Any]]:
@@ -300,10 +328,28 @@ def _tasks(evaluation: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     ]
 
 
+def _cut(result: dict[str, Any]) -> list[dict[str, str]]:
+    """What was taken out of blocks that are otherwise as they were, a row per pass and kind."""
+    rows: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for record in result.get("transforms") or []:
+        if "after" in record:
+            rows.setdefault((record["pass"], record["method"], record["kind"]), []).append(record)
+    return [
+        {
+            "pass": f"{step}: {method}",
+            "kind": kind.replace("_", " "),
+            "places": f"{len(members):,}",
+            "before": _spread(sorted({record["before"] for record in members}), str),
+            "after": _spread(sorted({record["after"] for record in members}), str),
+        }
+        for (step, method, kind), members in rows.items()
+    ]
+
+
 def _transforms(records: list[dict[str, Any]]) -> list[dict[str, str]]:
     """What passes did to tensors that they did not quantise, a row per pass and kind."""
     rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for record in (record for record in records if "rank" not in record):
+    for record in records:
         rows.setdefault((record["pass"], record.get("kind") or ""), []).append(record)
     return [
         {
@@ -384,7 +430,18 @@ def _verification(verification: dict[str, Any]) -> list[str]:
             told.append("It leaves residuals out; it was compared with the measured model without them.")
     elif verification.get("mode"):
         told.append("The artifact was not loaded as a whole; the tensors were compared one at a time.")
-    known = {"mode", "tensors", "weights_unpacked_by_compressed_tensors", "logits_max_difference", "residuals_left_out"}
+    if pruned := verification.get("pruned_linears"):
+        left = percent_text(verification["pruned_density"])
+        told.append(f"In the files, all {pruned:,} pruned linears keep their pattern; {left} of their weights are left.")
+    known = {
+        "pruned_linears",
+        "pruned_density",
+        "mode",
+        "tensors",
+        "weights_unpacked_by_compressed_tensors",
+        "logits_max_difference",
+        "residuals_left_out",
+    }
     return told + [f"{key.replace('_', ' ')}: {_value(value)}" for key, value in verification.items() if key not in known]
 
 
@@ -456,8 +513,9 @@ def place(name: str, block: int) -> Place:
     local = name.partition(f".{block}.")[2] or name
     if match := re.fullmatch(r"(.+?)\.(\d+)\.(.+)", local):
         return Place(block, match[1], match[3], int(match[2]))
-    panel, _, kind = local.rpartition(".")
-    return Place(block, panel, kind, None)
+    parts = local.split(".")
+    last = len(parts) - (2 if parts[-1].isdigit() else 1)  # of two factors both have the name of the linear they were
+    return Place(block, ".".join(parts[:last]), ".".join(parts[last:]), None)
 
 
 def _plots(result: dict[str, Any]) -> list[dict[str, Any]]:

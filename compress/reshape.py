@@ -77,7 +77,7 @@ def reshaped(layout: Layout, tensors: Mapping[str, TensorInfo]) -> Layout:
         counts = {block.index: count for block in layout.blocks if (count := _count(block, unit.kind, checkpoint, merged)) is not None}
         if all(count == layout.setting(unit.count, index) for index, count in counts.items()):
             continue
-        if len(set(counts.values())) == 1 and len(counts) == len(layout.blocks):
+        if len(set(counts.values())) == 1:  # blocks that have none of the kind do not ask
             text[unit.count] = next(iter(counts.values()))
             counts = {}
         for index in range(len(layout.blocks)):

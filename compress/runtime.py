@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,9 +27,13 @@ if TYPE_CHECKING:
 def load(name: str | Path, *, digits: int = 2) -> Any:
     """The model in a folder, a hub id or ``demo:NAME``, ready for `generate`, with every quantised weight packed in memory as it is on disk.
 
-    Kernels multiply integers of 2, 3, 4 and 8 bits, with inputs in so many `digits` of 8 bits (`compress.kernels.linear`);
-    other weights are unpacked for each product, some rows at a time. `explain` says which is which. What the checkpoint says beside its codes -
-    residuals, inputs in 8 bits, a cache in FP8 - is computed as said. Raises `InputError` for what is no such checkpoint.
+    Kernels multiply integers of 2, 3, 4 and 8 bits, with inputs in so many `digits` of 8 bits (`compress.kernels.linear`), and small floats, with
+    inputs as they are (`compress.kernels.small`); other weights are unpacked for each product, some rows at a time. `explain` says which is which.
+    What the checkpoint says beside its codes - residuals, inputs in 8 bits, a cache in FP8 - is computed as said. Raises
+    `InputError` for what is no such checkpoint.
+
+    Casting the model (`half`, `double`, `to`) changes what is computed in between; packed weights stay as they are stored. It can be copied and
+    pickled, but not be saved as a checkpoint: copy the folder.
     """
     from compress.model import Model
 
@@ -44,8 +49,14 @@ def load(name: str | Path, *, digits: int = 2) -> Any:
         raise InputError.one(name, "is missing from the checkpoint", "is the download complete?") from error
     if model.stored.itemsize < model.dtype.itemsize:
         _narrow(whole, model.stored)
+    for method in ("save_pretrained", "push_to_hub"):
+        setattr(whole, method, partial(_refuse_to_write, method, str(model.checkpoint.folder)))
     return_freed_memory()
     return whole
+
+
+def _refuse_to_write(method: str, folder: str, *_: Any, **__: Any) -> None:
+    raise InputError.one(method, "weights that run packed are not what transformers would write", f"copy or upload {folder} instead")
 
 
 def explain(model: Any) -> list[dict[str, Any]]:
@@ -139,9 +150,12 @@ class _Loading:
 
     def _packed(self, weight: Quantized, extras: Extras) -> Packed:
         from compress.kernels.linear import PackedLinear
+        from compress.kernels.small import SmallLinear
         from compress.kernels.unpacked import UnpackedLinear
 
-        return PackedLinear(weight, extras, self._digits) if PackedLinear.takes(weight) else UnpackedLinear(weight, extras)
+        if PackedLinear.takes(weight):
+            return PackedLinear(weight, extras, self._digits)
+        return (SmallLinear if SmallLinear.takes(weight) else UnpackedLinear)(weight, extras)
 
     def _experts(self, block: BlockLayout, activation: Any) -> PackedExperts:
         from compress.kernels.experts import PackedExperts
@@ -172,8 +186,16 @@ class _Loading:
         return stack
 
     def _quantized(self, name: str) -> Quantized:
+        import torch
+
+        from compress.numerics.grid import E4M3
+
         weight = self._model.quantized(name)
         assert weight is not None
+        # Kernels that widen codes bit by bit know no NaN.
+        nan = isinstance(weight.grid, E4M3) and bool((weight.codes.view(torch.uint8).bitwise_and(0x7F) == 0x7F).any())
+        if nan or not bool(weight.scale.float().isfinite().all()):
+            raise InputError.one(name, "holds NaN or infinity", "the artifact is damaged; fetch it again")
         return weight
 
 
@@ -181,7 +203,7 @@ def _narrow(model: Any, stored: Any) -> None:
     """Keep linears and embeddings in the dtype they are ``stored`` in, where the processor cannot compute in it and nothing is lost."""
     from torch import nn
 
-    from compress.kernels.dense import DenseLinear
+    from compress.kernels.dense import DenseEmbedding, DenseLinear
     from compress.kernels.memory import placed
     from compress.kernels.packed import Extras
 
@@ -195,9 +217,7 @@ def _narrow(model: Any, stored: Any) -> None:
             narrow[id(wide)] = placed(wide.data.to(stored))
         if not narrow[id(wide)].to(wide.dtype).equal(wide.data):
             continue
-        if isinstance(module, nn.Linear):
-            owner, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(owner), leaf, DenseLinear(narrow[id(wide)], Extras(module.bias)))
-        else:
-            module.weight = nn.Parameter(narrow[id(wide)], requires_grad=False)
-            module.register_forward_hook(lambda _, given, output, dtype=wide.dtype: output.to(dtype))
+        owner, _, leaf = name.rpartition(".")
+        linear = isinstance(module, nn.Linear)
+        by = DenseLinear(narrow[id(wide)], Extras(module.bias)) if linear else DenseEmbedding(narrow[id(wide)], module.padding_idx, wide.dtype)
+        setattr(model.get_submodule(owner), leaf, by)

@@ -29,14 +29,16 @@ LEAST_READ = 256 << 20
 def measure(name: str, tokens: int, threads: int | None = None) -> dict[str, Any]:
     """Decode so many `tokens` after a short prompt, three times; read 512 tokens at once, three times; read memory, five times: medians of all.
 
-    `threads` are those to compute with, by default as many as torch takes. What decoding reads is each weight once per token, of experts
-    the share that is chosen, of the embedding nothing.
+    `threads` are those to compute with, by default as many as torch takes, at most as many as there are processors. What decoding reads is each
+    weight once per token, of experts the share that is chosen, of the embedding nothing.
     """
     import torch
 
     from compress import runtime
     from compress.kernels import memory, native
 
+    if threads is not None and threads > (most := processors()):
+        raise InputError.one("--threads", f"must be at most {most}, the processors that this program may use, got {threads}")
     layout = Layout(Checkpoint(locate_model(name)))
     model = runtime.load(name)
     config = model.config.get_text_config()
@@ -91,6 +93,11 @@ def read_bytes(model: Any, layout: Layout) -> int:
         routed = experts is not None and f".{experts.module}." in f"{name}."
         total += own * (config.num_experts_per_tok / config.num_local_experts if routed else 1)
     return round(total)
+
+
+def processors() -> int:
+    """Those that this program may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cache_bytes() -> int:

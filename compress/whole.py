@@ -26,6 +26,10 @@ KEPT_BYTES = 2 << 30
 """Activations kept for the way back; where a step has more, blocks are computed again."""
 
 
+WARM = 0.1
+"""Share of a training in which the learning rate rises."""
+
+
 class Whole:
     """All blocks of ``model`` at once; to be made by `opened`."""
 
@@ -102,7 +106,7 @@ class Distillation:
                 apart = nn.functional.kl_div(said, meant, reduction="sum", log_target=True)
                 (found,) = torch.autograd.grad((entropy + self.divergence * apart) / tokens, states)
             gradient[row, place] = found.to(gradient.dtype)
-            sums = [sums[0] + float(entropy), sums[1] + float(apart)]
+            sums = [sums[0] + float(entropy.detach()), sums[1] + float(apart.detach())]
         torch.autograd.backward(given, gradient)
         return sums[0], sums[1]
 
@@ -112,12 +116,11 @@ def scored(samples: Samples) -> int:
     return sum(int(batch.scored[:, 1:].sum()) for batch in samples.batches())
 
 
-def rate(step: int, steps: int) -> float:
-    """The share of the learning rate at a step: up in a tenth of the steps, at most a hundred, then down along a cosine to a hundredth."""
-    warm = max(1, min(100, steps // 10))
-    if step < warm:
-        return (step + 1) / warm
-    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+def rate(done: float) -> float:
+    """The share of the learning rate once so much of the training is done, 0 to 1: up in the first tenth, then down along a cosine to a hundredth."""
+    if done < WARM:
+        return max(0.01, done / WARM)
+    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (done - WARM) / (1 - WARM)))
 
 
 class Training:
@@ -126,6 +129,8 @@ class Training:
     def __init__(self, path: Path, parameters: Mapping[str, Tensor], optimizers: Sequence[torch.optim.Optimizer]) -> None:
         self._path, self._parameters, self._optimizers = path, parameters, optimizers
         self.step = 0
+        self.seconds = 0.0
+        """What earlier runs have spent, as told to `save`."""
         self._rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
         if path.exists():
             self._restore()
@@ -139,16 +144,16 @@ class Training:
             optimizer.zero_grad(set_to_none=True)
         self.step += 1
 
-    def save(self) -> None:
-        """Durably."""
+    def save(self, seconds: float = 0.0) -> None:
+        """Durably, with how many seconds it took so far."""
         tensors = {f"parameter.{name}": tensor.detach() for name, tensor in self._parameters.items()}
         for name, state in self._states():
             tensors |= {f"state.{name}.{key}": value for key, value in state.items()}
-        write_safetensors(self._path, [entry(name, tensor) for name, tensor in tensors.items()], {"step": str(self.step)})
+        write_safetensors(self._path, [entry(name, tensor) for name, tensor in tensors.items()], {"step": str(self.step), "seconds": repr(seconds)})
 
     def _restore(self) -> None:
         infos, metadata = read_header(self._path)
-        self.step = int(metadata["step"])
+        self.step, self.seconds = int(metadata["step"]), float(metadata["seconds"])
         with torch.no_grad():
             for name, tensor in self._parameters.items():
                 tensor.copy_(read_tensor(infos[f"parameter.{name}"]))

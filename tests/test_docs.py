@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from compress import errors, pipeline, recipe
 from compress.cli import app
-from compress.passes.base import Restructure
+from compress.passes.base import Prunes, Restructure
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
@@ -151,7 +151,9 @@ def meant_for(path: Path) -> str:
 
 
 def test_recipes_are_counted() -> None:
-    assert [path.stem for path in RECIPES] == ["awq4", "fp8", "low-rank", "nvfp4", "rtn4", "vlm-w4", "w2", "w3", "w4-kv8", "w4", "w8", "w8a8"]
+    quantising = ["awq4", "fp8", "nvfp4", "rtn4", "vlm-w4", "w2", "w3", "w4-kv8", "w4", "w8", "w8a8"]
+    pruning = ["depth", "low-rank", "nm24-heal", "nm24-w4", "nm24", "prune20-nm24-w4", "prune20"]
+    assert sorted(path.stem for path in RECIPES) == sorted([*quantising, *pruning])
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -162,7 +164,8 @@ def test_recipes_load_and_fit_the_demonstration_model(path: Path) -> None:
     if any(isinstance(step, Restructure) for _, step in loaded.instances()):
         assert recipe.expected(loaded, layout)[-1].checkpoint.nbytes < layout.checkpoint.nbytes
     else:
-        assert plan.keys() == layout.linears.keys()
+        pruned = [linear for _, step in loaded.instances() if isinstance(step, Prunes) for linear in step.prunes(layout)]
+        assert {*plan, *pruned} == layout.linears.keys()
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

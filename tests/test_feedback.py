@@ -48,6 +48,26 @@ def test_codes_equal_those_of_solving_for_the_free_columns_after_each(bits: int,
     assert torch.equal(codes[0].double(), expected)
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("act_order", [True, False])
+def test_a_removed_weight_stays_so_and_what_it_cannot_make_good_goes_on(act_order: bool, symmetric: bool) -> None:
+    grid = Integer(3, symmetric)
+    weight, hessian, _ = problem(13, batch=2)
+    kept = torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)) > 0.5
+    weight *= kept
+    scales = minmax_scales(weight.float(), grid, GROUP, torch.float32)
+    factor = factorize(hessian, DAMP, act_order)
+    codes, found = round_with_feedback(weight, factor, scales, grid, 5, kept)
+    assert not dequantize(codes, scales)[~kept].any()
+    for member in range(2):
+        order = factor.order[member].tolist()
+        scale, zero = (each[member].double().repeat_interleave(GROUP, -1) for each in (scales.scale, scales.zero))
+        matrix = damped(hessian, factor)[member]
+        expected = oracle.round_column_by_column(weight[member], matrix, scale, zero, grid.low, grid.high, order, kept[member])
+        assert torch.equal(codes[member].double(), expected)
+        assert float(found[member].sum()) == pytest.approx(oracle.cost(weight[member], dequantize(codes, scales)[member], matrix), rel=1e-9)
+
+
 @pytest.mark.parametrize("act_order", [True, False])
 def test_a_diagonal_hessian_is_plain_rounding(act_order: bool) -> None:
     grid = Integer(3, False)

@@ -99,6 +99,23 @@ def test_what_is_learned_comes_near_the_best_of_all_ways_to_round() -> None:
     assert sum(map(gap_closed, range(6))) / 6 > 0.7
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_removed_weight_stays_zero_whatever_is_learned(symmetric: bool) -> None:
+    kept = torch.rand(2, 5, 24) > 0.5
+    weight, target = weights() * kept, weights(1)
+    for mask in (kept, None):
+        rounding = Rounding(weight, Integer(2, symmetric), GROUP, torch.float32, mask)
+        for _ in range(20):
+            (rounding.values() - target).square().sum().backward()
+            rounding.step(0.3)
+        learned = rounding.values().detach()
+        assert not torch.equal(learned, Rounding(weight, Integer(2, symmetric), GROUP, torch.float32).values().detach())
+        if mask is not None or symmetric:  # half a step takes a zero nowhere, unless it is a zero point that is odd
+            assert not learned[~kept].any()
+        else:
+            assert learned[~kept].any()
+
+
 def test_a_stored_scale_is_what_is_learned() -> None:
     rounding = Rounding(weights(), Integer(4, True), GROUP, torch.bfloat16)
     rounding.reach.grad = torch.ones_like(rounding.reach)

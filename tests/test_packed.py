@@ -17,6 +17,7 @@ from compress.kernels.experts import PackedExperts, Stack
 from compress.kernels.linear import PackedLinear
 from compress.kernels.packed import Extras, Packed
 from compress.kernels.residuals import Residuals
+from compress.kernels.small import SmallLinear
 from compress.kernels.unpacked import UnpackedLinear
 from compress.numerics.activations import Activations
 from compress.numerics.grid import E2M1, E4M3, Grid, Integer, Quantized, below, minmax_scales, quantized, round_to_nearest
@@ -43,7 +44,9 @@ def any_weight(name: str, rows: int = 200) -> Quantized:
 
 
 def packed(weight: Quantized, extras: Extras = Extras()) -> Packed:  # noqa: B008
-    return PackedLinear(weight, extras) if PackedLinear.takes(weight) else UnpackedLinear(weight, extras)
+    if PackedLinear.takes(weight):
+        return PackedLinear(weight, extras)
+    return (SmallLinear if SmallLinear.takes(weight) else UnpackedLinear)(weight, extras)
 
 
 def some_residual(shape: tuple[int, int], share: float = 0.05, stored: torch.dtype = BF16) -> Residual:
@@ -143,7 +146,8 @@ def stacks(name: str, with_residuals: bool = False) -> tuple[PackedExperts, Tens
             parts = []
             for _ in range(halves):
                 grid, group, stored = {
-                    "w4": (Integer(4, True), 16, BF16), "w8": (Integer(8, True), columns, torch.float32), "fp8-block": (E4M3(128), columns, BF16),
+                    "w4": (Integer(4, True), 16, BF16), "w3 asymmetric": (Integer(3, False), columns, torch.float16),
+                    "w8": (Integer(8, True), columns, torch.float32), "fp8-block": (E4M3(128), columns, BF16),
                     "nvfp4": (E2M1(2.0**expert), 16, torch.float8_e4m3fn), "mxfp4": (E2M1(), 16, E8M0), "w5": (Integer(5, True), 16, BF16),
                 }[name]  # fmt: skip
                 parts.append(rounded(torch.randn(rows, columns) / columns**0.5, grid, group, stored))
@@ -195,21 +199,41 @@ def test_experts_may_be_hit_or_not(tokens: int, most: int, seed: int) -> None:
     assert torch.allclose(module(hidden[order], index[order], factors[order]), found[order], atol=1e-6)
 
 
-def test_only_the_experts_that_are_hit_are_read_and_each_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    module, _, _ = stacks("w4")
-    read: list[tuple[int, int]] = []
-    multiply = native.multiply
-
-    def counted(inputs: Tensor, codes: Tensor, *more: Any, **named: Any) -> Tensor:
-        read.append((codes.data_ptr(), len(inputs)))
-        return multiply(inputs, codes, *more, **named)
-
+@pytest.mark.parametrize("name", ["w4", "w8", "w3 asymmetric"])
+def test_the_experts_that_are_hit_are_read_by_one_call_and_others_are_not(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if native.tier() == "torch":
         pytest.skip("needs the compiled kernels: python -m compress.kernels.build; ran with those for AVX2 on 2026-11-22")
-    monkeypatch.setattr(native, "multiply", counted)
-    module(torch.randn(3, HIDDEN), torch.tensor([[4, 1], [1, 4], [1, 2]]), torch.ones(3, 2))
-    assert [tokens for _, tokens in read] == [3, 1, 2] * 2
-    assert [at for at, _ in read] == [stack.codes[expert].data_ptr() for stack in (module.gate_up, module.down) for expert in (1, 2, 4)]
+    module, _, _ = stacks(name)
+    calls: list[list[int]] = []
+    multiply = native.experts
+
+    def counted(inputs: Tensor, ends: Tensor, codes: Tensor, *more: Any, **named: Any) -> Tensor:
+        calls.append(ends.diff(prepend=ends.new_zeros(1)).tolist())
+        outputs = multiply(inputs, ends, codes, *more, **named)
+        scales, zeros = more
+        for expert, (start, end) in enumerate(zip([0, *ends[:-1].tolist()], ends.tolist(), strict=True)):
+            if start < end:  # the same, to the last bit, as the product with this expert alone
+                own = (codes[expert], scales[expert], None if zeros is None else zeros[expert])
+                assert outputs[start:end].equal(native.multiply(inputs[start:end], *own, **named))
+        return outputs
+
+    monkeypatch.setattr(native, "experts", counted)
+    given_ = torch.randn(3, HIDDEN), torch.tensor([[4, 1], [1, 4], [1, 2]]), torch.rand(3, 2)
+    before = module(*given_)
+    assert calls == [[0, 3, 1, 0, 2, 0]] * 2
+    monkeypatch.setattr(native, "experts", multiply)
+    for stack in (module.gate_up, module.down):
+        stack.scales[[0, 3, 5]] = torch.nan
+    assert module(*given_).equal(before)
+
+
+@pytest.mark.parametrize("ends", [[0, 1, 1, 3, 4, 5], [0, 2, 1, 3, 4, 4], [-1, 1, 1, 3, 4, 4], [0, 1, 4], [0.0, 1, 1, 3, 4, 4]])
+def test_ends_of_experts_that_would_read_what_is_not_theirs_are_refused(ends: list[float]) -> None:
+    if native.tier() == "torch":
+        pytest.skip("needs the compiled kernels: python -m compress.kernels.build; ran with those for AVX2 on 2026-11-22")
+    module, _, _ = stacks("w4")
+    with pytest.raises(ValueError, match=r"ends must be int64 \[6\], ascending to at most 4, got"):
+        module.gate_up(torch.randn(4, HIDDEN), torch.tensor(ends))
 
 
 def test_the_operators_keep_torchs_rules() -> None:

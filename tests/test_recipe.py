@@ -48,7 +48,7 @@ def test_five_mistakes_are_told_at_once_with_their_places() -> None:
         "r.yaml: passes[0].gptq: bits: input should be less than or equal to 8 or 'allocated', got 9",
         "r.yaml: passes[1]: no pass is called 'gtpq'; did you mean 'gptq'?",
         "r.yaml: gates.perplexity_ration: nothing of this name is measured; did you mean 'perplexity_ratio'?",
-        "r.yaml: export: no export is called 'gguf'; known are compressed-tensors",
+        "r.yaml: export: no export is called 'gguf'; known are compressed-tensors, nm-packed",
     ]
     assert sorted(told(wrong)) == sorted(places)
 
@@ -120,7 +120,8 @@ def test_passes_out_of_the_order_of_stages_are_refused(monkeypatch: pytest.Monke
     monkeypatch.setattr(rtn.Pass, "stage", "sparsify")
     assert told({"passes": [{"gptq": {}}, {"rtn": {}}]}) == [
         "r.yaml: passes[1]: rtn belongs to stage sparsify, but comes after a pass of stage quantize; "
-        "the order is restructure < sparsify < transform < allocate < quantize < cache"
+        "the order is restructure < sparsify < transform < allocate < quantize < cache: "
+        "what may go is chosen by exact weights, and rounding keeps the zeros"
     ]
 
 

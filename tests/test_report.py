@@ -271,6 +271,20 @@ def test_transforms_are_a_row_per_kind() -> None:
     assert "smooth experts.down 20 0 to 0.95, median 0.475" in text and "smooth clip 1 1.3" in text
 
 
+def test_what_was_pruned_is_a_row_per_kind_of_linear() -> None:
+    def removed(name: str, block: int, density: float) -> dict[str, Any]:
+        more = {"pattern": "2:4", "density": density, "pass": "prune_nm", "method": "sparsegpt", "permuted": name == "down", "error": 0.05}
+        return {"name": f"model.layers.{block}.{name}", "block": block, "fallback": None} | more
+
+    result = run_result([], transforms=[removed("up", 0, 0.5), removed("up", 1, 0.5), removed("down", 0, 0.49)])
+    result["verification"] |= {"pruned_linears": 3, "pruned_density": 0.497}
+    text = " ".join(read(result).text.replace("\u00a0", " ").split())
+    assert "model.layers.{0-1}.up 2:4 prune_nm, sparsegpt 50.0 % 5.0 %".replace("-", report.DASH) in text
+    assert "down 2:4 prune_nm, sparsegpt, inputs reordered 49.0 % 5.0 %" in text
+    assert "No linear was quantised. 3 linears pruned to 2:4." in text and "all 3 pruned linears keep their pattern; 49.7 % of" in text
+    assert "What was rewritten before rounding" not in text
+
+
 def test_sizes_are_split_by_what_happened() -> None:
     ledger = [
         tensor("model.layers.0.mlp.up_proj.weight", [1000, 1000]),
@@ -328,6 +342,7 @@ def test_percents_have_the_digits_it_takes(value: float, text: str) -> None:
 
 def test_places_of_linears() -> None:
     assert report.place("model.layers.3.mlp.experts.17.up_proj", 3) == report.Place(3, "mlp.experts", "up_proj", 17)
+    assert report.place("model.layers.3.mlp.up_proj.1", 3) == report.Place(3, "mlp", "up_proj.1", None)
     assert report.place("model.language_model.layers.10.self_attn.q_proj", 10) == report.Place(10, "self_attn", "q_proj", None)
 
 

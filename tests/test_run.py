@@ -330,9 +330,25 @@ RESUMED = {
     "smooth": QUICK | {"passes": [{"smooth": {}}, {"rtn": {"bits": 3, "group_size": 32}}]},
     "rotate": QUICK | {"passes": [{"rotate": {}}, {"rtn": {"bits": 3, "group_size": 32}}]},
     "kv_quant": QUICK | {"passes": [{"rtn": {"group_size": 32}}, {"kv_quant": {}}]},
+    "prune_structured": QUICK | {"passes": [{"prune_structured": {"keep": 0.5, "multiple_of": 32}}, {"rtn": {"group_size": 32}}]},
+    "prune_depth": QUICK | {"passes": [{"prune_depth": {"drop": 2}}, {"rtn": {"group_size": 32}}]},
     "low_rank": QUICK | {"passes": [{"low_rank": {"multiple_of": 32, "keep": 0.95}}, {"rtn": {"group_size": 32}}]},
+    "prune_nm": QUICK | {"passes": [{"prune_nm": {"min_tokens": 0, "permute": True, "refit": True}}, NEVER]},
 }
-REPORTS = {"gptq": 4, "qep": 4, "autoround": 4, "rtn": 3, "two passes": 8, "smooth": 7, "rotate": 6, "kv_quant": 7, "low_rank": 11}
+REPORTS = {
+    "gptq": 4,
+    "qep": 4,
+    "autoround": 4,
+    "rtn": 3,
+    "two passes": 8,
+    "smooth": 7,
+    "rotate": 6,
+    "kv_quant": 7,
+    "prune_structured": 9,
+    "prune_depth": 7,
+    "low_rank": 11,
+    "prune_nm": 8,
+}
 
 
 @pytest.mark.parametrize(("which", "reports"), [(which, reports) for which, count in REPORTS.items() for reports in range(count)])

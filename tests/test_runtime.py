@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -40,6 +43,8 @@ UNPACKED: dict[str, dict[str, Any]] = {
     "w6-asymmetric": {"bits": 6, "group_size": 32, "symmetric": False},
     "w7": {"bits": 7, "group_size": "channel"},
     "w3-g16": {"bits": 3, "group_size": 16},
+}
+SMALL: dict[str, dict[str, Any]] = {
     "fp8": {"format": "fp8"},
     "fp8-dynamic": {"format": "fp8", "activations": "dynamic"},
     "fp8-static": {"format": "fp8", "activations": "static"},
@@ -47,7 +52,7 @@ UNPACKED: dict[str, dict[str, Any]] = {
     "mxfp4": {"format": "mxfp4"},
     "nvfp4": {"format": "nvfp4"},
 }
-"""What is multiplied by torch, so that logits are those of transformers but for the order of sums."""
+"""What is multiplied without rounding inputs, so that logits are those of transformers but for the order of sums."""
 
 
 def made(kind: Path | str, out: Path, *steps: dict[str, Any], **settings: Any) -> Path:
@@ -106,6 +111,26 @@ def test_formats_without_a_kernel_run_and_say_so(scheme: str, checkpoint: Callab
     assert line.startswith("14 of 14 packed modules are unpacked for each product: no kernel for ") and line.endswith(" (14)")
 
 
+@pytest.mark.parametrize("scheme", SMALL)
+def test_small_floats_run(scheme: str, checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = made(checkpoint("llama"), tmp_path / "out", {"rtn": SMALL[scheme]})
+    # Where inputs are rounded, the order of a sum decides on which side of a step one falls.
+    assert difference(folder) < (1e-3 if "activations" in SMALL[scheme] else 1e-5)
+    assert parts(folder) == {"linear": {native.tier()}} and not runtime.remarks(compress.load(folder))
+    monkeypatch.setenv(native.FORCE, "torch")
+    assert difference(folder) < 1e-5 and parts(folder) == {"linear": {"torch"}}
+
+
+@pytest.mark.parametrize(("part", "byte"), [("weight", 0x7F), ("weight", 0xFF), ("weight_scale", 0xFF)])
+def test_small_floats_that_are_no_numbers_are_refused(part: str, byte: int, checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    folder, linear = made(checkpoint("llama"), tmp_path / "out", {"rtn": SMALL["mxfp8"]}), "model.layers.1.mlp.up_proj"
+    tensors = load_file(folder / "model.safetensors")
+    tensors[f"{linear}.{part}"].view(torch.uint8)[3, 1] = byte
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=f"{linear}: holds NaN or infinity; the artifact is damaged; fetch it again"):
+        compress.load(folder)
+
+
 def test_blocks_of_fp8_run(tmp_path: Path) -> None:
     folder = made("demo:dense", tmp_path / "out", {"rtn": {"format": "fp8-block", "activations": "dynamic"}})
     assert difference(folder) < 1e-3  # an input may fall to the other side of a step
@@ -129,7 +154,7 @@ EXPERTS: dict[str, tuple[str, dict[str, Any], str | None]] = {
     "qwen3_moe": ("qwen3_moe", SCHEMES["w4"], None),
     "dense first": ("qwen3_moe-dense-first", SCHEMES["w8-channel"], None),
     "mixtral": ("mixtral", SCHEMES["w3"], None),
-    "fp8": ("qwen3_moe", {"format": "fp8"}, "torch"),
+    "fp8": ("qwen3_moe", {"format": "fp8"}, None),
     "w5": ("mixtral", UNPACKED["w5"], "torch"),
 }
 
@@ -141,7 +166,7 @@ def test_experts_run(case: str, checkpoint: Callable[..., Path], tmp_path: Path)
     assert difference(folder) < (1e-5 if kernel else 5e-4) and parts(folder)["experts"] == {kernel or native.tier()}
 
 
-@pytest.mark.parametrize(("kind", "scheme"), [("llama", SCHEMES["w4"]), ("llama-tied", UNPACKED["nvfp4"]), ("qwen3_moe", SCHEMES["w2"])])
+@pytest.mark.parametrize(("kind", "scheme"), [("llama", SCHEMES["w4"]), ("llama-tied", SMALL["nvfp4"]), ("qwen3_moe", SCHEMES["w2"])])
 def test_residuals_are_added(kind: str, scheme: dict[str, Any], checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     folder = made(checkpoint(kind), tmp_path / "out", {"rtn": scheme})
     before = logits(folder)
@@ -196,8 +221,8 @@ def test_a_mix_of_widths_and_dense_linears_runs(checkpoint: Callable[..., Path],
 @pytest.mark.parametrize(
     ("kind", "scheme"),
     [
-        ("llama", SCHEMES["w3"]), ("llama-tied", SCHEMES["w4-asymmetric"]), ("llama-bias", UNPACKED["w6-asymmetric"]), ("qwen2", UNPACKED["nvfp4"]),
-        ("llava", UNPACKED["mxfp8"]), ("qwen3_moe", SCHEMES["w4"]), ("mixtral", UNPACKED["fp8"]),
+        ("llama", SCHEMES["w3"]), ("llama-tied", SCHEMES["w4-asymmetric"]), ("llama-bias", UNPACKED["w6-asymmetric"]), ("qwen2", SMALL["nvfp4"]),
+        ("llava", SMALL["mxfp8"]), ("qwen3_moe", SCHEMES["w4"]), ("mixtral", SMALL["fp8"]),
     ],
 )  # fmt: skip
 def test_memory_is_within_a_twentieth_of_the_file(kind: str, scheme: dict[str, Any], checkpoint: Callable[..., Path], tmp_path: Path) -> None:
@@ -219,10 +244,51 @@ def test_generating_is_what_transformers_generates(tmp_path: Path) -> None:
 
 
 def test_generating_with_experts_works_and_says_what_is_slow(tmp_path: Path) -> None:
-    folder = made("demo:moe", tmp_path / "out", {"rtn": {"format": "fp8"}})
+    folder = made("demo:moe", tmp_path / "out", {"rtn": {"bits": 5, "group_size": "channel"}})
     done = CliRunner().invoke(app, ["generate", str(folder), "The old man said", "--tokens", "3"])
     assert done.exit_code == 0 and done.stdout.strip()
-    assert re.fullmatch(r"\d+ of \d+ packed modules are unpacked for each product: no kernel for E4M3, group channel \(\d+\)\n", done.stderr)
+    assert re.fullmatch(r"\d+ of \d+ packed modules are unpacked for each product: no kernel for 5 bits, group channel \(\d+\)\n", done.stderr)
+
+
+PICKLED: dict[str, tuple[str, list[dict[str, Any]]]] = {
+    "w4, embedding, cache": ("llama-tied", [{"rtn": SCHEMES["w4"]}, {"kv_quant": {}}]),
+    "experts": ("qwen3_moe", [{"rtn": {"format": "fp8"}}]),
+    "scales in E8M0": ("llama", [{"rtn": {"format": "mxfp4"}}]),
+    "dense experts": ("qwen3_moe", []),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", PICKLED)
+def test_a_loaded_model_can_be_copied_pickled_and_cast(case: str, checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    kind, steps = PICKLED[case]
+    source = checkpoint(kind, torch.bfloat16)
+    model = compress.load(made(source, tmp_path / "out", *steps) if steps else source)
+    expected = model(input_ids=IDS).logits
+    torch.save(model, tmp_path / "model.pt")
+    assert copy.deepcopy(model)(input_ids=IDS).logits.equal(expected)
+    script = (
+        "import sys, torch; folder = sys.argv[1]; model = torch.load(f'{folder}/model.pt', weights_only=False)\n"
+        f"with torch.no_grad(): torch.save(model(input_ids=torch.tensor({IDS.tolist()})).logits, f'{{folder}}/logits.pt')"
+    )
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, capture_output=True)
+    assert torch.load(tmp_path / "logits.pt").equal(expected)
+    before = {name: data.dtype for name, data in model.named_buffers() if name.endswith(("codes", "scales"))}
+    for dtype, tolerance in ((torch.float64, 2e-4), (torch.float32, 1e-6)):
+        found = model.to(dtype)(input_ids=IDS).logits
+        assert found.dtype == dtype and relative(found, expected) < tolerance
+    found = model.half()(input_ids=IDS).logits
+    assert found.dtype == torch.float16 and relative(found, expected) < 5e-2
+    assert before == {name: data.dtype for name, data in model.named_buffers() if name.endswith(("codes", "scales"))}
+
+
+def test_a_loaded_model_is_not_saved_as_a_checkpoint(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    folder = made(checkpoint("llama"), tmp_path / "out", {"rtn": SCHEMES["w4"]})
+    with pytest.raises(
+        InputError, match=re.escape(f"save_pretrained: weights that run packed are not what transformers would write; copy or upload {folder}")
+    ):
+        compress.load(folder).save_pretrained(tmp_path / "again")
+    assert not (tmp_path / "again").exists()
 
 
 def test_experts_of_which_some_are_packed_are_refused(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
@@ -236,6 +302,11 @@ def test_experts_of_which_some_are_packed_are_refused(checkpoint: Callable[..., 
     three = made(checkpoint("qwen3_moe"), tmp_path / "three", {"rtn": SCHEMES["w3"]})
     other = {key: value for key, value in load_file(three / "model.safetensors").items() if key.startswith(name)}
     save_file(tensors | other, shard, {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (group,) = config["quantization_config"]["config_groups"].values()
+    own = group | {"targets": [name], "weights": group["weights"] | {"num_bits": 3}}
+    config["quantization_config"]["config_groups"] = {"own": own, "group_0": group}
+    (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match="is stored in another way than other experts of its block"):
         compress.load(folder)
 
@@ -244,10 +315,12 @@ def test_the_speed_of_an_artifact_is_measured(tmp_path: Path, checkpoint: Callab
     monkeypatch.setattr(speed, "LEAST_READ", 1 << 20)
     folder, out = made(checkpoint("qwen3_moe", torch.bfloat16), tmp_path / "out", {"rtn": SCHEMES["w4"]}), tmp_path / "speed.json"
     threads = torch.get_num_threads()
-    done = CliRunner().invoke(app, ["bench", str(folder), "--tokens", "2", "--threads", "2", "--json", str(out)])
+    done = CliRunner().invoke(app, ["bench", str(folder), "--tokens", "2", "--threads", str(speed.processors()), "--json", str(out)])
     assert done.exit_code == 0, done.output
     result = json.loads(out.read_text())
-    assert torch.get_num_threads() == threads and result["threads"] == 2
+    assert torch.get_num_threads() == threads and result["threads"] == speed.processors()
+    done = CliRunner().invoke(app, ["bench", str(folder), "--threads", "1000"])
+    assert done.exit_code == 2 and f"--threads: must be at most {speed.processors()}, the processors that this" in " ".join(done.output.split())
     stored, layout = Checkpoint(folder), Layout(Checkpoint(folder))
     # Two of eight experts serve a token, and of the embedding next to nothing is read.
     of_experts = sum(info.nbytes for name, info in stored.tensors.items() if ".experts." in name)

@@ -294,7 +294,7 @@ def compare(model: Model, folder: Path) -> int:
     groups = [QuantizationScheme.model_validate(group) for group in config["config_groups"].values()]
     compared = 0
     for name in sorted(expected):
-        if not torch.equal(_bits(read_tensor(written.tensors[name])), _bits(read_entry(model.final(name)))):
+        if not torch.equal(bits(read_tensor(written.tensors[name])), bits(read_entry(model.final(name)))):
             raise InputError.one(name, "reads back differently from what was written", "is the disk sound?")
     for linear in model.layout.linears:
         if meant := model.quantized(linear):
@@ -311,7 +311,8 @@ def _matches(target: str, linear: str) -> bool:
     return target == "Linear" or re.fullmatch(target.removeprefix("re:"), linear) is not None
 
 
-def _bits(tensor: Any) -> Any:
+def bits(tensor: Any) -> Any:
+    """The bytes of a tensor: equal bits are more than equal numbers."""
     import torch
 
     return tensor.contiguous().view(-1).view(torch.uint8) if tensor.numel() else tensor

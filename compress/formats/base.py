@@ -10,7 +10,9 @@ import pkgutil
 from functools import cache
 from types import ModuleType
 
-PARTS = ("weight_packed", "weight", "weight_scale", "weight_shape", "weight_zero_point", "weight_global_scale", "input_scale")
+NM_PARTS = ("nm_values", "nm_indices", "nm_columns", "nm_pattern")
+"""What `nm_packed` stores of a linear that was pruned, quantised or not."""
+PARTS = ("weight_packed", "weight", "weight_scale", "weight_shape", "weight_zero_point", "weight_global_scale", "input_scale", *NM_PARTS)
 """What the tensors of a quantised linear are called, after its name."""
 RESIDUAL_PARTS = ("sparse_row_offsets", "sparse_columns", "sparse_values")
 """What `sparse_residual` stores beside them."""

@@ -47,8 +47,8 @@ def pack_stream(codes: Tensor, bits: int) -> Tensor:
             stream[..., octet + 1] |= fields[..., position] >> (8 - shift)
     packed = torch.zeros(rows, -(-count * bits // 32) * 4, dtype=torch.uint8, device=codes.device)
     width = min(units * octets, packed.shape[1])
-    packed[:, :width] = stream.view(rows, -1)[:, :width]
-    return packed.view(torch.int32)
+    packed[:, :width] = stream.view(rows, units * octets)[:, :width]
+    return packed.view(torch.int32) if count else torch.empty(rows, 0, dtype=torch.int32, device=codes.device)
 
 
 def unpack_stream(packed: Tensor, bits: int, count: int) -> Tensor:
@@ -68,7 +68,17 @@ def unpack_stream(packed: Tensor, bits: int, count: int) -> Tensor:
             field |= stream[..., octet + 1] << (8 - shift)
         torch.bitwise_and(field, (1 << bits) - 1, out=codes[..., position])
     codes -= 1 << (bits - 1)
-    return codes.view(torch.int8).view(rows, -1)[:, :count].contiguous()
+    return codes.view(torch.int8).view(rows, units * together)[:, :count].contiguous()
+
+
+def pack_zero_points(zero_points: Tensor, bits: int) -> Tensor:
+    """Zero points int8 [rows, groups] to int32 [ceil(rows * bits / 32), groups], a stream per group."""
+    return pack_stream(zero_points.T, bits).T.contiguous()
+
+
+def unpack_zero_points(packed: Tensor, bits: int, rows: int) -> Tensor:
+    """The inverse of `pack_zero_points`: int8 [rows, groups]."""
+    return unpack_stream(packed.T.contiguous(), bits, rows).T.contiguous()
 
 
 def _unit(bits: int) -> tuple[int, int]:
@@ -85,7 +95,7 @@ def pack(linear: str, weight: Quantized) -> dict[str, Tensor]:
         f"{linear}.{SHAPE}": torch.tensor(weight.codes.shape, dtype=torch.int64),
     }
     if weight.zero_point is not None:
-        tensors[f"{linear}.{ZERO_POINT}"] = pack_stream(weight.zero_point.T, weight.bits).T.contiguous()
+        tensors[f"{linear}.{ZERO_POINT}"] = pack_zero_points(weight.zero_point, weight.bits)
     return tensors
 
 
@@ -99,5 +109,5 @@ def unpack(linear: str, tensors: dict[str, Tensor]) -> Quantized:
     bits = fitting[0]
     zero_point = tensors.get(f"{linear}.{ZERO_POINT}")
     if zero_point is not None:
-        zero_point = unpack_stream(zero_point.T.contiguous(), bits, rows).T.contiguous()
+        zero_point = unpack_zero_points(zero_point, bits, rows)
     return Quantized(unpack_stream(packed, bits, columns), scale, zero_point, Integer(bits, zero_point is None))

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from compress.kernels import native
-from compress.kernels.packed import NOTHING, Extras, Packed
+from compress.kernels.packed import NOTHING, Cast, Extras, Packed, moved
 from compress.kernels.unpacked import by_rows
 
 FEW = 8
@@ -56,3 +56,20 @@ class DenseLinear(Packed):
     @staticmethod
     def why_unpacked(stored: str, device: torch.device) -> str | None:
         return native.missing_why() if device.type == "cpu" else f"{stored} is widened on {device.type}"
+
+
+class DenseEmbedding(nn.Embedding):
+    """An embedding [rows, width] that gives its rows in another dtype than it keeps them in."""
+
+    def __init__(self, weight: Tensor, padding: int | None, gives: torch.dtype) -> None:
+        super().__init__(weight.shape[0], weight.shape[1], padding, _weight=weight, _freeze=True)
+        self.gives = gives
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Rows [..., width] of indices [...]."""
+        return super().forward(input).to(self.gives)
+
+    def _apply(self, fn: Cast, recurse: bool = True) -> DenseEmbedding:
+        self.gives = fn(torch.empty(0, dtype=self.gives)).dtype
+        super()._apply(moved(fn), recurse)  # type: ignore[no-untyped-call]
+        return self

@@ -1,7 +1,7 @@
 """The experts of a block with packed weights: of each that is hit, the weights are read once for all of its tokens; others are not touched.
 
-``compress::packed_experts`` takes tokens in the order of their experts, so that its shapes depend on no data, and hands those of each expert to
-the operator of a single weight.
+``compress::packed_experts`` takes tokens in the order of their experts, so that its shapes depend on no data. Compiled kernels for integers are given
+all of them at once; elsewhere those of each expert go to the operator of a single weight.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compress.kernels import native, small, t16
 from compress.kernels.linear import T16
-from compress.kernels.packed import Packed, refuse
+from compress.kernels.packed import Kept, Packed, refuse
 from compress.kernels.residuals import Residuals
 from compress.numerics.grid import as_bytes
 
@@ -36,7 +37,10 @@ def _product(
                 product = torch.ops.compress.packed_linear(given, codes[expert], scales[expert], zero, bits, rows, x.shape[1], digits)
             else:
                 unit = None if units is None else units[expert]
-                product = torch.ops.compress.unpacked_linear(given, codes[expert], scales[expert], zero, unit, coding)
+                if coding in small.CODINGS:
+                    product = torch.ops.compress.small_linear(given, codes[expert], scales[expert], unit, coding)
+                else:
+                    product = torch.ops.compress.unpacked_linear(given, codes[expert], scales[expert], zero, unit, coding)
             outputs[start:end] = product
         start = end
     return outputs
@@ -48,11 +52,27 @@ def _fake(
     return x.new_empty(len(x), rows)
 
 
-_library.impl("packed_experts", _product, "CompositeExplicitAutograd")
+def _on_cpu(
+    x: Tensor, ends: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, units: Tensor | None, coding: str, rows: int, digits: int
+) -> Tensor:
+    tier = native.tier()
+    if coding.startswith(T16) and tier != "torch":
+        bits = int(coding.removeprefix(T16))
+        columns = codes.shape[2] * t16.VECTOR // bits
+        step = native.step_of(columns // scales.shape[2], t16.COLUMNS[bits])
+        if step is not None:
+            given = x.float().contiguous()
+            found = native.experts(given, ends, codes, scales, zeros, bits=bits, rows=rows, columns=columns, step=step, digits=digits, tier=tier)
+            return found.to(x.dtype)
+    return _product(x, ends, codes, scales, zeros, units, coding, rows, digits)
+
+
+_library.impl("packed_experts", _product, "CUDA")
+_library.impl("packed_experts", _on_cpu, "CPU")
 torch.library.register_fake("compress::packed_experts", _fake, lib=_library)
 
 
-class Stack(nn.Module):
+class Stack(Kept):
     """The same linear of every expert: the buffers of a `Packed`, [experts, ...]."""
 
     codes: Tensor
@@ -74,9 +94,10 @@ class Stack(nn.Module):
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
         """[tokens, in] to [tokens, out]; tokens up to ``ends`` int64 [experts] belong to one expert after the other."""
         refuse(x, self.in_features)
-        outputs: Tensor = torch.ops.compress.packed_experts(
-            x, ends, self.codes, self.scales, self.zeros, self.units, self.coding, self.out_features, self.digits
-        )
+        arguments: tuple[Any, ...] = (x, ends, self.codes, self.scales, self.zeros, self.units, self.coding, self.out_features, self.digits)
+        # Where nothing traces, past the dispatcher, as for a single linear.
+        direct = type(x) is Tensor and x.is_cpu and not torch.compiler.is_compiling()
+        outputs: Tensor = _on_cpu(*arguments) if direct else torch.ops.compress.packed_experts(*arguments)
         return outputs if self.residuals is None else outputs + self.residuals(x, ends).to(x.dtype)
 
 

@@ -19,6 +19,9 @@ LIBRARY = Path(__file__).parent / "cpu" / "libt16.so"
 FORCE = "COMPRESS_CPU"
 """The environment variable that names the one to use, or `torch` for none."""
 FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+SCALES = FLOATS | {torch.float8_e8m0fnu: 3, torch.float8_e4m3fn: 4}
+"""What scales of small floats may be."""
+CODES = {"e4m3": 4, "e2m1": 5}
 STEP = 128
 """Inputs that share a scale, at most: their products must be summed without overflow."""
 
@@ -27,6 +30,13 @@ class _Matrix(ctypes.Structure):
     _fields_ = [
         ("codes", c_void_p), ("scales", c_void_p), ("zeros", c_void_p),
         ("rows", c_int64), ("columns", c_int64), ("group", c_int64), ("step", c_int64), ("bits", c_int32), ("scale", c_int32),
+    ]  # fmt: skip
+
+
+class _Small(ctypes.Structure):
+    _fields_ = [
+        ("codes", c_void_p), ("scales", c_void_p), ("unit", c_void_p),
+        ("rows", c_int64), ("columns", c_int64), ("group", c_int64), ("code", c_int32), ("scale", c_int32),
     ]  # fmt: skip
 
 
@@ -46,8 +56,10 @@ def library() -> ctypes.CDLL | None:
         found.t16_read.restype = c_uint64
         found.t16_read.argtypes = [c_void_p, c_int64, c_int32]
         found.t16_linear.argtypes = [c_int32, POINTER(_Matrix), c_void_p, c_int64, c_int64, c_int32, c_void_p, c_int32]
+        found.t16_experts.argtypes = [c_int32, POINTER(_Matrix), c_int64, c_void_p, c_void_p, c_int64, c_int32, c_void_p, c_int32]
         found.t16_multiply.argtypes = [c_int32, POINTER(_Matrix), POINTER(_Inputs), c_void_p, c_int32]
         found.t16_dense.argtypes = [c_int32, c_void_p, c_int32, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_int32]
+        found.t16_small_floats.argtypes = [c_int32, POINTER(_Small), c_void_p, c_int64, c_void_p, c_int32]
     except AttributeError as error:
         raise InputError.one(str(LIBRARY), f"is of another version ({error})", "run python -m compress.kernels.build") from error
     return found
@@ -110,6 +122,39 @@ def multiply(
     return outputs
 
 
+def experts(
+    inputs: Tensor,
+    ends: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    *,
+    bits: int,
+    rows: int,
+    columns: int,
+    step: int,
+    digits: int,
+    tier: str,
+) -> Tensor:
+    """`multiply` by the weights [experts, ...] of several, each with its own ``inputs``: those from the end before up to its own of ``ends``.
+
+    ``ends`` int64 [experts] ascend to at most the number of inputs; outputs of inputs beyond are zero. Raises `ValueError` for others.
+    """
+    found = library()
+    assert found is not None
+    tokens, given = inputs.shape
+    values = ends.tolist()
+    if ends.dtype != torch.int64 or len(values) != len(codes) or sorted([0, *values, tokens]) != [0, *values, tokens]:
+        raise ValueError(f"ends must be int64 [{len(codes)}], ascending to at most {tokens}, got {values}")
+    outputs, threads = torch.zeros(tokens, rows), torch.get_num_threads()
+    matrix = _matrix(
+        codes.data_ptr(), scales.data_ptr(), _pointer(zeros), rows, columns, columns // scales.shape[2], step, bits, FLOATS[scales.dtype]
+    )
+    at = ends.contiguous()
+    found.t16_experts(_number(tier), matrix, len(ends), at.data_ptr(), inputs.data_ptr(), given, digits, outputs.data_ptr(), threads)
+    return outputs
+
+
 def products(
     rounded: Tensor, units: Tensor, sums: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, *, bits: int, rows: int, step: int, tier: str
 ) -> Tensor:
@@ -140,6 +185,20 @@ def dense(inputs: Tensor, weight: Tensor, tier: str) -> Tensor:
     return outputs
 
 
+def small_floats(inputs: Tensor, codes: Tensor, scales: Tensor, units: Tensor | None, coding: str, tier: str) -> Tensor:
+    """``inputs`` [tokens, in] float32 times a weight of small floats, all contiguous; [tokens, out] float32.
+
+    ``codes``, ``scales`` in a dtype of `SCALES` and ``units`` are as `compress.kernels.unpacked` says for `coding`, one of `CODES`.
+    """
+    found = library()
+    assert found is not None
+    (tokens, columns), (rows, groups) = inputs.shape, scales.shape
+    outputs, threads = torch.empty(tokens, rows), torch.get_num_threads()
+    matrix = _small(codes.data_ptr(), scales.data_ptr(), _pointer(units), rows, columns, columns // groups, CODES[coding], SCALES[scales.dtype])
+    found.t16_small_floats(_number(tier), matrix, inputs.data_ptr(), tokens, outputs.data_ptr(), threads)
+    return outputs
+
+
 def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
@@ -148,6 +207,11 @@ def _pointer(tensor: Tensor | None) -> int | None:
 def _matrix(*fields: int | None) -> Any:
     """The C structure of these fields: a token asks for the same ones as the token before it."""
     return byref(_Matrix(*fields))
+
+
+@lru_cache(1 << 14)
+def _small(*fields: int | None) -> Any:
+    return byref(_Small(*fields))
 
 
 def read(data: Tensor, threads: int) -> None:

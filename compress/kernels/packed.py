@@ -6,7 +6,7 @@ A way to multiply is a subclass of `Packed` in a file of its own, with an operat
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,26 @@ from compress.formats.sparse_residual import Residual
 from compress.kernels.residuals import Residuals
 from compress.numerics.activations import Activations
 from compress.numerics.grid import Integer, Quantized
+
+Cast = Callable[[Tensor], Tensor]
+
+
+def moved(cast: Cast) -> Cast:
+    """What ``cast``, which torch applies to each tensor of a model, does but for changing dtypes."""
+
+    def move(tensor: Tensor) -> Tensor:
+        found = cast(tensor)
+        return found if found.dtype == tensor.dtype else tensor.to(found.device)
+
+    return move
+
+
+class Kept(nn.Module):
+    """A module whose tensors keep their dtypes when the model around it is cast to another one: they are no numbers to compute with."""
+
+    def _apply(self, fn: Cast, recurse: bool = True) -> Kept:
+        super()._apply(moved(fn), recurse)  # type: ignore[no-untyped-call]
+        return self
 
 
 @dataclass(frozen=True)
@@ -30,7 +50,7 @@ class Extras:
 NOTHING = Extras()
 
 
-class Packed(nn.Module):
+class Packed(Kept):
     """A linear whose weight stays packed in memory.
 
     ``codes``, ``scales``, ``zeros`` and ``units`` (None where the layout `coding` has none) are what its operator takes; `digits` are those that

@@ -1,5 +1,7 @@
 """Weights for which there is no kernel: kept as they are stored, unpacked some rows at a time and multiplied by torch.
 
+For `e2m1` and `e4m3` `small` has a kernel for some tokens on a CPU, and comes here for all else.
+
 ====================  ==============================  =========================================================
 coding                ``codes``                       of
 ====================  ==============================  =========================================================

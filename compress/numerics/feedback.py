@@ -104,12 +104,15 @@ def _factorize_in_place(hessian: Tensor, reverse: Tensor, mean: float, damp: flo
     return math.nan
 
 
-def round_with_feedback(weight: Tensor, factor: Factor, scales: Scales, grid: Grid, leaf: int = 32) -> tuple[Tensor, Tensor]:
+def round_with_feedback(
+    weight: Tensor, factor: Factor, scales: Scales, grid: Grid, leaf: int = 32, kept: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Round each column after feeding back the errors of those before it.
 
     ``weight`` [batch, out, in] and ``scales`` [batch, out, groups] in the dtype of ``factor``. Returns codes [batch, out, in] and the cost
     ``tr((W - Q) H (W - Q)^T)`` per row, [batch, out]. Columns are halved until `leaf` are left, so that most of the feedback is a
-    few large matrix products; `leaf` changes speed, not the result.
+    few large matrix products; `leaf` changes speed, not the result. Where ``kept`` [batch, out, in] bool says no, the code is that of zero, and
+    what the weight should have made good for goes on to those behind it.
     """
 
     rows = weight.shape[1]
@@ -117,22 +120,26 @@ def round_with_feedback(weight: Tensor, factor: Factor, scales: Scales, grid: Gr
 
     def round_rows(start: int) -> tuple[Tensor, Tensor]:
         part = slice(start, start + size)
-        return _round_rows(weight[:, part], factor, Scales(scales.scale[:, part], scales.zero[:, part]), grid, leaf)
+        mask = None if kept is None else kept[:, part]
+        return _round_rows(weight[:, part], factor, Scales(scales.scale[:, part], scales.zero[:, part]), grid, leaf, mask)
 
     parts = [round_rows(start) for start in range(0, rows, size)]
     return torch.cat([codes for codes, _ in parts], 1), torch.cat([cost for _, cost in parts], 1)
 
 
-def _round_rows(weight: Tensor, factor: Factor, scales: Scales, grid: Grid, leaf: int) -> tuple[Tensor, Tensor]:
+def _round_rows(weight: Tensor, factor: Factor, scales: Scales, grid: Grid, leaf: int, kept: Tensor | None) -> tuple[Tensor, Tensor]:
     batch, rows, columns = weight.shape
     dtype, device = factor.upper.dtype, weight.device
     # Inputs first [in, batch, out]: each step below works on contiguous memory.
     error, wanted = (torch.empty(columns, batch, rows, dtype=dtype, device=device) for _ in range(2))
+    mask = None if kept is None else torch.empty(columns, batch, rows, dtype=torch.bool, device=device)
     tiles = [(member, slice(start, start + ROWS_TURNED)) for member in range(batch) for start in range(0, rows, ROWS_TURNED)]
 
     def turn(tile: tuple[int, slice]) -> None:
         member, part = tile
         wanted[:, member, part] = error[:, member, part] = weight[member, part].T.contiguous().index_select(0, factor.order[member])
+        if kept is not None and mask is not None:
+            mask[:, member, part] = kept[member, part].T.contiguous().index_select(0, factor.order[member])
 
     in_parallel(turn, tiles)
     work = _Work(
@@ -143,6 +150,7 @@ def _round_rows(weight: Tensor, factor: Factor, scales: Scales, grid: Grid, leaf
         error,
         wanted,
         torch.empty(columns, batch, rows, dtype=grid.codes, device=device),
+        mask,
     )
     _solve(work, 0, columns, leaf)
     cost = torch.einsum("kbr,bk->br", work.wanted.square_(), factor.diagonal)
@@ -162,7 +170,7 @@ class _Work:
     """What the recursion shares. ``scales`` are [batch, groups, out]; ``group_of`` [in, batch]; the rest [in, batch, out].
 
     ``error`` holds the weight of a column until it is rounded, then what was lost; ``wanted`` the weight with all feedback so far,
-    then the rounding error itself.
+    then the rounding error itself. ``kept`` bool, or None where all weights are.
     """
 
     factor: Factor
@@ -172,6 +180,7 @@ class _Work:
     error: Tensor
     wanted: Tensor
     codes: Tensor
+    kept: Tensor | None
 
 
 def _solve(work: _Work, start: int, end: int, leaf: int) -> None:
@@ -197,6 +206,8 @@ def _round_leaf(work: _Work, start: int, end: int) -> None:
             k = start + place
             _feed_back(wanted[place : place + 1], work.factor.upper[:, start:k, k : k + 1], error[:place])
         work.grid.round_(torch.mul(column, inverse, out=code), low, high)
+        if work.kept is not None:
+            code.mul_(work.kept[start + place])
         lost.addcmul_(code, negative)
     wanted.addcmul_(codes, scale, value=-1)
     work.codes[start:end] = codes.add_(zero)

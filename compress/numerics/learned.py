@@ -23,16 +23,18 @@ class Rounding:
     """Learned rounding of ``weight`` [n, out, in] float32, linears that share shape, `grid`, `group_size` and `stored` dtype of scales.
 
     Starts as plain rounding with searched scales: ``offset`` [n, out, in] at 0, kept within half a step, and ``reach``
-    [ends, n, out, groups] at 1, one factor for each end of the range (one for both on a symmetric grid).
+    [ends, n, out, groups] at 1, one factor for each end of the range (one for both on a symmetric grid). Where ``kept`` [n, out, in] bool says
+    no, the offset stays at 0, so that a weight that is zero stays that.
     """
 
-    def __init__(self, weight: Tensor, grid: Grid, group_size: int, stored: torch.dtype) -> None:
+    def __init__(self, weight: Tensor, grid: Grid, group_size: int, stored: torch.dtype, kept: Tensor | None = None) -> None:
         self.grid = grid
         self.stored = stored
         find_scales = search_scales if grid.rows == 1 else minmax_scales
         found = [find_scales(each, grid, group_size, stored) for each in weight]
         scales = Scales(*(torch.stack([getattr(each, name) for each in found]) for name in ("scale", "zero")))
         self._grouped = torch.unflatten(weight, -1, (-1, group_size))
+        self._kept = None if kept is None else torch.unflatten(kept, -1, (-1, group_size))
         self._scale = scales.scale
         self._ends = ((grid.low - scales.zero) * scales.scale, (grid.high - scales.zero) * scales.scale)
         self.offset = torch.zeros_like(self._grouped).requires_grad_()
@@ -72,6 +74,8 @@ class Rounding:
                 if parameter.grad is not None:
                     parameter.sub_(parameter.grad.sign_(), alpha=rate).clamp_(low, high)
                     parameter.grad = None
+            if self._kept is not None:
+                self.offset.mul_(self._kept)
 
     def forget(self, member: int) -> None:
         """Go back to plain rounding for one of the linears."""

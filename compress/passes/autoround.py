@@ -72,7 +72,9 @@ class Pass(Calibrated):
         learned: list[tuple[list[Linear], Rounding]] = []
         for (scheme, grid, _, _, stored), members in stacks.items():
             weight = torch.stack([block.weight(linear.name) for linear in members])
-            learned.append((members, Rounding(weight, grid, scheme.group_size, stored)))
+            pruned = any(block.is_pruned(linear.name) for linear in members)
+            kept = torch.stack([block.kept(linear.name) for linear in members]) if pruned else None
+            learned.append((members, Rounding(weight, grid, scheme.group_size, stored, kept)))
         fewest = min(rounding.grid.bits for _, rounding in learned)
         trim = self.trim if self.trim is not None else (0.001 if fewest < 4 else 0.0)
 

@@ -21,11 +21,14 @@ if TYPE_CHECKING:
     from compress.data import Samples
     from compress.model import Block, Model
     from compress.numerics.grid import Quantized
+    from compress.numerics.pattern import Pattern
 
 NARROWEST = 32
 """Inputs of the narrowest linear that is quantised: below, the packed width does not tell the bits."""
 STAGES = ("restructure", "sparsify", "transform", "allocate", "quantize", "cache")
 """The order in which passes may stand in a recipe."""
+WHY = {("sparsify", "quantize"): "what may go is chosen by exact weights, and rounding keeps the zeros"}
+"""What is wrong with a pass of the first stage behind one of the second, where the order alone does not tell."""
 
 
 class Pass(Protocol):
@@ -86,6 +89,18 @@ class QuantizesCache(Protocol):
 
     def cache(self) -> CacheScheme:
         """What becomes of keys and values."""
+
+
+@runtime_checkable
+class Prunes(Protocol):
+    """A pass that removes single weights, which all later passes leave removed."""
+
+    @property
+    def moves(self) -> bool:
+        """Whether it may have outputs change places."""
+
+    def prunes(self, layout: Layout) -> dict[str, Pattern]:
+        """What it promises of each linear it takes, by name."""
 
 
 Bits = Annotated[int, Field(ge=2, le=8)]
@@ -269,10 +284,9 @@ class Restructure(BaseModel):
         """What it costs, in forward passes of the model over the calibration data."""
         return 0.0
 
-    @property
-    def whole(self) -> bool:
-        """Whether it holds the whole model in memory, and not one block at a time."""
-        return False
+    def resident_bytes(self, layout: Layout) -> int:
+        """What it holds in memory all the time beside one block."""
+        return 0
 
     def plan(self, layout: Layout) -> dict[str, Scheme]:
         return {}
@@ -290,18 +304,19 @@ class Restructure(BaseModel):
         """What it has made of a checkpoint, once it ran."""
 
 
-class Transform(BaseModel):
-    """Options of every pass that rewrites weights without changing what the model computes."""
+class Rewrite(BaseModel):
+    """Options of every pass that changes weights, but neither shapes nor how they are stored."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-    stage: ClassVar[str] = "transform"
-    needs_data: ClassVar[bool]
+    stage: ClassVar[str]
     verb: ClassVar[str]
     """What the ledger says it did to a tensor."""
+    mixes: ClassVar[bool] = False
+    """Whether it makes sums of channels, in which weights that were removed come back."""
 
+    @abstractmethod
     def check(self, place: str, layout: Layout, problems: Problems) -> None:
-        if not layout.arch.folds:
-            problems.add(place, f"the table of {layout.arch.model_type} names no edges to fold into", "give it some in compress/arch")
+        """Report everything that can be known before weights load."""
 
     def plan(self, layout: Layout) -> dict[str, Scheme]:
         return {}
@@ -310,21 +325,28 @@ class Transform(BaseModel):
         """Bytes of the tensors it adds to the artifact."""
         return 0
 
+    def resident_bytes(self, layout: Layout) -> int:
+        """What it holds in memory all the time beside one block."""
+        return 0
+
     def check_plan(self, place: str, plan: Mapping[str, Scheme], problems: Problems) -> None:
         """Report what does not fit what the whole recipe makes of the linears."""
 
 
-class Calibrated(Quantize):
-    """Options of every pass that rounds by what it saw of calibration data."""
+class Transform(Rewrite):
+    """Options of every pass that rewrites weights without changing what the model computes."""
 
-    @property
-    def needs_data(self) -> bool:
-        return True
+    stage: ClassVar[str] = "transform"
+    needs_data: ClassVar[bool]
 
-    fallback: Literal["error", "round"] = Field(
-        default="error",
-        description="for a linear that saw too few tokens or whose Hessian cannot be factored: stop, or round it without data and record it",
-    )
+    def check(self, place: str, layout: Layout, problems: Problems) -> None:
+        if not layout.arch.folds:
+            problems.add(place, f"the table of {layout.arch.model_type} names no edges to fold into", "give it some in compress/arch")
+
+
+class Fed(BaseModel):
+    """Options of every pass that must have seen enough of a linear's inputs."""
+
     min_tokens: float = Field(
         default=0.25,
         ge=0,
@@ -335,6 +357,19 @@ class Calibrated(Quantize):
         """Why a linear of so many inputs that saw `tokens` of `seen` cannot be calibrated, or None."""
         needed = math.ceil(self.min_tokens * columns)
         return f"saw {tokens} of {seen} calibration tokens, needs {needed}" if tokens < needed else None
+
+
+class Calibrated(Fed, Quantize):
+    """Options of every pass that rounds by what it saw of calibration data."""
+
+    @property
+    def needs_data(self) -> bool:
+        return True
+
+    fallback: Literal["error", "round"] = Field(
+        default="error",
+        description="for a linear that saw too few tokens or whose Hessian cannot be factored: stop, or round it without data and record it",
+    )
 
     def refuse(self, name: str, reason: str) -> None:
         """Raise for `reason` unless the recipe asks for another way out."""

@@ -215,7 +215,7 @@ def _random(model: Model, block: Block) -> dict[str, Tensor]:
     scores = {}
     for name, (before, _) in _ends(model, block).items():
         generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:4]))
-        scores[name] = torch.rand(before.shape, generator=generator).to(before.device)
+        scores[name] = torch.rand(before.shape, generator=generator).to(before.device) * block.kept(name)
     return scores
 
 

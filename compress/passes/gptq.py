@@ -84,6 +84,10 @@ class Pass(Calibrated):
                 if inputs.moved.stream is not None:
                     lost += inputs.moved.stream
                 weight[0].add_(factor.solve(0, lost), alpha=self.qep)
+            kept = None
+            if any(block.is_pruned(linear.name) for index in batch for linear in members[index]):
+                kept = torch.stack([torch.cat([block.kept(linear.name) for linear in members[index]]) for index in batch])
+                weight *= kept  # what was corrected beforehand must not bring back what was removed
             first = members[batch[0]][0]
             scheme = self.scheme(first)
             stored = scheme.stored(block.stored_dtype(first.name))
@@ -94,7 +98,7 @@ class Pass(Calibrated):
                 for place, (each, grid) in enumerate(zip(weight, grids, strict=True))
             ]
             scales = Scales(torch.stack([each.scale for each in found]), torch.stack([each.zero for each in found]))
-            codes, cost = round_with_feedback(weight, factor.members(batch), scales, grids[0])
+            codes, cost = round_with_feedback(weight, factor.members(batch), scales, grids[0], kept=kept)
             for place, (index, reason) in enumerate(zip(batch, reasons, strict=True)):
                 if reason:
                     codes[place] = round_to_nearest(weight[place], found[place], grids[place])

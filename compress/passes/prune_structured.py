@@ -65,9 +65,8 @@ class Pass(Restructure):
         default=2.0, ge=0, description="`ddp`: weight of the KL divergence from the model as it was, beside the loss of the text"
     )
 
-    @property
-    def whole(self) -> bool:
-        return self.method == "ddp"
+    def resident_bytes(self, layout: Layout) -> int:
+        return 2 * layout.checkpoint.nbytes if self.method == "ddp" else 0
 
     @property
     def needs_data(self) -> bool:
@@ -214,7 +213,7 @@ class Pass(Restructure):
             for probe in look(model, samples, workspace.progress):
                 moments = _moments(probe, kinds)
                 for units in _of(probe.block.layout, kinds):
-                    if units.columns not in moments:
+                    if not moments[units.columns].tokens:
                         raise InputError.one(units.columns, "saw no calibration token, so its inputs cannot be judged", "give more calibration data")
                     found[units.name] = self._measured(probe.block.weight(units.columns), moments[units.columns], units.count)
         return {name: scores.cpu() for name, scores in found.items()}

@@ -38,6 +38,7 @@ class Pass(Transform):
 
     needs_data: ClassVar[bool] = False
     verb: ClassVar[str] = "rotated"
+    mixes: ClassVar[bool] = True
 
     r1: bool = Field(default=True, description="turn the residual stream; unties a head that shares the embedding's weights")
     r2: bool = Field(default=True, description="turn the values of each head, by one matrix per block")

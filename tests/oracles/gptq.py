@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 
-def round_column_by_column(weight: Tensor, hessian: Tensor, scale: Tensor, zero: Tensor, low: int, high: int, order: list[int]) -> Tensor:
-    """Codes [out, in] of ``weight`` float64 [out, in]; ``scale`` and ``zero`` [out, in] are given per weight.
+def round_column_by_column(
+    weight: Tensor, hessian: Tensor, scale: Tensor, zero: Tensor, low: int, high: int, order: list[int], kept: Tensor | None = None
+) -> Tensor:
+    """Codes [out, in] of ``weight`` float64 [out, in]; ``scale`` and ``zero`` [out, in] are given per weight, where not ``kept`` the code is zero's.
 
     After each column the free ones solve ``min tr((W - Q) H (W - Q)^T)`` from scratch: no factor, no update, no shortcut.
     """
@@ -21,6 +23,8 @@ def round_column_by_column(weight: Tensor, hessian: Tensor, scale: Tensor, zero:
             best = -error[:, fixed] @ hessian[fixed][:, free] @ torch.linalg.inv(hessian[free][:, free])
             wanted -= best[:, 0]
         code = (wanted / scale[:, column] + zero[:, column]).round().clamp(low, high)
+        if kept is not None:
+            code = torch.where(kept[:, column], code, zero[:, column])
         codes[:, column] = code
         error[:, column] = weight[:, column] - (code - zero[:, column]) * scale[:, column]
     return codes

@@ -57,6 +57,18 @@ struct Avx2 {
     static Floats zeros(const uint8_t *from) {
         return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(from))));
     }
+    static Floats e4m3(const uint8_t *from) {
+        const __m128i codes = _mm_cvtepi8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(from)));
+        return _mm256_cvtph_ps(_mm_and_si128(_mm_slli_epi16(codes, 7), _mm_set1_epi16(static_cast<short>(0xbf80))));
+    }
+    static Floats e2m1(const uint8_t *from) {
+        int32_t four;
+        std::memcpy(&four, from, 4);
+        const __m256i codes = _mm256_set1_epi32(four), down = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
+        const __m256 magnitude = _mm256_permutevar8x32_ps(_mm256_loadu_ps(t16::E2M1), _mm256_srlv_epi32(codes, down));
+        const __m256i up = _mm256_sllv_epi32(codes, _mm256_setr_epi32(28, 24, 20, 16, 12, 8, 4, 0));
+        return _mm256_xor_ps(magnitude, _mm256_and_ps(_mm256_castsi256_ps(up), _mm256_set1_ps(-0.0f)));
+    }
     static void store(float *to, Floats value) { _mm256_storeu_ps(to, value); }
 };
 

@@ -50,6 +50,15 @@ struct Avx512 {
     static Floats zeros(const uint8_t *from) {
         return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(from))));
     }
+    static Floats e4m3(const uint8_t *from) {
+        const __m256i codes = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i *>(from)));
+        return _mm512_cvtph_ps(_mm256_and_si256(_mm256_slli_epi16(codes, 7), _mm256_set1_epi16(static_cast<short>(0xbf80))));
+    }
+    static Floats e2m1(const uint8_t *from) {
+        const __m512i pairs = _mm512_cvtepu8_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(from)));
+        // Of each lane the lower four bits count.
+        return _mm512_permutexvar_ps(_mm512_or_si512(pairs, _mm512_slli_epi64(pairs, 28)), _mm512_loadu_ps(t16::E2M1));
+    }
     static void store(float *to, Floats value) { _mm512_storeu_ps(to, value); }
 };
 

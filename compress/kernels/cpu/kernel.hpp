@@ -4,7 +4,8 @@
 // input, N floats out. Everything else lives in registers or the first-level cache: the digits of the inputs are read once per block of rows.
 //
 // `Isa` has: Bytes, a register of codes (64 / PARTS bytes of a vector); Sum, what dot products of up to SPAN units with digits are kept in;
-// Ints and Floats, 32 bits per lane; BLOCKS of rows read at once for one input; MOST digits, for which its registers suffice.
+// Ints and Floats, 32 bits per lane; BLOCKS of rows read at once for one input; MOST digits, for which its registers suffice; `e4m3` and `e2m1`,
+// which widen as many codes as Floats have lanes, those of E4M3 divided by 256.
 #pragma once
 #include <cstring>
 
@@ -18,8 +19,23 @@ constexpr int ROWS = 16;
 constexpr int AHEAD = 2048;
 inline __attribute__((always_inline)) void prefetch(const uint8_t *from) { __builtin_prefetch(from); }
 
+inline float from_bits(uint32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
+// All but the NaN. As bits of 32 its exponent is less by 120.
+inline float e4m3(uint8_t code) { return from_bits((code & 0x80u) << 24 | (code & 0x7fu) << 20) * 0x1p120f; }
+
+inline float e8m0(uint8_t code) { return from_bits(code == 255 ? 0x7fc00000u : code ? static_cast<uint32_t>(code) << 23 : 0x00400000u); }
+
+constexpr float E2M1[16] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6, -0.0f, -0.5f, -1, -1.5f, -2, -3, -4, -6};
+
 inline float widened(const void *scales, int64_t place, int32_t kind) {
     if (kind == T16_FLOAT32) return static_cast<const float *>(scales)[place];
+    if (kind == T16_E8M0) return e8m0(static_cast<const uint8_t *>(scales)[place]);
+    if (kind == T16_E4M3) return e4m3(static_cast<const uint8_t *>(scales)[place]);
     const uint16_t half = static_cast<const uint16_t *>(scales)[place];
     uint32_t bits;
     if (kind == T16_BFLOAT16) {
@@ -35,9 +51,7 @@ inline float widened(const void *scales, int64_t place, int32_t kind) {
             return sign ? -value : value;
         }
     }
-    float value;
-    std::memcpy(&value, &bits, 4);
-    return value;
+    return from_bits(bits);
 }
 
 // What a width means: columns and vectors per unit.
@@ -284,13 +298,97 @@ template <class Isa> void dense(const void *weight, int32_t kind, int64_t rows, 
     }
 }
 
+// A power of two that E4M3 codes are less by as they come out of `Isa::e4m3`: shifted as they are, halves hold them all.
+template <int CODE> constexpr float FACTOR = CODE == T16_E4M3 ? 256 : 1;
+
+// y of TOKENS inputs for up to TOGETHER rows from `row` on. Codes are widened in registers, once for all inputs; sums of a group are scaled.
+// GROUP: the matrix' group if it is known when compiling, else 0.
+template <class Isa, int CODE, int GROUP, int TOKENS, int TOGETHER>
+void small_rows(const t16_small &matrix, const float *x, float *y, int64_t row, int64_t last) {
+    using Floats = typename Isa::Floats;
+    constexpr int LANES = ROWS / Isa::PARTS, PER_BYTE = CODE == T16_E2M1 ? 2 : 1;
+    const int64_t columns = matrix.columns, width = GROUP ? GROUP : matrix.group, groups = columns / width, whole = width / LANES * LANES;
+    const uint8_t *codes[TOGETHER];
+    int64_t scales[TOGETHER];
+    Floats result[TOKENS][TOGETHER];
+    float rest[TOKENS][TOGETHER] = {};
+    for (int r = 0; r < TOGETHER; ++r) {  // the last of too few rows stands in for those that are missing
+        const int64_t at = row + r < last ? row + r : last - 1;
+        codes[r] = matrix.codes + at * (columns / PER_BYTE);
+        scales[r] = at * groups;
+        for (int t = 0; t < TOKENS; ++t) result[t][r] = Isa::no_floats();
+    }
+    for (int64_t group = 0; group < groups; ++group) {
+        const int64_t start = group * width, end = start + whole;
+        Floats sums[TOKENS][TOGETHER];
+        for (auto &each : sums)
+            for (Floats &sum : each) sum = Isa::no_floats();
+        for (int64_t line = start; line < end; line += 64 * PER_BYTE) {
+            for (const uint8_t *from : codes) prefetch(from + line / PER_BYTE + AHEAD);
+            for (int64_t k = line; k < end && k < line + 64 * PER_BYTE; k += LANES) {
+                Floats given[TOKENS];
+                for (int t = 0; t < TOKENS; ++t) given[t] = Isa::widened(x, t * columns + k, T16_FLOAT32);
+                for (int r = 0; r < TOGETHER; ++r) {
+                    const uint8_t *from = codes[r] + k / PER_BYTE;
+                    const Floats code = CODE == T16_E4M3 ? Isa::e4m3(from) : Isa::e2m1(from);
+                    for (int t = 0; t < TOKENS; ++t) sums[t][r] = Isa::plus_product(sums[t][r], code, given[t]);
+                }
+            }
+        }
+        for (int r = 0; r < TOGETHER; ++r) {
+            const float scale = widened(matrix.scales, scales[r] + group, matrix.scale);
+            for (int t = 0; t < TOKENS; ++t) {
+                result[t][r] = Isa::plus_product(result[t][r], sums[t][r], Isa::filled(scale));
+                if (whole == width) continue;
+                float left = 0;
+                for (int64_t k = end; k < start + width; ++k) {
+                    const uint8_t byte = codes[r][k / PER_BYTE];
+                    left += (CODE == T16_E4M3 ? e4m3(byte) : E2M1[byte >> k % 2 * 4 & 15]) * x[t * columns + k];
+                }
+                rest[t][r] += left * scale;
+            }
+        }
+    }
+    const float unit = matrix.unit ? *matrix.unit : 1;
+    for (int r = 0; r < TOGETHER && row + r < last; ++r)
+        for (int t = 0; t < TOKENS; ++t) {
+            float lanes[LANES], total = 0;
+            Isa::store(lanes, result[t][r]);
+            for (const float lane : lanes) total += lane;
+            y[t * matrix.rows + row + r] = (total * FACTOR<CODE> + rest[t][r]) / unit;
+        }
+}
+
+template <class Isa, int CODE, int GROUP>
+void small_of(const t16_small &matrix, const float *x, int64_t tokens, float *y, int64_t first, int64_t last) {
+    constexpr int MANY = 4;
+    for (int64_t row = first; row < last; row += 4) {  // which stay in the cache while all inputs are multiplied with them
+        int64_t token = 0;
+        for (; token + MANY <= tokens; token += MANY)
+            for (int64_t pair = row; pair < row + 4 && pair < last; pair += 2)
+                small_rows<Isa, CODE, GROUP, MANY, 2>(matrix, x + token * matrix.columns, y + token * matrix.rows, pair, last);
+        for (; token < tokens; ++token)
+            small_rows<Isa, CODE, GROUP, 1, 4>(matrix, x + token * matrix.columns, y + token * matrix.rows, row, last);
+    }
+}
+
+template <class Isa> void small(const t16_small &matrix, const float *x, int64_t tokens, float *y, int64_t first, int64_t last) {
+    // Groups of MXFP4 and NVFP4 are so small that what is known of them counts.
+    if (matrix.code == T16_E4M3) return small_of<Isa, T16_E4M3, 0>(matrix, x, tokens, y, first, last);
+    if (matrix.group == 16) return small_of<Isa, T16_E2M1, 16>(matrix, x, tokens, y, first, last);
+    if (matrix.group == 32) return small_of<Isa, T16_E2M1, 32>(matrix, x, tokens, y, first, last);
+    small_of<Isa, T16_E2M1, 0>(matrix, x, tokens, y, first, last);
+}
+
 // What a file gives of its instruction set.
 using Run = void (*)(const t16_matrix &, const t16_inputs &, float *, int64_t, int64_t, int64_t);
 using Dense = void (*)(const void *, int32_t, int64_t, int64_t, const float *, int64_t, float *, int64_t, int64_t);
+using Small = void (*)(const t16_small &, const float *, int64_t, float *, int64_t, int64_t);
 struct Kernels {
     Run run;
     Dense dense;
+    Small small;
 };
-template <class Isa> constexpr Kernels KERNELS = {run<Isa>, dense<Isa>};
+template <class Isa> constexpr Kernels KERNELS = {run<Isa>, dense<Isa>, small<Isa>};
 
 }  // namespace t16

@@ -50,6 +50,21 @@ struct Neon {
         std::memcpy(&four, from, 4);
         return vcvtq_f32_u32(vmovl_u16(vget_low_u16(vmovl_u8(vcreate_u8(four)))));
     }
+    static Floats e4m3(const uint8_t *from) {
+        uint32_t four;
+        std::memcpy(&four, from, 4);
+        const int16x4_t codes = vget_low_s16(vmovl_s8(vcreate_s8(four)));
+        return vcvt_f32_f16(vreinterpret_f16_u16(vand_u16(vreinterpret_u16_s16(vshl_n_s16(codes, 7)), vdup_n_u16(0xbf80))));
+    }
+    static Floats e2m1(const uint8_t *from) {
+        // Their upper bytes as halves; the lower ones are zero.
+        static const uint8_t UPPER[16] = {0x00, 0x38, 0x3c, 0x3e, 0x40, 0x42, 0x44, 0x46, 0x80, 0xb8, 0xbc, 0xbe, 0xc0, 0xc2, 0xc4, 0xc6};
+        uint16_t two;
+        std::memcpy(&two, from, 2);
+        const uint32_t pairs = (two & 0xffu) | (two & 0xff00u) << 8;
+        const uint8x8_t upper = vqtbl1_u8(vld1q_u8(UPPER), vcreate_u8((pairs | pairs << 4) & 0x0f0f0f0fu));
+        return vcvt_f32_f16(vreinterpret_f16_u16(vget_low_u16(vshll_n_u8(upper, 8))));
+    }
     static void store(float *to, Floats value) { vst1q_f32(to, value); }
 };
 

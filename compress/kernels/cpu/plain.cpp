@@ -75,6 +75,10 @@ struct Plain {
         return each([&](int lane) { return t16::widened(from, place + lane, kind); });
     }
     static Floats zeros(const uint8_t *from) { return each([&](int lane) { return static_cast<float>(from[lane]); }); }
+    static Floats e4m3(const uint8_t *from) { return each([&](int lane) { return t16::e4m3(from[lane]) / 256; }); }
+    static Floats e2m1(const uint8_t *from) {
+        return each([&](int lane) { return t16::E2M1[from[lane / 2] >> lane % 2 * 4 & 15]; });
+    }
     static void store(float *to, Floats value) { std::memcpy(to, value.lane, sizeof value.lane); }
 };
 

@@ -131,6 +131,19 @@ extern "C" void t16_linear(int32_t tier, const t16_matrix *matrix, const float *
     }
 }
 
+extern "C" void t16_experts(int32_t tier, const t16_matrix *matrix, int64_t experts, const int64_t *ends, const float *x, int64_t given,
+                            int32_t digits, float *y, int32_t threads) {
+    const int64_t rows = (matrix->rows + t16::ROWS - 1) / t16::ROWS * t16::ROWS, scales = rows * (matrix->columns / matrix->group);
+    for (int64_t expert = 0, start = 0; expert < experts; start = ends[expert++]) {
+        if (start == ends[expert]) continue;
+        t16_matrix own = *matrix;
+        own.codes += expert * rows * matrix->columns * matrix->bits / 8;
+        own.scales = static_cast<const char *>(own.scales) + expert * scales * (matrix->scale == T16_FLOAT32 ? 4 : 2);
+        if (own.zeros) own.zeros += expert * scales;
+        t16_linear(tier, &own, x + start * given, ends[expert] - start, given, digits, y + start * matrix->rows, threads);
+    }
+}
+
 extern "C" void t16_multiply(int32_t tier, const t16_matrix *matrix, const t16_inputs *inputs, float *y, int32_t threads) {
     const int64_t blocks = (matrix->rows + t16::ROWS - 1) / t16::ROWS;
     const t16::Run run = TIERS[tier].kernels.run;
@@ -147,6 +160,14 @@ extern "C" void t16_dense(int32_t tier, const void *weight, int32_t kind, int64_
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (int32_t thread = 0; thread < threads; ++thread)
         dense(weight, kind, rows, columns, x, tokens, y, rows * thread / threads, rows * (thread + 1) / threads);
+}
+
+extern "C" void t16_small_floats(int32_t tier, const t16_small *matrix, const float *x, int64_t tokens, float *y, int32_t threads) {
+    const t16::Small small = TIERS[tier].kernels.small;
+    if (threads <= 1) return small(*matrix, x, tokens, y, 0, matrix->rows);
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+    for (int32_t thread = 0; thread < threads; ++thread)
+        small(*matrix, x, tokens, y, matrix->rows * thread / threads, matrix->rows * (thread + 1) / threads);
 }
 
 extern "C" uint64_t t16_read(const void *data, int64_t bytes, int32_t threads) {

@@ -17,7 +17,7 @@
 extern "C" {
 #endif
 
-enum t16_float { T16_FLOAT32 = 0, T16_BFLOAT16 = 1, T16_FLOAT16 = 2 };
+enum t16_float { T16_FLOAT32 = 0, T16_BFLOAT16 = 1, T16_FLOAT16 = 2, T16_E8M0 = 3, T16_E4M3 = 4, T16_E2M1 = 5 };
 
 typedef struct {
     const uint8_t *codes;  // [N/16][K * bits / 8][16]
@@ -39,6 +39,18 @@ typedef struct {
     int32_t per_input;     // digits of each input, 1 or 2, which it is the sum of
 } t16_inputs;
 
+// A matrix of small floats, row after row, as it lies on disk: E4M3 a byte each, or E2M1 two to a byte, the even column in the low half.
+typedef struct {
+    const uint8_t *codes;  // [rows][columns] or [rows][columns / 2]
+    const void *scales;    // [rows][columns / group]
+    const float *unit;     // what scales were multiplied by, or null: 1
+    int64_t rows;
+    int64_t columns;
+    int64_t group;         // columns per scale; even for E2M1
+    int32_t code;          // T16_E4M3 or T16_E2M1
+    int32_t scale;         // enum t16_float but T16_E2M1
+} t16_small;
+
 // The instruction sets of this build, one per source file, by number, the fastest last: its name, or null from the last on, and whether this
 // processor has it.
 const char *t16_tier(int32_t number);
@@ -48,12 +60,20 @@ int32_t t16_present(int32_t number);
 // Inputs are rounded, `step` of them to one scale: x ~ scale * digit of 8 bits, or x ~ scale * (128 * first + second), 15 bits together.
 void t16_linear(int32_t tier, const t16_matrix *matrix, const float *x, int64_t tokens, int64_t given, int32_t digits, float *y, int32_t threads);
 
-// The same for inputs that are rounded already.
+// t16_linear for each of so many experts, whose codes, scales and zeros follow those of the first one, which `matrix` is: the rows of x and y from
+// the end of the expert before it up to its own of `ends` are its tokens. An expert without any is not read.
+void t16_experts(int32_t tier, const t16_matrix *matrix, int64_t experts, const int64_t *ends, const float *x, int64_t given, int32_t digits,
+                 float *y, int32_t threads);
+
+// The same as t16_linear for inputs that are rounded already.
 void t16_multiply(int32_t tier, const t16_matrix *matrix, const t16_inputs *inputs, float *y, int32_t threads);
 
 // y [tokens][rows] = x [tokens][columns] times W', W [rows][columns] of the floats `kind` says (enum t16_float).
 void t16_dense(int32_t tier, const void *weight, int32_t kind, int64_t rows, int64_t columns, const float *x, int64_t tokens, float *y,
                int32_t threads);
+
+// The same for small floats. The NaN of E4M3 is taken for 480: whoever loads a matrix has to refuse it.
+void t16_small_floats(int32_t tier, const t16_small *matrix, const float *x, int64_t tokens, float *y, int32_t threads);
 
 // Reads `bytes`, a multiple of 4096, from `data` as fast as this processor can, with so many threads; returns a sum so that it has to.
 uint64_t t16_read(const void *data, int64_t bytes, int32_t threads);

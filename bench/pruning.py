@@ -1,0 +1,148 @@
+"""Pruning: what each method loses on the same model, data and number of parameters.
+
+    python bench/quality.py prune --json bench/results/pruning.json
+    python bench/quality.py prune --json pruning.json --only 'structured/*' --seeds 1
+
+Every row is a recipe that `compress run` carries out on the model, with calibration samples drawn by each seed in turn; what it loses is the
+mean cross-entropy of held-out text after minus before, in nats per token, as the run's own report says it. Rows of one table remove
+equally many parameters. What is there already is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import json
+import math
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import harness
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+CUT = {"keep": {"ffn_channel": 0.73}, "multiple_of": 16}
+"""A fifth of the parameters of a block of demo:dense: 208 of 768 channels."""
+SHARED = {"keep": {"kv_group": 0.75, "ffn_channel": 0.8125}, "multiple_of": 16, "widths": "per_layer"}
+"""As many, from channels and groups of heads, where they are missed least."""
+GATES = {"steps": 300, "batch": 4}
+HEALING = {"minutes": 10, "batch": 8, "learning_rate": 0.001}
+
+Passes = list[dict[str, Any]]
+
+
+def structured(method: str, where: dict[str, Any], **options: Any) -> Passes:
+    return [{"prune_structured": {"method": method} | where | options}]
+
+
+def nm(method: str, pattern: str = "2:4", **options: Any) -> Passes:
+    return [{"prune_nm": {"method": method, "pattern": pattern} | options}]
+
+
+ROWS: dict[str, Passes] = {
+    **{f"structured/random-{seed}": structured("random", CUT, seed=seed) for seed in range(5)},
+    "structured/magnitude": structured("magnitude", CUT),
+    "structured/wanda_sp": structured("wanda_sp", CUT),
+    "structured/taylor": structured("taylor", CUT),
+    "structured/flap": structured("flap", CUT),
+    "structured/ddp": structured("ddp", CUT, **GATES),
+    "per_layer/magnitude": structured("magnitude", SHARED),
+    "per_layer/wanda_sp": structured("wanda_sp", SHARED),
+    "per_layer/taylor": structured("taylor", SHARED),
+    "per_layer/flap": structured("flap", SHARED),
+    "per_layer/ddp": structured("ddp", SHARED, **GATES),
+    "nm/magnitude": nm("magnitude"),
+    "nm/wanda": nm("wanda"),
+    "nm/ria": nm("ria"),
+    "nm/wanda refitted": nm("wanda", refit=True),
+    "nm/sparsegpt": nm("sparsegpt"),
+    "nm/alps": nm("alps"),
+    "nm/sparsegpt 4:8": nm("sparsegpt", "4:8"),
+    "nm/sparsegpt 1:4": nm("sparsegpt", "1:4"),
+    "healed/sparsegpt, healed 10 minutes": [*nm("sparsegpt"), {"heal": HEALING}],
+    "healed/magnitude, AST 10 minutes": [*nm("magnitude"), {"heal": HEALING | {"mask": "moving"}}],
+    **{f"low_rank/{method}": [{"low_rank": {"method": method, "keep": 0.8}}] for method in ("svd", "asvd", "lord", "svd_llm")},
+}
+"""By table and name, the passes of a row."""
+
+
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="quality.py prune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="demo:dense", help="demo:NAME or a checkpoint (the widths above are those of demo:dense)")
+    parser.add_argument("--json", type=Path, required=True, help="where the numbers go; what is there already is kept and not run again")
+    parser.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN", help="rows to run, as TABLE/NAME with *")
+    parser.add_argument("--seeds", type=int, default=3, help="draws of the calibration samples")
+    parser.add_argument("--samples", type=int, default=256, help="calibration samples")
+    parser.add_argument("--length", type=int, default=256, help="tokens of each, and of each window of the evaluation")
+    parser.add_argument("--windows", type=int, default=100, help="windows of held-out text")
+    return parser.parse_args(arguments)
+
+
+def run(passes: Passes, seed: int, arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
+    """Loss and size of one run, or an error."""
+    recipe = {
+        "passes": passes,
+        "calibration": {"data": "demo:text", "samples": arguments.samples, "length": arguments.length, "seed": seed},
+        "evaluate": {"data": "demo:heldout", "context": arguments.length, "windows": arguments.windows},
+    }
+    path, out = work / "recipe.yaml", work / "out"
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    done = harness.run([sys.executable, "-m", "compress", "run", path, arguments.model, "--out", out, "--overwrite"])
+    if done.returncode:
+        return {"seed": seed, "error": done.error()}
+    report = json.loads((out / "report.json").read_text())
+    low, high = report["evaluation"]["intervals"]["perplexity_ratio"]
+    return {
+        "seed": seed,
+        "excess_loss": math.log(report["evaluation"]["figures"]["perplexity_ratio"]),
+        "interval": [math.log(low), math.log(high)],
+        "after_bytes": report["size"]["after_bytes"],
+    } | done.cost()
+
+
+def show(results: dict[str, Any]) -> None:
+    table = Table("table", "method", "draws", "excess loss, nats", "range", "bytes", "CPU s")
+    for name in sorted(results, key=lambda name: list(ROWS).index(name)):
+        worked = [one for one in results[name] if "error" not in one]
+        if not worked:
+            table.add_row(*name.split("/", 1), "0", results[name][0]["error"][:60])
+            continue
+        losses = [one["excess_loss"] for one in worked]
+        size, seconds = worked[0]["after_bytes"], statistics.mean(one["cpu_seconds"] for one in worked)
+        spread = f"{min(losses):.4f}-{max(losses):.4f}"
+        table.add_row(*name.split("/", 1), str(len(worked)), f"{statistics.mean(losses):.4f}", spread, f"{size:,}", f"{seconds:.0f}")
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
+
+
+def main(argv: list[str]) -> None:
+    arguments = parse_arguments(argv)
+    chosen = [name for name in ROWS if any(fnmatch.fnmatchcase(name, pattern) for pattern in arguments.only)]
+    if not chosen:
+        raise SystemExit(f"--only: no such row; rows are {', '.join(ROWS)}")
+    protocol = {name: getattr(arguments, name) for name in ("model", "samples", "length", "windows")} | {
+        "data": "demo:text, demo:heldout",
+        "bos": False,
+    }
+    document: dict[str, Any] = {"benchmark": "pruning", "protocol": protocol, "results": {}}
+    if arguments.json.exists():
+        document = json.loads(arguments.json.read_text())
+        if document["protocol"] != protocol:
+            raise SystemExit(f"{arguments.json} was measured by another protocol; write elsewhere, or remove it")
+    document["stamp"] = stamp = harness.stamp({})
+    for seed in range(arguments.seeds):
+        for name in chosen:
+            runs = document["results"].setdefault(name, [])
+            if any(one["seed"] == seed and "error" not in one for one in runs):
+                continue
+            with tempfile.TemporaryDirectory(prefix="pruning-") as work:
+                found = run(ROWS[name], seed, arguments, Path(work)) | {"commit": stamp["commit"]}
+            document["results"][name] = [one for one in runs if one["seed"] != seed] + [found]
+            print(f"seed {seed} {name}: {found.get('error', found.get('excess_loss'))}", file=sys.stderr, flush=True)
+            part = arguments.json.with_name(arguments.json.name + ".part")
+            part.write_text(json.dumps(document, indent=1) + "\n")
+            part.replace(arguments.json)
+    show(document["results"])

@@ -1,0 +1,133 @@
+"""Whether what config.json says of quantised linears is what their tensors are. Engines read by the one, `compress.load` by the other.
+
+Only headers are read, so it costs nothing beside the weights.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from compress.checkpoint import FLOATS
+from compress.errors import Problems
+from compress.formats.base import PARTS, find
+from compress.layout import Layout, Linear
+
+PLACE = "config.json: quantization_config"
+REMEDY = "do config.json and the weights belong together?"
+PACKED = "pack-quantized"
+FIXED: dict[str, tuple[int, int | None]] = {
+    "int-quantized": (8, None), "float-quantized": (8, None), "mxfp8-quantized": (8, 32), "mxfp4-pack-quantized": (4, 32),
+    "nvfp4-pack-quantized": (4, 16),
+}  # fmt: skip
+"""Bits and inputs per scale of the layouts that leave no choice, None where they do."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What one of `config_groups` says of its weights. A scale is for a block of so many `outputs` and `inputs`, None for all of them."""
+
+    group: str
+    format: str
+    type: str
+    bits: int
+    symmetric: bool
+    outputs: int
+    inputs: int | None
+
+    def __str__(self) -> str:
+        block = "channel" if self.inputs is None else f"{self.inputs}" if self.outputs == 1 else f"{self.outputs} x {self.inputs}"
+        return f"{self.group}: {self.type}, {self.bits} bits, group {block}{'' if self.symmetric else ', asymmetric'}"
+
+    def shapes(self, linear: Linear) -> dict[str, tuple[int, ...]]:
+        """The tensors that make a linear, by what follows its name."""
+        rows, columns = linear.rows, linear.columns
+        groups = -(-columns // self.inputs) if self.inputs else 1
+        found: dict[str, tuple[int, ...]] = {"weight_scale": (-(-rows // self.outputs), groups)}
+        if self.format == PACKED:
+            found |= {"weight_packed": (rows, -(-columns * self.bits // 32)), "weight_shape": (2,)}
+            if not self.symmetric:
+                found["weight_zero_point"] = (-(-rows * self.bits // 32), groups)
+        elif self.bits == 4:
+            found["weight_packed"] = rows, columns // 2
+        else:
+            found["weight"] = rows, columns
+        return found | ({"weight_global_scale": (1,)} if self.format.startswith("nvfp4") else {})
+
+
+def check(layout: Layout) -> None:
+    """Raise `InputError` with every quantised linear whose tensors are not what config.json says."""
+    problems = Problems()
+    config = layout.checkpoint.config.get("quantization_config", {})
+    groups = _groups(config, problems)
+    problems.raise_if_any()
+    for name, linear in layout.linears.items():
+        parts = {part: info for part in PARTS if (info := layout.checkpoint.tensors.get(f"{name}.{part}"))}
+        if "weight" in parts and parts["weight"].dtype in FLOATS:
+            continue
+        stored = find({part: info.dtype for part, info in parts.items()})
+        says = next((says for targets, says in groups if any(fits(target, name) for target in targets)), None)
+        if says is None or any(fits(target, name) for target in config.get("ignore") or ()):
+            problems.add(name, "is quantised, but config.json does not say so", REMEDY)
+        elif stored is None or says.format != stored.NAME:
+            kinds = ", ".join(f"{part} {info.dtype}" for part, info in parts.items())
+            problems.add(name, f"is stored as {stored.NAME if stored else kinds}, but config.json ({says.group}) says {says.format}", REMEDY)
+        else:
+            _compare(linear, says, {part: (info.dtype, info.shape) for part, info in parts.items()}, problems)
+    problems.raise_if_any()
+
+
+def _compare(linear: Linear, says: Weights, parts: dict[str, tuple[str, tuple[int, ...]]], problems: Problems) -> None:
+    wanted = says.shapes(linear)
+    for part, shape in wanted.items():
+        name = f"{linear.name}.{part}"
+        if part not in parts:
+            problems.add(name, "is missing from the checkpoint", "is the download complete?")
+        elif parts[part][1] != shape:
+            problems.add(name, f"has the shape {list(parts[part][1])}, config.json ({says}) makes it {list(shape)}", REMEDY)
+        elif part == "weight_scale" and says.format in (PACKED, "int-quantized", "float-quantized") and parts[part][0] not in FLOATS:
+            problems.add(name, f"is {parts[part][0]}, which is no scale", "the artifact is damaged; fetch it again")
+    if "weight_zero_point" in parts.keys() - wanted.keys():
+        problems.add(f"{linear.name}.weight_zero_point", f"is there, but config.json ({says}) says symmetric", REMEDY)
+
+
+def fits(target: str, name: str) -> bool:
+    """Whether `target` means the linear `name`: as their class, by a pattern, or by name."""
+    return target in ("Linear", name) or (target.startswith("re:") and re.match(target.removeprefix("re:"), name) is not None)
+
+
+def _groups(config: Any, problems: Problems) -> list[tuple[list[str], Weights]]:
+    """The targets of each of `config_groups` and what it says of them."""
+    if not isinstance(config, dict) or not isinstance(groups := config.get("config_groups", {}), dict):
+        problems.add(PLACE, "is not what compressed-tensors writes: config_groups must hold a mapping", "fetch it again")
+        return []
+    found = []
+    for name, group in groups.items():
+        try:
+            for target in (*group["targets"], *(config.get("ignore") or ())):
+                re.compile(target)
+            found.append((group["targets"], _weights(name, group["weights"], group.get("format") or config["format"])))
+        except (KeyError, TypeError, ValueError, re.error) as error:
+            what = f"lacks {error}" if isinstance(error, KeyError) else str(error)
+            problems.add(f"{PLACE}.config_groups.{name}", what, "fetch it again")
+    return found
+
+
+def _weights(group: str, says: dict[str, Any], layout: str) -> Weights:
+    """Raises `KeyError`, `TypeError` or `ValueError` for what cannot be."""
+    bits, kind, symmetric, size = says["num_bits"], says["type"], says.get("symmetric", True), says.get("group_size")
+    strategy = says.get("strategy") or ("channel" if size == -1 else "group")
+    outputs, inputs = (1, None) if strategy == "channel" else (1, size) if strategy in ("group", "tensor_group") else (None, None)
+    if strategy == "block":
+        outputs, inputs = says["block_structure"]
+    if outputs is None:
+        raise ValueError(f"has the strategy {strategy!r}, which this program does not read")
+    if any(type(size) is not int or size < 1 for size in (bits, outputs, 1 if inputs is None else inputs)):
+        raise ValueError(f"has a num_bits of {bits!r} and scales for {outputs!r} x {inputs!r} weights, which must be positive numbers")
+    wanted_bits, wanted_inputs = FIXED.get(layout, (bits, None))
+    wanted_type = "int" if layout in (PACKED, "int-quantized") else "float"
+    if (bits, kind) != (wanted_bits, wanted_type) or (wanted_inputs and inputs != wanted_inputs) or (layout != PACKED and not symmetric):
+        said = Weights(group, layout, kind, bits, symmetric, outputs, inputs)
+        raise ValueError(f"says {said}, which {layout} cannot hold")
+    return Weights(group, layout, kind, bits, symmetric, outputs, inputs)
