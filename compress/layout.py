@@ -258,8 +258,8 @@ class Layout:
         prefix = f"{self.arch.blocks}.{index}"
         stages = []
         # Linears that are two, by their local name: the first factor reads what the whole would, the second gives what it would.
-        owners_ = {name.rpartition(".")[0] for name in locals_}
-        pairs = {name for table in self.arch.groups for name in table.linears if f"{name}.0" in owners_}
+        modules = dict.fromkeys(name.rpartition(".")[0] for name in locals_)
+        pairs = {name for table in self.arch.groups for name in table.linears if f"{name}.0" in modules}
         for table in (each for whole in self.arch.groups for each in _with_factors(whole, pairs)):
             if group := self._group(prefix, table, "", problems):
                 stages.append(Stage(table.name, (group,)))
@@ -281,14 +281,14 @@ class Layout:
         if not stages:
             problems.add(prefix, f"has none of the linears a {self.arch.model_type} has", "is model_type right?")
         wholes = {f"{name}.{factor}": name for name in pairs for factor in (0, 1)}
-        owners = list(dict.fromkeys(wholes.get(owner, owner) for owner in (name.rpartition(".")[0] for name in locals_)))
+        owners = list(dict.fromkeys(wholes.get(name, name) for name in modules))
         edges = tuple(edge for fold in self.arch.folds for edge in _edges(prefix, fold, owners, pairs))
         linears = {linear.name: linear for stage in stages for group in stage.groups for linear in group.linears}
         units = tuple(found for unit in self.arch.units for found in self._units(prefix, index, unit, linears, pairs))
         return BlockLayout(index, prefix, tuple(stages), edges, units, tuple(f"{prefix}.{name}" for name in locals_))
 
     def _units(self, prefix: str, index: int, unit: Unit, linears: dict[str, Linear], pairs: Collection[str]) -> Iterator[Units]:
-        """What `unit` is in a block with these linears, by name, where the local names in `pairs` stand for two."""
+        """What `unit` is in a block with these linears, by name, of which those of `pairs`, by local name, are two."""
         reader = _reads(unit.columns, pairs)
         before, _, after = f"{prefix}.{reader}".partition("*")
         size = (self.head_dim or 0) if unit.heads else 1

@@ -469,8 +469,8 @@ class _Run:
     def _manifest(self, staging: Path, sources: dict[str, str], samples: Any, accepted: bool) -> None:
         from compress import card
 
-        card_ = card.write(self.request.model, self.recipe, self.schemes, self.model.patterns, len(self.layout.factored))
-        write_text(staging / "README.md", card_)
+        text = card.write(self.request.model, self.recipe, self.schemes, self.model.patterns, len(self.layout.factored))
+        write_text(staging / "README.md", text)
         files = {
             str(path.relative_to(staging)): sha256(path) for path in sorted(staging.rglob("*")) if path.is_file() and path.name not in NOT_IN_MANIFEST
         }

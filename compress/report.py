@@ -349,7 +349,7 @@ def _cut(result: dict[str, Any]) -> list[dict[str, str]]:
 def _transforms(records: list[dict[str, Any]]) -> list[dict[str, str]]:
     """What passes did to tensors that they did not quantise, a row per pass and kind."""
     rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for record in (record for record in records if "rank" not in record):
+    for record in records:
         rows.setdefault((record["pass"], record.get("kind") or ""), []).append(record)
     return [
         {
@@ -513,8 +513,9 @@ def place(name: str, block: int) -> Place:
     local = name.partition(f".{block}.")[2] or name
     if match := re.fullmatch(r"(.+?)\.(\d+)\.(.+)", local):
         return Place(block, match[1], match[3], int(match[2]))
-    panel, _, kind = local.rpartition(".")
-    return Place(block, panel, kind, None)
+    parts = local.split(".")
+    last = len(parts) - (2 if parts[-1].isdigit() else 1)  # of two factors both have the name of the linear they were
+    return Place(block, ".".join(parts[:last]), ".".join(parts[last:]), None)
 
 
 def _plots(result: dict[str, Any]) -> list[dict[str, Any]]:

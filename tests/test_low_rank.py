@@ -479,11 +479,13 @@ def test_what_leaves_a_model_as_it_is_does_so_with_factors(kind: str, step: dict
         {"smooth": {"min_tokens": 0}},
         {"prune_structured": {"keep": {"ffn_channel": 0.67, "kv_group": 0.5}, "multiple_of": 32}},
         {"prune_depth": {"drop": 1}},
+        {"prune_nm": {"min_tokens": 0, "permute": True}},
+        {"heal": {"tokens": 96, "batch": 2}},
     ],
     ids=lambda step: next(iter(step)),
 )
 def test_every_kind_of_pass_takes_factors(step: dict[str, Any], checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    more = [step, *([RTN] if next(iter(step)) in ("smooth", "prune_structured", "prune_depth") else [])]
+    more = [step, *([RTN] if next(iter(step)) not in ("gptq", "autoround") else [])]
     result, model = factored("llama-bias", checkpoint("llama-bias"), tmp_path / "out", *more, multiple_of=32, keep=0.95)
     assert {record["name"].rpartition(".")[2] for record in result["linears"]} >= {"0", "1"}
     assert {record["name"] for record in result["linears"]} == model.layout.linears.keys()

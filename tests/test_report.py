@@ -342,6 +342,7 @@ def test_percents_have_the_digits_it_takes(value: float, text: str) -> None:
 
 def test_places_of_linears() -> None:
     assert report.place("model.layers.3.mlp.experts.17.up_proj", 3) == report.Place(3, "mlp.experts", "up_proj", 17)
+    assert report.place("model.layers.3.mlp.up_proj.1", 3) == report.Place(3, "mlp", "up_proj.1", None)
     assert report.place("model.language_model.layers.10.self_attn.q_proj", 10) == report.Place(10, "self_attn", "q_proj", None)
 
 

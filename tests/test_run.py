@@ -332,8 +332,8 @@ RESUMED = {
     "kv_quant": QUICK | {"passes": [{"rtn": {"group_size": 32}}, {"kv_quant": {}}]},
     "prune_structured": QUICK | {"passes": [{"prune_structured": {"keep": 0.5, "multiple_of": 32}}, {"rtn": {"group_size": 32}}]},
     "prune_depth": QUICK | {"passes": [{"prune_depth": {"drop": 2}}, {"rtn": {"group_size": 32}}]},
-    "prune_nm": QUICK | {"passes": [{"prune_nm": {"min_tokens": 0, "permute": True, "refit": True}}, NEVER]},
     "low_rank": QUICK | {"passes": [{"low_rank": {"multiple_of": 32, "keep": 0.95}}, {"rtn": {"group_size": 32}}]},
+    "prune_nm": QUICK | {"passes": [{"prune_nm": {"min_tokens": 0, "permute": True, "refit": True}}, NEVER]},
 }
 REPORTS = {
     "gptq": 4,
@@ -346,8 +346,8 @@ REPORTS = {
     "kv_quant": 7,
     "prune_structured": 9,
     "prune_depth": 7,
-    "prune_nm": 8,
     "low_rank": 11,
+    "prune_nm": 8,
 }
 
 
