@@ -144,6 +144,13 @@ class Training:
             optimizer.zero_grad(set_to_none=True)
         self.step += 1
 
+    @torch.no_grad()
+    def floor(self, lowest: float) -> None:
+        """Let no parameter of the first optimiser be lower."""
+        for group in self._optimizers[0].param_groups:
+            for parameter in group["params"]:
+                parameter.clamp_(min=lowest)
+
     def save(self, seconds: float = 0.0) -> None:
         """Durably, with how many seconds it took so far."""
         tensors = {f"parameter.{name}": tensor.detach() for name, tensor in self._parameters.items()}

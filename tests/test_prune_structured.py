@@ -219,7 +219,7 @@ def test_training_of_gates_goes_on_where_it_was_killed(
     kind = "ffn_channel" if model == "llama" else "expert_channel"
     options = pruning(method="ddp", keep={kind: 0.5}, steps=5, batch=2)
     compress(options, checkpoint(model), tmp_path / "one")
-    real, left = gating._step, [3]
+    real, left = gating._step, [3]  # of five steps; the last is for what stays
 
     def dies(*arguments: Any) -> None:
         left[0] -= 1

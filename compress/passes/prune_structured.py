@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from compress.calibrate import Workspace
     from compress.data import Samples
+    from compress.gating import Options
     from compress.model import Block, Model
 
     Scores = dict[str, Tensor]
@@ -33,7 +34,8 @@ Share = Annotated[float, Field(gt=0, le=1)]
 DEFAULT_KINDS = ("kv_group", "ffn_channel", "expert_channel")
 WITHOUT_DATA = ("magnitude", "random")
 COMPENSATING = ("flap", "ddp")
-KEPT, GATES, MEAN = "kept.safetensors", "gates.safetensors", ".mean"
+KEPT, GATES, SCALES = "kept.safetensors", "gates.safetensors", "scales.safetensors"
+MEAN, SCALE = ".mean", ".scale"
 
 
 class Pass(Restructure):
@@ -64,7 +66,9 @@ class Pass(Restructure):
         "knows such biases. `flap` is meant to be used with it",
     )
     seed: int = Field(default=0, ge=0, description="of what is random")
-    steps: int = Field(default=1000, ge=1, description="`ddp`: how often gates are changed; fewer than 300 do not reach the share to keep")
+    steps: int = Field(
+        default=1000, ge=1, description="`ddp`: how often gates are changed, a quarter of them once it is settled what stays; 300 at least"
+    )
     batch: int = Field(default=8, ge=1, description="`ddp`: calibration samples per step")
     learning_rate: float = Field(default=0.02, gt=0, description="`ddp`: of gates, and of what holds their number")
     divergence: float = Field(
@@ -189,14 +193,14 @@ class Pass(Restructure):
             kept = self._choose(model.layout, scores)
             entries = [entry(name, indices) for name, indices in kept.items()]
             if self.method == "ddp":
-                entries += [entry(f"{name}.scale", scores[name][indices].float()) for name, indices in kept.items()]
+                entries += [entry(f"{name}{SCALE}", scale) for name, scale in self._settled(model, samples, workspace, scores, kept).items()]
             entries += [entry(name, scores[name].float()) for name in scores if name.endswith(MEAN)]
             write_safetensors(path, entries, {})
         chosen = {name: read_tensor(info).to(model.device) for name, info in read_header(path)[0].items()}
         biased = self._biased(model.layout)
         for block in walk(model, workspace):
             for units in block.layout.units:
-                scale = chosen.get(f"{units.name}.scale")
+                scale = chosen.get(f"{units.name}{SCALE}")
                 touched = scale is not None or units.columns in biased  # where one linear has a bias, all must
                 if units.name in chosen and (touched or len(chosen[units.name]) < units.count):
                     names = [name for name in block.layout.tensors if name.rpartition(".")[0] in (*units.rows, units.columns)]
@@ -254,7 +258,7 @@ class Pass(Restructure):
         return {name: scores.cpu() for name, scores in found.items()}
 
     def _gates(self, model: Model, samples: Samples, workspace: Workspace) -> Scores:
-        from compress.gating import Options, Scope, learn
+        from compress.gating import Scope, learn
 
         uniform = self._uniform(model.layout)
         scopes: dict[str, list[Units]] = defaultdict(list)
@@ -263,10 +267,22 @@ class Pass(Restructure):
                 if uniform.get(units.name, units.count) < units.count:
                     scopes[units.name if self.widths == "uniform" else units.kind].append(units)
         ready = {name: Scope(tuple(members), uniform[members[0].name] / members[0].count) for name, members in scopes.items()}
-        options = Options(self.steps, self.batch, self.learning_rate, self.divergence, self.seed)
         means = self._means(model, samples, workspace) if self.compensate else {}
-        found = learn(model, samples, ready, options, workspace.folder / GATES, workspace.progress, means)
+        found = learn(model, samples, ready, self._training(), workspace.folder / GATES, workspace.progress, means)
         return {name: gates.double() for name, gates in found.items()} | {f"{name}{MEAN}": mean.cpu() for name, mean in means.items()}
+
+    def _training(self) -> Options:
+        from compress.gating import Options
+
+        return Options(self.steps, self.batch, self.learning_rate, self.divergence, self.seed)
+
+    def _settled(self, model: Model, samples: Samples, workspace: Workspace, scores: Scores, kept: Scores) -> Scores:
+        """Scales of the units that stay, [n] float32, by name."""
+        from compress.gating import settle
+
+        means = {name: scores[f"{name}{MEAN}"].to(model.device) for name in kept if f"{name}{MEAN}" in scores}
+        counts = {name: len(scores[name]) for name in kept}
+        return settle(model, samples, kept, counts, self._training(), workspace.folder / SCALES, workspace.progress, means)
 
     def _means(self, model: Model, samples: Samples, workspace: Workspace) -> Scores:
         """[columns] float64 of what units give on average, by their name."""
