@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any
 
 from compress.arch.base import Arch, Fold, InputGroup, Unit, find
-from compress.checkpoint import FLOATS, PER_LAYER, Checkpoint
+from compress.checkpoint import BRANCHED, FLOATS, PER_LAYER, Checkpoint
 from compress.errors import InputError, Problem, Problems
 
 EXPERTS_IN, EXPERTS_OUT = "experts.gate_up", "experts.down"
@@ -191,6 +191,8 @@ class Layout:
     def refuse_quantized(self) -> None:
         """Raise `InputError` if the checkpoint is already quantised: codes cannot be calibrated again."""
         self._refuse_declared()
+        if BRANCHED in self.checkpoint.config:
+            raise InputError.one(f"config.json: {BRANCHED}", "the model has branches beside its linears", "start from the original checkpoint")
         stored = {name: info.dtype if (info := self.checkpoint.tensors.get(f"{name}.weight")) else "packed integers" for name in self.linears}
         problems = [
             Problem(f"{name}.weight", f"is stored as {dtype}, already quantised", "start from the original checkpoint")

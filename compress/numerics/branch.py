@@ -20,7 +20,8 @@ def count(columns: int, size: int) -> int:
 
 def run_sums(x: Tensor, size: int) -> Tensor:
     """``P x``: the sum of each run of ``x`` [..., in], [..., runs]."""
-    return nn.functional.pad(x, (0, -x.shape[-1] % size)).unflatten(-1, (-1, size)).sum(-1)
+    filled = nn.functional.pad(x, (0, -x.shape[-1] % size))
+    return filled.reshape(*x.shape[:-1], -1, size).sum(-1)
 
 
 def expanded(branch: Tensor, size: int, columns: int) -> Tensor:
@@ -38,4 +39,5 @@ def least_squares(removed: Tensor, moment: Tensor, size: int, damp: float = DAMP
     wide = moment.double()
     gram = run_sums(wide.T, size)
     gram.diagonal().add_(damp * gram.diagonal().mean() + torch.finfo(torch.float32).tiny)
-    return torch.linalg.solve(gram, removed.double() @ wide, left=False).to(removed.dtype)
+    found: Tensor = torch.linalg.solve(gram, removed.double() @ wide, left=False)
+    return found.to(removed.dtype)
