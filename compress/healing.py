@@ -99,7 +99,8 @@ def _read(path: Path, student: Whole) -> dict[str, Tensor]:
 @torch.no_grad()
 def judge(student: Whole, held: Samples, weights: Mapping[str, Tensor], run: int | None = None) -> float:
     """Mean cross-entropy of the model with ``weights`` [out, in] by linear and branches of so many inputs a `run` beside them, nats per token."""
-    by_block = [{linear.name: together(weights, linear.name, run) for linear in block.layout.linears} for block in student.blocks]
+    names = [[linear.name for linear in block.layout.linears] for block in student.blocks]
+    by_block = [{name: together(weights[name], weights.get(f"{name}.{WEIGHT}"), run) for name in linears} for linears in names]
     total = 0.0
     for batch in held.batches():
         hidden, kwargs = student.embed(batch)
@@ -107,10 +108,16 @@ def judge(student: Whole, held: Samples, weights: Mapping[str, Tensor], run: int
     return total / scored(held)
 
 
-def together(weights: Mapping[str, Tensor], linear: str, run: int | None) -> Tensor:
-    """The weight [out, in] that ``linear`` computes with: its own and what a branch adds to it, if there is one."""
-    weight, branch = weights[linear], weights.get(f"{linear}.{WEIGHT}")
+def together(weight: Tensor, branch: Tensor | None, run: int | None) -> Tensor:
+    """What a linear with this ``weight`` [out, in] computes with, and with a ``branch`` [out, runs] beside it, if there is one."""
     return weight if branch is None or run is None else weight + expanded(branch, run, weight.shape[1])
+
+
+def best(folder: Path, linear: str, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Of what `heal` left in ``folder``, the weight of a linear, [out, in], and the branch beside it, [out, runs], or None, float32."""
+    infos = read_header(folder / BEST)[0]
+    branch = infos.get(f"{linear}.{WEIGHT}")
+    return read_tensor(infos[linear]).to(device), None if branch is None else read_tensor(branch).to(device)
 
 
 def _divided(samples: Samples, options: Options) -> tuple[Samples, Samples]:
@@ -186,9 +193,9 @@ class _Healing:
 
     def _computed(self, block: Block) -> dict[str, Tensor]:
         """What the block computes with now: its weights and what branches add to them."""
-        weights = self._weights(block)
-        parts = weights | {name: self._parameters[name] for name in self._branches}
-        return {name: together(parts, name, self._options.branch) for name in weights}
+        return {
+            name: together(weight, self._parameters.get(f"{name}.{WEIGHT}"), self._options.branch) for name, weight in self._weights(block).items()
+        }
 
     def go(self) -> dict[str, Any]:
         """Train until the budget is spent."""

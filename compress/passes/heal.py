@@ -112,23 +112,20 @@ class Pass(Rewrite):
 
     def run(self, model: Model, samples: Samples, workspace: Workspace) -> None:
         from compress.calibrate import walk
-        from compress.checkpoint import Checkpoint, read_header, read_tensor
-        from compress.formats.branch import WEIGHT
-        from compress.healing import BEST, Options, heal, together
+        from compress.checkpoint import Checkpoint
+        from compress.healing import Options, best, heal, together
         from compress.model import Model
 
         options = Options(**self.model_dump(exclude={"branch_after"}))
         source = Model(Layout(Checkpoint(model.checkpoint.folder)))
         outcome = heal(model, source, samples, options, workspace.folder, workspace.progress)
-        infos = read_header(workspace.folder / BEST)[0]
         for block in walk(model, workspace):
             for linear in block.layout.linears:
-                weights = {name: read_tensor(infos[name]).to(model.device) for name in (linear.name, f"{linear.name}.{WEIGHT}") if name in infos}
-                weight, branch = weights[linear.name], weights.get(f"{linear.name}.{WEIGHT}")
+                weight, branch = best(workspace.folder, linear.name, model.device)
                 if branch is not None and self.branch and self.keeps_branches:
                     block.set_branch(linear.name, branch, self.branch)
                 elif branch is not None:
-                    whole = together(weights, linear.name, self.branch)
+                    whole = together(weight, branch, self.branch)
                     block.set_filled(linear.name, whole, {"pass": "heal", "method": "branch merged", "permuted": False})
                     continue
                 if self.mask == "moving" and (pattern := model.patterns.get(linear.name)):
