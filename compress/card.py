@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import yaml
 
 from compress import __version__
+from compress.checkpoint import BRANCHES, RESIDUALS
 from compress.numerics.pattern import Pattern
 from compress.passes.base import Prunes, Restructure, Rewrite, Transform
 from compress.recipe import Recipe, cache_scheme
 from compress.scheme import Scheme
 
 LEFT_OUT = """
-transformers and serving engines leave out what lies in `residuals/`; `compress eval` reads it. The report says what is lost with it and without.
+transformers and serving engines leave out what lies in {}; `compress eval` reads it. The report says what is lost with it and without.
 """
 OPENED_BY_TRANSFORMERS = """
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -26,17 +27,20 @@ import compress
 
 model = compress.load("PATH")
 """
+FOLDERS = {what: f"`{path.partition('/')[0]}/`" for what, path in (("residuals", RESIDUALS), ("branch", BRANCHES))}
 
 
-def write(model: str, recipe: Recipe, schemes: dict[str, Scheme], patterns: Mapping[str, Pattern], factored: int = 0) -> str:
-    """README.md of the artifact, in which so many linears are `factored` into two."""
+def write(
+    model: str, recipe: Recipe, schemes: dict[str, Scheme], patterns: Mapping[str, Pattern], left_out: Sequence[str] = (), factored: int = 0
+) -> str:
+    """README.md of the artifact, in which so many linears are `factored` into two; ``left_out`` says what of it engines do not read."""
     kinds = sorted({scheme.text for scheme in schemes.values()})
     cache = cache_scheme(recipe)
     of_cache = f" Keys and values are cached as {cache.text}." if cache else ""
     kept = " and ".join(f"{list(patterns.values()).count(pattern)} to {pattern}" for pattern in dict.fromkeys(patterns.values()))
     pruned = f" Linears were pruned, {kept}: so many weights are left of every M inputs." if patterns else ""
     passes = ", ".join(name for name, _ in recipe.instances())
-    left_out = LEFT_OUT if any(scheme.residuals for scheme in schemes.values()) else ""
+    remark = LEFT_OUT.format(" and ".join(FOLDERS[what] for what in left_out)) if left_out else ""
     rest = "Other tensors were rewritten without changing what the model computes, and rounded to the dtype they had."
     steps = [step for _, step in recipe.instances()]
     if any(isinstance(step, Restructure) or (isinstance(step, Rewrite) and not isinstance(step, Transform)) for step in steps):
@@ -58,7 +62,7 @@ tags: [compress, compressed-tensors]
 ```python
 {(OPENED_HERE if factored else OPENED_BY_TRANSFORMERS).strip()}
 ```
-{left_out}
+{remark}
 What was lost is in `report.html`; hashes of all other files are in `manifest.json`.
 
 ## Recipe

@@ -28,7 +28,10 @@ if TYPE_CHECKING:
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 RESIDUALS = "residuals/residuals.safetensors"
+BRANCHES = "branches/branches.safetensors"
 """What only this program reads lies in a folder of its own: engines take every safetensors file beside the config for weights."""
+BRANCHED = "compress_branches"
+"""Key of config.json that says where branches lie: beside weights that are not quantised there is no `quantization_config`."""
 PACKED = "packed"
 """Where all weights lie that only this program reads."""
 DTYPE_BYTES = {
@@ -131,7 +134,7 @@ class Checkpoint:
             self.weights = folder / PACKED
         self.tensors: dict[str, TensorInfo] = {}
         self.unlisted: list[str] = []
-        files = self._shards(problems) | self._residuals(problems)
+        files = self._shards(problems) | self._beside(problems)
         for path, listed in files.items():
             try:
                 found, _ = read_header(path)
@@ -195,16 +198,17 @@ class Checkpoint:
                 del shards[path]
         return shards
 
-    def _residuals(self, problems: Problems) -> dict[Path, set[str]]:
-        """The file that config.json says holds residuals, if it says so."""
+    def _beside(self, problems: Problems) -> dict[Path, set[str]]:
+        """The files that config.json says hold residuals and branches, if it says so."""
         quantization = self.config.get("quantization_config")
-        declared = quantization.get("residuals") if isinstance(quantization, dict) else None
-        if declared is None:
-            return {}
-        if declared != RESIDUALS:
-            problems.add("config.json: quantization_config.residuals", f"names {declared!r}, where only {RESIDUALS} can be", "fetch it again")
-            return {}
-        return {self.folder / RESIDUALS: set()}
+        residuals = quantization.get("residuals") if isinstance(quantization, dict) else None
+        files: dict[Path, set[str]] = {}
+        for key, declared, path in (("quantization_config.residuals", residuals, RESIDUALS), (BRANCHED, self.config.get(BRANCHED), BRANCHES)):
+            if declared == path:
+                files[self.folder / path] = set()
+            elif declared is not None:
+                problems.add(f"config.json: {key}", f"names {declared!r}, where only {path} can be", "fetch it again")
+        return files
 
     def _other_files(self) -> tuple[list[Path], list[str]]:
         extra, left = [], []
@@ -261,7 +265,7 @@ def transformers_config(plain: Mapping[str, Any]) -> Any:
     """The config of transformers for a config.json, without what its classes fail over or would act on: widths by block and packed weights."""
     from transformers import CONFIG_MAPPING
 
-    config = {key: value for key, value in unwrapped(plain).items() if key not in (PER_LAYER, "quantization_config")}
+    config = {key: value for key, value in unwrapped(plain).items() if key not in (PER_LAYER, "quantization_config", BRANCHED)}
     for key, value in config.items():
         if isinstance(value, dict):
             config[key] = {inner: copy.deepcopy(what) for inner, what in value.items() if inner != PER_LAYER}

@@ -17,6 +17,7 @@ from compress.layout import Layout, Linear
 PLACE = "config.json: quantization_config"
 REMEDY = "do config.json and the weights belong together?"
 PACKED = "pack-quantized"
+NM_PACKED = "nm-packed"
 FIXED: dict[str, tuple[int, int | None]] = {
     "int-quantized": (8, None), "float-quantized": (8, None), "mxfp8-quantized": (8, 32), "mxfp4-pack-quantized": (4, 32),
     "nvfp4-pack-quantized": (4, 16),
@@ -64,13 +65,13 @@ def check(layout: Layout) -> None:
     problems.raise_if_any()
     for name, linear in layout.linears.items():
         parts = {part: info for part in PARTS if (info := layout.checkpoint.tensors.get(f"{name}.{part}"))}
-        if "weight" in parts and parts["weight"].dtype in FLOATS:
+        if any(part in parts and parts[part].dtype in FLOATS for part in ("weight", "nm_values")):
             continue
         stored = find({part: info.dtype for part, info in parts.items()})
         says = next((says for targets, says in groups if any(fits(target, name) for target in targets)), None)
         if says is None or any(fits(target, name) for target in config.get("ignore") or ()):
             problems.add(name, "is quantised, but config.json does not say so", REMEDY)
-        elif stored is None or says.format != stored.NAME:
+        elif stored is None or stored.NAME not in (says.format, NM_PACKED):
             kinds = ", ".join(f"{part} {info.dtype}" for part, info in parts.items())
             problems.add(name, f"is stored as {stored.NAME if stored else kinds}, but config.json ({says.group}) says {says.format}", REMEDY)
         else:
@@ -80,6 +81,8 @@ def check(layout: Layout) -> None:
 
 def _compare(linear: Linear, says: Weights, parts: dict[str, tuple[str, tuple[int, ...]]], problems: Problems) -> None:
     wanted = says.shapes(linear)
+    if "nm_values" in parts:  # in place of all codes, and checked as they are unpacked
+        wanted = {part: shape for part, shape in wanted.items() if part not in ("weight", "weight_packed")}
     for part, shape in wanted.items():
         name = f"{linear.name}.{part}"
         if part not in parts:

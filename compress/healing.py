@@ -14,11 +14,14 @@ import torch
 from torch import Tensor
 
 from compress.backsweep import summed_loss
+from compress.branching import starts
 from compress.calibrate import Progress
 from compress.checkpoint import entry, read_header, read_tensor, write_safetensors, write_text
 from compress.data import Samples
 from compress.errors import InputError
+from compress.formats.branch import WEIGHT
 from compress.model import Block, Model
+from compress.numerics.branch import expanded
 from compress.numerics.sparsity import keep
 from compress.whole import Distillation, Training, Whole, draw, opened, rate, scored
 
@@ -47,21 +50,27 @@ class Options:
     decay: float
     seed: int
     copies: int
+    branch: int | None
 
 
 def heal(model: Model, source: Model, samples: Samples, options: Options, folder: Path, progress: Progress) -> dict[str, Any]:
-    """Train ``model`` towards ``source``; the best weights, [out, in] float32 by linear, lie in the file `BEST`, and what was reached is returned."""
+    """Train ``model`` towards ``source``. What was reached is returned; the best lies in the file `BEST`.
+
+    That is the weight of every linear, [out, in] float32 under its name, and with ``options.branch`` what lies beside those with a pattern,
+    [out, runs] float32 under `linear.branch_weight`.
+    """
     done = folder / "outcome.json"
     if not done.exists():
         learning, held = _divided(samples, options)
+        branches = starts(model, learning, options.branch, folder / "branches.safetensors", progress) if options.branch else {}
         with opened(source) as teacher, opened(model) as student:
             copies = []
             for number in range(options.copies):
                 kept = folder / f"copy-{number}"
                 kept.mkdir(exist_ok=True)
                 seeded = replace(options, seed=options.seed + number)
-                copies.append((_Healing(student, teacher, learning, held, seeded, kept, progress).go(), kept / BEST))
-            outcome = _soup(student, held, copies, folder / BEST)
+                copies.append((_Healing(student, teacher, learning, held, branches, seeded, kept, progress).go(), kept / BEST))
+            outcome = _soup(student, held, copies, options.branch, folder / BEST)
         model.release()
         source.release()
         write_text(done, json.dumps(outcome))
@@ -69,7 +78,7 @@ def heal(model: Model, source: Model, samples: Samples, options: Options, folder
     return found
 
 
-def _soup(student: Whole, held: Samples, copies: list[tuple[dict[str, Any], Path]], best: Path) -> dict[str, Any]:
+def _soup(student: Whole, held: Samples, copies: list[tuple[dict[str, Any], Path]], run: int | None, best: Path) -> dict[str, Any]:
     """Average the best copy with as many others, in order, as make it better on what is held out (arXiv 2306.16788 section 3)."""
     order = sorted(copies, key=lambda copy: copy[0]["loss"][1])
     outcome, first = order[0]
@@ -77,7 +86,7 @@ def _soup(student: Whole, held: Samples, copies: list[tuple[dict[str, Any], Path
     for _, path in order[1:]:
         other = _read(path, student)
         mixed = {name: (weight * count + other[name]) / (count + 1) for name, weight in weights.items()}
-        if (loss := judge(student, held, mixed)) < outcome["loss"][1]:
+        if (loss := judge(student, held, mixed, run)) < outcome["loss"][1]:
             weights, count, outcome = mixed, count + 1, outcome | {"loss": [outcome["loss"][0], loss]}
     write_safetensors(best, [entry(name, weight) for name, weight in weights.items()], {})
     return outcome | {"copies": [copy["loss"][1] for copy, _ in copies], "averaged": count}
@@ -88,14 +97,27 @@ def _read(path: Path, student: Whole) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def judge(student: Whole, held: Samples, weights: Mapping[str, Tensor]) -> float:
-    """Mean cross-entropy of the model with ``weights`` [out, in] by linear, nats per token."""
-    by_block = [{linear.name: weights[linear.name] for linear in block.layout.linears} for block in student.blocks]
+def judge(student: Whole, held: Samples, weights: Mapping[str, Tensor], run: int | None = None) -> float:
+    """Mean cross-entropy of the model with ``weights`` [out, in] by linear and branches of so many inputs a `run` beside them, nats per token."""
+    names = [[linear.name for linear in block.layout.linears] for block in student.blocks]
+    by_block = [{name: together(weights[name], weights.get(f"{name}.{WEIGHT}"), run) for name in linears} for linears in names]
     total = 0.0
     for batch in held.batches():
         hidden, kwargs = student.embed(batch)
         total += summed_loss(student.model, batch, student.forward(hidden, kwargs, by_block))
     return total / scored(held)
+
+
+def together(weight: Tensor, branch: Tensor | None, run: int | None) -> Tensor:
+    """What a linear with this ``weight`` [out, in] computes with, and with a ``branch`` [out, runs] beside it, if there is one."""
+    return weight if branch is None or run is None else weight + expanded(branch, run, weight.shape[1])
+
+
+def best(folder: Path, linear: str, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Of what `heal` left in ``folder``, the weight of a linear, [out, in], and the branch beside it, [out, runs], or None, float32."""
+    infos = read_header(folder / BEST)[0]
+    branch = infos.get(f"{linear}.{WEIGHT}")
+    return read_tensor(infos[linear]).to(device), None if branch is None else read_tensor(branch).to(device)
 
 
 def _divided(samples: Samples, options: Options) -> tuple[Samples, Samples]:
@@ -108,9 +130,19 @@ def _divided(samples: Samples, options: Options) -> tuple[Samples, Samples]:
 class _Healing:
     """One training: what its steps share."""
 
-    def __init__(self, student: Whole, teacher: Whole, learning: Samples, held: Samples, options: Options, folder: Path, progress: Progress) -> None:
+    def __init__(
+        self,
+        student: Whole,
+        teacher: Whole,
+        learning: Samples,
+        held: Samples,
+        branches: Mapping[str, Tensor],
+        options: Options,
+        folder: Path,
+        progress: Progress,
+    ) -> None:
         self._student, self._teacher, self._options, self._progress = student, teacher, options, progress
-        self._learning, self._held = learning, held
+        self._learning, self._held, self._branches = learning, held, branches
         self._best_file = folder / BEST
         self._start = {linear.name: block.weight(linear.name) for block in student.blocks for linear in block.layout.linears}
         self._moving = {name: pattern for name, pattern in student.model.patterns.items() if options.mask == "moving" and name in self._start}
@@ -130,9 +162,9 @@ class _Healing:
         return self._options.batch * self._learning.tokens / len(self._learning.items)
 
     def _trained(self) -> dict[str, Tensor]:
-        """Weights, or the two factors of what is added to each, [rank, in] and [out, rank], the second of zeros."""
+        """Weights and branches, or the two factors of what is added to each weight, [rank, in] and [out, rank], the second of zeros."""
         if self._options.train == "all":
-            return {name: weight.clone().requires_grad_() for name, weight in self._start.items()}
+            return {name: weight.clone().requires_grad_() for name, weight in (*self._start.items(), *self._branches.items())}
         generator = torch.Generator().manual_seed(self._options.seed)
         found: dict[str, Tensor] = {}
         for name, weight in self._start.items():
@@ -144,7 +176,7 @@ class _Healing:
         return found
 
     def _weights(self, block: Block) -> dict[str, Tensor]:
-        """What the block computes with now, [out, in] float32 by linear, differentiable in what is trained."""
+        """The weights of the block as they are now, [out, in] float32 by linear, differentiable in what is trained."""
         found: dict[str, Tensor] = {}
         for linear in block.layout.linears:
             if self._options.train == "all":
@@ -159,21 +191,27 @@ class _Healing:
             found[linear.name] = weight
         return found
 
+    def _computed(self, block: Block) -> dict[str, Tensor]:
+        """What the block computes with now: its weights and what branches add to them."""
+        return {
+            name: together(weight, self._parameters.get(f"{name}.{WEIGHT}"), self._options.branch) for name, weight in self._weights(block).items()
+        }
+
     def go(self) -> dict[str, Any]:
         """Train until the budget is spent."""
         if not self._best_file.exists():
-            loss = self._judge()
-            self._keep(loss, loss)
+            self._keep_start()
         first, best = self._kept_losses()
         judged = int(JUDGED * self._done())
         while (done := self._done()) < 1:
             self._step(done)
             if int(JUDGED * self._done()) > judged or self._done() >= 1:
                 judged = int(JUDGED * self._done())
-                loss = self._judge()
+                weights = self._now()
+                loss = self._judge(weights)
                 if loss < best:
                     best = loss
-                    self._keep(first, best)
+                    self._keep(first, best, weights)
                 self._training.save(self._seconds())
                 self._move_masks()  # as a run does that begins here
             self._progress.blocks(int(len(self._student.blocks) * min(1.0, self._done())), len(self._student.blocks))
@@ -199,7 +237,7 @@ class _Healing:
                 wanted = self._teacher.forward(*self._teacher.embed(batch))
             hidden, kwargs = self._student.embed(batch)
             with torch.enable_grad():
-                given = self._student.forward(hidden, kwargs, [self._weights(block) for block in self._student.blocks])
+                given = self._student.forward(hidden, kwargs, [self._computed(block) for block in self._student.blocks])
                 self._distillation.learn(batch, given, wanted, tokens)
         share = rate(done)
         self._training.advance(share)
@@ -215,17 +253,25 @@ class _Healing:
             for name in self._moving:
                 self._parameters[name].sub_(size * self._parameters[name] * ~self._masks[name])
 
-    @torch.no_grad()
-    def _judge(self) -> float:
-        return judge(self._student, self._held, self._now())
+    def _judge(self, weights: Mapping[str, Tensor]) -> float:
+        return judge(self._student, self._held, weights, self._options.branch)
 
     @torch.no_grad()
     def _now(self) -> dict[str, Tensor]:
-        return {name: weight for block in self._student.blocks for name, weight in self._weights(block).items()}
+        weights = {name: weight for block in self._student.blocks for name, weight in self._weights(block).items()}
+        return weights | {name: self._parameters[name].detach() for name in self._branches}
 
-    def _keep(self, first: float, best: float) -> None:
-        """Write the weights of now, which are the best, with the losses before training and now."""
-        write_safetensors(self._best_file, [entry(name, weight) for name, weight in self._now().items()], {"first": repr(first), "best": repr(best)})
+    def _keep_start(self) -> None:
+        """Write what training begins with, branches of zeros where those of the start are no better."""
+        now = self._now()
+        bare = now | {name: torch.zeros_like(branch) for name, branch in self._branches.items()}
+        first = self._judge(bare)
+        best = self._judge(now) if self._branches else first
+        self._keep(first, min(first, best), now if best < first else bare)
+
+    def _keep(self, first: float, best: float, weights: Mapping[str, Tensor]) -> None:
+        """Write ``weights``, which are the best, with the losses before anything was done and with them."""
+        write_safetensors(self._best_file, [entry(name, weight) for name, weight in weights.items()], {"first": repr(first), "best": repr(best)})
 
     def _kept_losses(self) -> tuple[float, float]:
         metadata = read_header(self._best_file)[1]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.checkpoint import Checkpoint
-from compress.formats.base import PARTS, RESIDUAL_PARTS
+from compress.formats.base import BESIDE_PARTS, PARTS
 
 KINDS = {("U8", "U8"): "mxfp4", ("U8", "F8_E4M3"): "nvfp4", ("F8_E4M3", "U8"): "mxfp8", ("F8_E4M3", "BF16"): "fp8", ("F8_E4M3", "F16"): "fp8",
          ("F8_E4M3", "F32"): "fp8"}  # fmt: skip
@@ -21,14 +21,15 @@ def inspect(folder: Path) -> dict[str, Any]:
     tensors: dict[str, dict[str, Any]] = {}
     for name, info in checkpoint.tensors.items():
         linear, _, part = name.rpartition(".")
-        if part not in (*PARTS, *RESIDUAL_PARTS) or (part == "weight" and f"{linear}.weight_scale" not in checkpoint.tensors):
+        packed = any(f"{linear}.{sign}" in checkpoint.tensors for sign in ("weight_scale", "nm_values"))
+        if part not in (*PARTS, *BESIDE_PARTS) or not packed:
             tensors[name] = {"name": name, "shape": list(info.shape), "became": info.dtype, "bytes": info.nbytes}
             continue
         item = tensors.setdefault(linear, {"name": linear, "shape": [], "became": "", "bytes": 0})
         item["bytes"] += info.nbytes
         if part in ("weight", "weight_packed", "nm_values"):
             item["shape"] = _shape(checkpoint, linear)
-            item["became"] = _scheme(checkpoint, linear, item["shape"]) + _residuals(checkpoint, linear)
+            item["became"] = _scheme(checkpoint, linear, item["shape"]) + _residuals(checkpoint, linear) + _branch(checkpoint, linear)
     manifest = folder / "manifest.json"
     accepted = json.loads(manifest.read_text(encoding="utf-8")).get("accepted") if manifest.is_file() else None
     ordered = [tensors[name] for name in sorted(tensors)]
@@ -71,3 +72,11 @@ def _integers(checkpoint: Checkpoint, linear: str, shape: list[int]) -> str:
 def _residuals(checkpoint: Checkpoint, linear: str) -> str:
     values = checkpoint.tensors.get(f"{linear}.sparse_values")
     return f", {values.shape[0]} residuals" if values else ""
+
+
+def _branch(checkpoint: Checkpoint, linear: str) -> str:
+    if not (stored := checkpoint.tensors.get(f"{linear}.branch_run")):
+        return ""
+    with stored.file.open("rb") as file:
+        file.seek(stored.begin)
+        return f", branch per {struct.unpack('<i', file.read(4))[0]} inputs"

@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any
 
 from compress.arch.base import Arch, Fold, InputGroup, Unit, find
-from compress.checkpoint import FLOATS, PER_LAYER, Checkpoint
+from compress.checkpoint import BRANCHED, FLOATS, PER_LAYER, Checkpoint
 from compress.errors import InputError, Problem, Problems
 
 EXPERTS_IN, EXPERTS_OUT = "experts.gate_up", "experts.down"
@@ -136,7 +136,7 @@ class Layout:
     def _readable(self) -> bool:
         """Whether weights, if they are quantised, go by names that this program knows."""
         declared = self.checkpoint.config.get("quantization_config")
-        return isinstance(declared, dict) and declared.get("quant_method") == "compressed-tensors"
+        return isinstance(declared, dict) and declared.get("quant_method") in ("compressed-tensors", "compress")
 
     @cached_property
     def cache_scales(self) -> frozenset[str]:
@@ -206,6 +206,8 @@ class Layout:
     def refuse_quantized(self) -> None:
         """Raise `InputError` if the checkpoint is already quantised: codes cannot be calibrated again."""
         self._refuse_declared()
+        if BRANCHED in self.checkpoint.config:
+            raise InputError.one(f"config.json: {BRANCHED}", "the model has branches beside its linears", "start from the original checkpoint")
         stored = {name: info.dtype if (info := self.checkpoint.tensors.get(f"{name}.weight")) else "packed integers" for name in self.linears}
         problems = [
             Problem(f"{name}.weight", f"is stored as {dtype}, already quantised", "start from the original checkpoint")
@@ -322,15 +324,16 @@ class Layout:
         packed = tensors.get(f"{linear}.weight_packed")
         if packed is not None and packed.dtype == "U8" and len(packed.shape) == 2:
             return packed.shape[0], 2 * packed.shape[1]  # two codes a byte
-        if packed is None:
+        stored = tensors.get(f"{linear}.nm_values") if packed is None else packed
+        if stored is None:
             return None
-        if (info := tensors.get(f"{linear}.weight_shape")) is None or (info.dtype, info.shape) != ("I64", (2,)) or len(packed.shape) != 2:
+        if (info := tensors.get(f"{linear}.weight_shape")) is None or (info.dtype, info.shape) != ("I64", (2,)) or len(stored.shape) != 2:
             raise InputError.one(f"{linear}.weight_shape", "is missing, or no shape of a matrix", "the artifact is damaged; fetch it again")
         with info.file.open("rb") as file:
             file.seek(info.begin)
             rows, columns = struct.unpack("<2q", file.read(16))
         # A code has two to eight bits.
-        if rows != packed.shape[0] or not columns * 2 <= packed.shape[1] * 32 < columns * 8 + 32:
+        if packed is not None and (rows != packed.shape[0] or not columns * 2 <= packed.shape[1] * 32 < columns * 8 + 32):
             what = f"says {[rows, columns]}, which {list(packed.shape)} words of 32 bits do not hold"
             problems.add(f"{linear}.weight_shape", what, "the artifact is damaged; fetch it again")
         return rows, columns

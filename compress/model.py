@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from compress import declared, hardware
 from compress.arch.base import Experts
 from compress.checkpoint import (
+    DTYPE_NAMES,
     FLOATS,
     Checkpoint,
     Entry,
@@ -34,7 +35,9 @@ from compress.checkpoint import (
 )
 from compress.errors import InputError, Problems
 from compress.formats import base as formats
+from compress.formats import branch as branches
 from compress.formats import nm_packed, sparse_residual
+from compress.formats.branch import Branch
 from compress.formats.sparse_residual import Residual
 from compress.layout import BlockLayout, Layout
 from compress.numerics.activations import Activations
@@ -159,6 +162,7 @@ class Block:
         self._quantized: dict[str, dict[str, Tensor]] = {}
         self._changed: dict[str, Tensor] = {}
         self._residuals: dict[str, Residual] = {}
+        self._branches: dict[str, Branch] = {}
         self._orders: dict[tuple[str, int], Tensor] = {}
         """By tensor and dimension, the order in which its channels are saved."""
         self._hooks: list[Any] = []
@@ -267,6 +271,25 @@ class Block:
             weight = torch.empty_like(weight).index_copy_(1, order, weight)
         self._put(name, weight)
         self.add_record(linear, {"pattern": str(pattern), "density": float((weight != 0).double().mean()), **record})
+
+    def set_filled(self, linear: str, weight: Tensor, record: dict[str, Any]) -> None:
+        """From here on a linear that was pruned is ``weight`` [out, in] and keeps no pattern, for later passes neither."""
+        self._put(f"{linear}.weight", weight)
+        self.add_record(linear, {"pattern": None, "density": float((weight != 0).double().mean()), **record})
+
+    def set_branch(self, linear: str, weight: Tensor, run: int) -> None:
+        """From here on a branch with this ``weight`` [out, runs], in the dtype of the source, lies beside a linear outside experts."""
+        name = f"{linear}.{branches.WEIGHT}"
+        dtype = DTYPE_NAMES[str(self.stored_dtype(linear)).removeprefix("torch.")]
+        stored = read_entry(Entry(name, dtype, tuple(weight.shape), weight)).to(weight.device)
+        self._branches[linear] = Branch(stored, run)
+        self.add_branch(linear, self._branches[linear])
+
+    def add_branch(self, linear: str, branch: Branch) -> None:
+        """From here on, until the block is left, `linear`, which is not of an expert, gives what ``branch`` gives too."""
+        branch = Branch(branch.weight.to(self._model.device), branch.run)
+        module = self.submodule(linear)
+        self._hooks.append(module.register_forward_hook(lambda _, given, outputs: outputs + branch.of(given[0]).to(outputs.dtype)))
 
     def reorder(self, linear: str, outputs: Tensor) -> None:
         """Save the outputs of a linear in the order ``outputs`` int64 [out]; until then the block computes with them as they are."""
@@ -468,6 +491,8 @@ class Block:
             tensors |= packed
         for linear, residual in self._residuals.items():
             tensors |= sparse_residual.pack(linear, residual)
+        for linear, branch in self._branches.items():
+            tensors |= branches.pack(linear, branch)
         write_safetensors(path, [entry(name, tensor) for name, tensor in tensors.items()], {"records": json.dumps(self.records)})
 
 
@@ -768,8 +793,16 @@ class Model:
         shape = self.layout.linears[linear]
         return sparse_residual.unpack(linear, {name: read_tensor(self.tensors[name]) for name in names}, (shape.rows, shape.columns))
 
+    def branch(self, linear: str) -> Branch | None:
+        """What lies beside a linear, codes or not, and is added to what it gives; None if nothing does."""
+        names = [f"{linear}.{part}" for part in formats.BRANCH_PARTS]
+        if names[0] not in self.tensors:
+            return None
+        shape = self.layout.linears[linear]
+        return branches.unpack(linear, {name: read_tensor(self.tensors[name]) for name in names}, (shape.rows, shape.columns))
+
     def dense(self, linear: str) -> Tensor:
-        """The weight of a linear as stored, or as its codes and residuals say."""
+        """The weight of a linear as stored, or as its codes and residuals say, without its branch."""
         weight, residual = self.quantized(linear), self.residual(linear)
         if weight is None:
             name = f"{linear}.weight"
@@ -792,14 +825,14 @@ class Model:
         return model
 
     @property
-    def has_residuals(self) -> bool:
-        """Whether any linear has residuals beside its codes."""
-        return any(name.endswith(formats.RESIDUAL_PARTS) for name in self.tensors)
+    def left_out(self) -> tuple[str, ...]:
+        """What of it engines leave out, by the names of `formats.LEFT_OUT`."""
+        return tuple(what for what, parts in formats.LEFT_OUT.items() if any(name.endswith(parts) for name in self.tensors))
 
-    def without_residuals(self) -> Model:
-        """The model as engines know it that know nothing of residuals. It shares the memory of its blocks with this one."""
+    def in_engines(self) -> Model:
+        """The model as engines know it, without what they leave out. It shares the memory of its blocks with this one."""
         model = copy.copy(self)
-        model.tensors = {name: info for name, info in self.tensors.items() if not name.endswith(formats.RESIDUAL_PARTS)}
+        model.tensors = {name: info for name, info in self.tensors.items() if not name.endswith(formats.BESIDE_PARTS)}
         return model
 
     def adopting(self, paths: Iterable[Path]) -> Model:
@@ -856,17 +889,25 @@ class Model:
             for each in layout.linears:
                 if inputs := self.inputs(each.name):
                     block.round_inputs(each.name, inputs)
+                if branch := self.branch(each.name):
+                    block.add_branch(each.name, branch)
             yield block
         finally:
             block.release()
             hardware.return_freed_memory()
 
-    def settled(self, linear: Callable[[str, Tensor | None], nn.Module], experts: Callable[[BlockLayout, Any], nn.Module]) -> Any:
+    def settled(
+        self,
+        linear: Callable[[str, Tensor | None], nn.Module],
+        experts: Callable[[BlockLayout, Any], nn.Module],
+        branched: Callable[[nn.Module, Branch, Activations | None], nn.Module],
+    ) -> Any:
         """The whole model of transformers in memory, to keep; this object is not to be used afterwards.
 
         ``linear`` gives, for the name of a quantised linear and its bias, the module that is to stand for it; ``experts``, for a block whose experts
-        are quantised and the activation of transformers, the one that is to stand for all of them. Attention with a quantised cache has its
-        scales as buffers and rounds what goes into the cache. Raises `InputError` where only some experts of a block are quantised.
+        are quantised and the activation of transformers, the one that is to stand for all of them; ``branched``, for a linear with a branch, its
+        module, that branch and how its inputs are rounded, the one of both. Attention with a quantised cache has its scales as buffers and
+        rounds what goes into the cache. Raises `InputError` where only some experts of a block are quantised.
         """
         whole, table = self.skeleton, self.layout.arch.experts
         for layout, module, slots in zip(self.blocks, self._modules, self._slots, strict=True):
@@ -887,6 +928,10 @@ class Model:
             for name, slot in slots.items():
                 if name.removesuffix(".weight") not in packed and name.removesuffix(".bias") not in packed:
                     slot.view(module).copy_(self._as_stored(name))
+            for each in layout.linears:
+                if branch := self.branch(each.name):
+                    name = slots[f"{each.name}.weight"].parameter.removesuffix(".weight")
+                    _replace(module, name, branched(module.get_submodule(name), branch, self.inputs(each.name)))
             if scales := self.cache_scales(layout):
                 _round_cache(module.get_submodule(self.layout.arch.attention), scales)
         for config in (self._config, whole.config):  # what is registered under another name, a process that unpickles the model lacks
@@ -910,6 +955,8 @@ class Model:
         for record in records:
             if record.get("pattern"):
                 self.patterns[record["name"]] = Pattern.parse(record["pattern"])
+            elif "pattern" in record:  # given up
+                self.patterns.pop(record["name"], None)
             if record.get("activations"):
                 self._inputs[record["name"]] = record["activations"]
         if "settings" in metadata:
@@ -984,4 +1031,4 @@ def _with_cache(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]
 def _dense_name(name: str) -> str:
     """The source name of a tensor that may be one of several that replaced it."""
     head, _, part = name.rpartition(".")
-    return f"{head}.weight" if part in (*formats.PARTS, *formats.RESIDUAL_PARTS) else name
+    return f"{head}.weight" if part in (*formats.PARTS, *formats.BESIDE_PARTS) else name

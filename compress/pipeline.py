@@ -24,10 +24,10 @@ from compress import __version__, allocation
 from compress.allocation import Allocation
 from compress.checkpoint import Checkpoint, copy_file, sha256, sync_folder, write_text
 from compress.errors import InputError
-from compress.formats.base import PARTS, RESIDUAL_PARTS
+from compress.formats.base import BESIDE_PARTS, PARTS
 from compress.layout import Layout
 from compress.passes.base import Allocator, Pass, Prunes, Quantize, Restructure, Rewrite
-from compress.recipe import Recipe, cache_scheme, check, expected, export_module
+from compress.recipe import Recipe, cache_scheme, check, expected, export_module, verdicts
 from compress.scheme import Scheme, output_bytes
 from compress.source import locate_model
 
@@ -38,6 +38,8 @@ OURS = ("README.md", "recipe.yaml", allocation.FILE, "manifest.json", "report.js
 """Files every artifact has; those of the source that are called the same get `.source` before their ending."""
 NOT_IN_MANIFEST = ("manifest.json", "report.json", "report.html")
 """The report holds seconds and memory, which no two runs share; everything else is the same bytes every time."""
+TELL_SHAPES = ("weight_shape", "nm_pattern", "branch_run")
+"""Parts of a linear that are no weights."""
 
 
 class Progress(Protocol):
@@ -222,7 +224,7 @@ class _Run:
             else None,
             "passes": self.passes,
             "size": size,
-            "engines": export_module(self.recipe.export[0]).verdicts(self.layout, self.schemes, self.cache),
+            "engines": verdicts(self.recipe, self.layout, self.schemes),
             "verification": verification,
             "evaluation": evaluation,
             "allocation": self.allocation.summary() | {"other_model": self.allocation.origin.source != sources} if self.allocation else None,
@@ -300,15 +302,19 @@ class _Run:
     def _adopt(self, name: str, step: Pass, workspace: Any) -> None:
         """Take what a pass made of the model."""
         files = [workspace.outside_file] * workspace.outside_file.exists() + [workspace.block_file(layout.index) for layout in self.layout.blocks]
+        pruned = set(self.model.patterns)
         for file in files:
             for record in self.model.adopt(file):
                 self._take(record)
+        filled = pruned - self.model.patterns.keys()
         for tensor, info in self.model.tensors.items():
             if info.file.parent == workspace.folder and not self.model.packed_as(tensor.rpartition(".")[0]):
                 verb = step.verb if isinstance(step, Rewrite) else "changed"
                 if isinstance(step, Prunes):
                     pattern = step.prunes(self.layout).get(tensor.removesuffix(".weight"))
                     verb = f"pruned {pattern}" if pattern else "reordered"
+                if tensor.removesuffix(".weight") in filled:
+                    verb += ", its pattern given up"
                 self.rewritten.setdefault(tensor, {})[name] = verb
 
     def _restructure(self, index: int, name: str, step: Restructure, workspace: Any) -> None:
@@ -356,7 +362,7 @@ class _Run:
 
     def _settle(self) -> None:
         """A pass may have found that the model is better off without residuals; then nothing may claim that there are some."""
-        if not self.model.has_residuals:
+        if "residuals" not in self.model.left_out:
             self.plan = {name: (by, scheme.coded) for name, (by, scheme) in self.plan.items()}
             self.schemes = {name: scheme for name, (_, scheme) in self.plan.items()}
 
@@ -384,9 +390,8 @@ class _Run:
         result["mode"] = mode
         if mode == "full":
             only = "bfloat16" in verdict
-            result |= reopen.compare_logits(self.model.without_residuals(), staging, self.tokenizer, bfloat16_only=only)
-            if self.model.has_residuals:
-                result["residuals_left_out"] = True
+            result |= reopen.compare_logits(self.model.in_engines(), staging, self.tokenizer, bfloat16_only=only)
+            result |= {f"{what}_left_out": True for what in self.model.left_out}
         return result
 
     def _evaluate(self, staging: Path) -> dict[str, Any] | None:
@@ -397,10 +402,10 @@ class _Run:
         self.progress.step("evaluate", 2 * len(self.layout.blocks))
         self.model.release()
         result = measure.against_source(self.source, staging, self.recipe.evaluate, self.tokenizer, self.progress)
-        if self.model.has_residuals:
-            self.progress.step("evaluate without residuals", 2 * len(self.layout.blocks))
-            coded = measure.against_source(self.source, staging, self.recipe.evaluate, self.tokenizer, self.progress, residuals=False)
-            result["without_residuals"] = coded["compressed"]
+        if left_out := " and ".join(self.model.left_out):
+            self.progress.step(f"evaluate without {left_out}", 2 * len(self.layout.blocks))
+            bare = measure.against_source(self.source, staging, self.recipe.evaluate, self.tokenizer, self.progress, in_engines=True)
+            result[f"without_{left_out.replace(' ', '_')}"] = bare["compressed"]
         return result
 
     def _ledger(self) -> list[dict[str, Any]]:
@@ -457,7 +462,7 @@ class _Run:
     def _size(self, staging: Path) -> dict[str, Any]:
         after = Checkpoint(staging)
         quantized = sum(linear.rows * linear.columns for name, linear in self.layout.linears.items() if name in self.plan)
-        parts = [f"{name}.{part}" for name in self.plan for part in (*PARTS, *RESIDUAL_PARTS) if part not in ("weight_shape", "nm_pattern")]
+        parts = [f"{name}.{part}" for name in self.plan for part in (*PARTS, *BESIDE_PARTS) if part not in TELL_SHAPES]
         stored = sum(after.tensors[part].nbytes for part in parts if part in after.tensors)
         return {
             "before_bytes": self.source.checkpoint.nbytes,
@@ -469,16 +474,18 @@ class _Run:
     def _manifest(self, staging: Path, sources: dict[str, str], samples: Any, accepted: bool) -> None:
         from compress import card
 
-        text = card.write(self.request.model, self.recipe, self.schemes, self.model.patterns, len(self.layout.factored))
+        factored = len(self.layout.factored)
+        text = card.write(self.request.model, self.recipe, self.schemes, self.model.patterns, self.model.left_out, factored)
         write_text(staging / "README.md", text)
         files = {
             str(path.relative_to(staging)): sha256(path) for path in sorted(staging.rglob("*")) if path.is_file() and path.name not in NOT_IN_MANIFEST
         }
-        verdicts = export_module(self.recipe.export[0]).verdicts(self.layout, self.schemes, self.cache)
+        said = verdicts(self.recipe, self.layout, self.schemes)
         manifest = {
             "accepted": accepted,
-            "loadable_by": sorted(engine for engine, verdict in verdicts.items() if not verdict.startswith(("refuses", "without residuals"))),
-            "loadable_without_residuals_by": sorted(engine for engine, verdict in verdicts.items() if verdict.startswith("without residuals")),
+            "loadable_by": sorted(engine for engine, verdict in said.items() if not verdict.startswith(("refuses", "without "))),
+            "loadable_without_residuals_by": sorted(engine for engine, verdict in said.items() if "without residuals" in verdict),
+            "loadable_without_branch_by": sorted(engine for engine, verdict in said.items() if "without branch" in verdict),
             "compress": __version__,
             "recipe_hash": self.recipe.hash,
             "seed": self.recipe.calibration.seed,

@@ -10,7 +10,7 @@ from typing import Any
 
 from compress.layout import BlockLayout, Group, Layout
 from compress.passes.base import Allocator, Differentiating, Prunes, Quantize, Restructure, Rewrite
-from compress.recipe import Recipe, cache_scheme, expected, export_module
+from compress.recipe import Recipe, cache_scheme, expected, keeps_branches, verdicts
 from compress.scheme import Scheme, dense_bytes, output_bytes
 from compress.tradeoff import against_fewer_bits
 
@@ -101,9 +101,9 @@ def plan(recipe: Recipe, layout: Layout, schemes: dict[str, tuple[str, Scheme]])
             "before_bytes": source.checkpoint.nbytes,
             "after_bytes": after_bytes,
             "bits_per_weight": 8 * stored / weights if weights else None,
-            "at_most": mixed != per_linear or recipe.export[0] == "nm-packed",
+            "at_most": mixed != per_linear or recipe.export[0] == "nm-packed" or keeps_branches(recipe),
         },
-        "engines": export_module(recipe.export[0]).verdicts(layout, mixed, cache_scheme(recipe)),
+        "engines": verdicts(recipe, layout, mixed),
     }
 
 

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from compress.errors import InputError, Problems
 from compress.layout import Layout
 from compress.numerics.pattern import Pattern
-from compress.passes.base import STAGES, WHY, Allocator, Pass, Prunes, Quantize, QuantizesCache, Refining, Restructure, Rewrite
+from compress.passes.base import STAGES, WHY, Allocator, Branching, Pass, Prunes, Quantize, QuantizesCache, Refining, Restructure, Rewrite, Transform
 from compress.scheme import CacheScheme, Scheme
 
 
@@ -356,15 +356,17 @@ def check(recipe: Recipe, layout: Layout, place: str, *, done: int = 0) -> dict[
             plan |= {linear: (plan[linear][0], scheme) for linear, scheme in refined.items()}
     if found:
         _check_pruned(recipe, found, place, problems)
+        _check_branches(recipe, found, place, problems)
     for index, (name, step) in enumerate(recipe.instances()):
         if isinstance(step, Rewrite) and not len(problems):  # a plan with a fault in it says little
             step.check_plan(f"{place}: passes[{index}].{name}", {linear: scheme for linear, (_, scheme) in plan.items()}, problems)
     _check_export(recipe, layout, place, {name: scheme for name, (_, scheme) in plan.items()}, examples, problems)
-    if recipe.evaluate and recipe.evaluate.tasks and any(scheme.residuals for _, scheme in plan.values()):
+    beside = ["residuals"] * any(scheme.residuals for _, scheme in plan.values()) + ["branches"] * keeps_branches(recipe)
+    if recipe.evaluate and recipe.evaluate.tasks and beside:
         problems.add(
             f"{place}: evaluate.tasks",
-            "lm-eval runs the artifact in transformers, which leaves residuals out",
-            "drop the tasks; the other figures are measured with residuals",
+            f"lm-eval runs the artifact in transformers, which leaves {' and '.join(beside)} out",
+            "drop the tasks; the other figures are measured with them",
         )
     _check_data(recipe, layout, place, problems)
     problems.raise_if_any()
@@ -389,6 +391,46 @@ def _check_pruned(recipe: Recipe, found: list[Layout], place: str, problems: Pro
         elif pruned and isinstance(step, Rewrite) and step.mixes:
             by, _ = next(iter(pruned.values()))
             problems.add(where, f"makes sums of channels, in which no weight that {by} removed stays zero", f"leave out {name}, or {by}")
+
+
+def _check_branches(recipe: Recipe, found: list[Layout], place: str, problems: Problems) -> None:
+    """Report branches beside nothing, and passes that give the inputs they add up another order or size. As for `_check_pruned`."""
+    pruned: set[str] = set()
+    moved, kept = "", ""
+    steps = list(enumerate(recipe.instances()))[-len(found) :]
+    for (index, (name, step)), layout in zip(steps, found, strict=True):
+        where = f"{place}: passes[{index}].{name}"
+        moves = isinstance(step, Prunes) and step.moves
+        branches = isinstance(step, Branching) and step.branch is not None
+        if kept and (moves or branches or isinstance(step, Transform)):
+            problems.add(where, f"would change the inputs that the branches of {kept} add up, or add more", f"set branch_after: merge in {kept}")
+        if isinstance(step, Prunes):
+            pruned |= step.prunes(layout).keys()
+            moved = name if moves else moved
+        if isinstance(step, Branching) and branches:
+            if not pruned:
+                problems.add(
+                    f"{where}: branch", "no linear has an N:M pattern that a branch could make good for", "put prune_nm before it, or leave it out"
+                )
+            if moved:
+                problems.add(f"{where}: branch", f"{moved} gives inputs another order than the source has them in", "set permute: false")
+            kept = f"passes[{index}].{name}" if step.keeps_branches else kept
+            pruned = pruned if step.keeps_branches else set()
+
+
+def keeps_branches(recipe: Recipe) -> bool:
+    """Whether branches will lie beside linears of the artifact."""
+    return any(isinstance(step, Branching) and step.keeps_branches for _, step in recipe.instances())
+
+
+def verdicts(recipe: Recipe, layout: Layout, schemes: dict[str, Scheme]) -> dict[str, str]:
+    """For each engine, whether and how it reads what `recipe` makes with these schemes."""
+    found: dict[str, str] = export_module(recipe.export[0]).verdicts(layout, schemes, cache_scheme(recipe))
+    if not keeps_branches(recipe):
+        return found
+    # Like residuals they lie where no engine looks.
+    theirs = {engine: text for engine, text in found.items() if engine != "compress"}
+    return {"compress": "loads"} | {engine: text if text.startswith("refuses") else f"without branch; {text}" for engine, text in theirs.items()}
 
 
 def _check_export(recipe: Recipe, layout: Layout, place: str, plan: dict[str, Scheme], examples: list[dict[str, int]], problems: Problems) -> None:

@@ -17,6 +17,7 @@ from markupsafe import Markup
 
 from compress import plots
 from compress.checkpoint import write_text
+from compress.formats.base import LEFT_OUT
 
 DASH, TIMES, SPACE, MINUS, ARROW = "\u2013", "\u00d7", "\u00a0", "\u2212", "\u2192"
 DTYPE_BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16}
@@ -187,7 +188,7 @@ def _summary(result: dict[str, Any]) -> str:
     records = result.get("linears") or []
     caches = {record["granularity"] for record in _caches(result)}
     rest = f" Keys and values cached in FP8, a scale per {'head' if 'head' in caches else 'block'}." if caches else ""
-    removed = [record["pattern"] for record in result.get("transforms") or [] if "pattern" in record]
+    removed = [record["pattern"] for record in result.get("transforms") or [] if record.get("pattern")]
     if removed:
         rest = f" {len(removed):,} linear{'s' if len(removed) > 1 else ''} pruned to {' and '.join(sorted(set(removed)))}.{rest}"
     if not records:
@@ -203,14 +204,14 @@ def _special(record: dict[str, Any]) -> bool:
 
 def _pruned(result: dict[str, Any]) -> list[dict[str, str]]:
     """Pattern and density of every linear that was pruned; those that differ in nothing but the numbers in their names share a row."""
-    rows: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    rows: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for record in result.get("transforms") or []:
         if "pattern" in record:
             rows.setdefault((re.sub(r"\d+", "#", record["name"]), record["pattern"], record["pass"], record["method"]), []).append(record)
     return [
         {
             "name": _with_ranges(name, [record["name"] for record in members]),
-            "pattern": pattern,
+            "pattern": pattern or "given up",
             "by": f"{step}, {method}" + (", inputs reordered" if any(record["permuted"] for record in members) else ""),
             "density": _spread(sorted({record["density"] for record in members}), percent_text),
             "error": _spread([record["error"] for record in members if record.get("error") is not None], percent_text, middle_only=True),
@@ -275,9 +276,10 @@ def _lost(evaluation: dict[str, Any]) -> list[dict[str, str | None]]:
         ratio = _figure_text("perplexity_ratio", figures.get("perplexity_ratio"))
         notes = [ratio, note("perplexity_ratio")]
         tiles.append(_tile("Perplexity", _digits4(base["perplexity"]), _digits4(compressed["perplexity"]), "; ".join(filter(None, notes))))
-    if without := evaluation.get("without_residuals"):
-        told = f"what engines lose that leave residuals out; KL divergence {_figure_text('kl', without.get('kl'))}"
-        tiles.append(_tile("Perplexity without residuals", None, _digits4(without["perplexity"]), told))
+    for key in [key for key in evaluation if key.startswith("without_")]:
+        what, without = key.removeprefix("without_").replace("_", " "), evaluation[key]
+        told = f"what engines lose that leave {what} out; KL divergence {_figure_text('kl', without.get('kl'))}"
+        tiles.append(_tile(f"Perplexity without {what}", None, _digits4(without["perplexity"]), told))
     if figures.get("kl") is not None:
         tiles.append(_tile("KL divergence", None, _figure_text("kl", figures["kl"]), note("kl")))
     if figures.get("top1_agreement") is not None:
@@ -426,8 +428,8 @@ def _verification(verification: dict[str, Any]) -> list[str]:
     if (difference := verification.get("logits_max_difference")) is not None:
         differ = f"differ by at most {_small(difference)} of the largest logit" if difference else "equal those of the measured model exactly"
         told.append(f"Plain transformers loaded the whole artifact; its logits {differ}.")
-        if verification.get("residuals_left_out"):
-            told.append("It leaves residuals out; it was compared with the measured model without them.")
+        if left_out := " and ".join(what for what in LEFT_OUT if verification.get(f"{what}_left_out")):
+            told.append(f"It leaves {left_out} out; it was compared with the measured model without.")
     elif verification.get("mode"):
         told.append("The artifact was not loaded as a whole; the tensors were compared one at a time.")
     if pruned := verification.get("pruned_linears"):
@@ -440,7 +442,7 @@ def _verification(verification: dict[str, Any]) -> list[str]:
         "tensors",
         "weights_unpacked_by_compressed_tensors",
         "logits_max_difference",
-        "residuals_left_out",
+        *(f"{what}_left_out" for what in LEFT_OUT),
     }
     return told + [f"{key.replace('_', ' ')}: {_value(value)}" for key, value in verification.items() if key not in known]
 

@@ -29,7 +29,7 @@ def load(name: str | Path, *, digits: int = 2) -> Any:
 
     Kernels multiply integers of 2, 3, 4 and 8 bits, with inputs in so many `digits` of 8 bits (`compress.kernels.linear`), and small floats, with
     inputs as they are (`compress.kernels.small`); other weights are unpacked for each product, some rows at a time. `explain` says which is which.
-    What the checkpoint says beside its codes - residuals, inputs in 8 bits, a cache in FP8 - is computed as said. Raises
+    What the checkpoint says beside its codes - residuals, branches, inputs in 8 bits, a cache in FP8 - is computed as said. Raises
     `InputError` for what is no such checkpoint.
 
     Casting the model (`half`, `double`, `to`) changes what is computed in between; packed weights stay as they are stored. It can be copied and
@@ -62,10 +62,11 @@ def _refuse_to_write(method: str, folder: str, *_: Any, **__: Any) -> None:
 def explain(model: Any) -> list[dict[str, Any]]:
     """How each part of a model of `load` is computed that transformers alone would compute otherwise.
 
-    Records have the name of the ``module``, what ``part`` it is (`linear`, `experts`, `dense`, `cache`), how it is ``stored``, the ``kernel`` that
-    multiplies by it (`torch` where it is unpacked for each product), and ``why`` torch does it.
+    Records have the name of the ``module``, what ``part`` it is (`linear`, `experts`, `dense`, `branch`, `cache`), how it is ``stored``, the
+    ``kernel`` that multiplies by it (`torch` where it is unpacked for each product), and ``why`` torch does it.
     """
     from compress.kernels import native
+    from compress.kernels.branch import BranchProduct
     from compress.kernels.dense import DenseLinear
     from compress.kernels.experts import Stack
     from compress.kernels.packed import Packed
@@ -77,6 +78,9 @@ def explain(model: Any) -> list[dict[str, Any]]:
             why = module.why_unpacked(module.stored, module.codes.device)
             part = "experts" if isinstance(module, Stack) else "dense" if isinstance(module, DenseLinear) else "linear"
             records.append({"module": name, "part": part, "stored": module.stored, "kernel": "torch" if why else native.tier(), "why": why})
+        elif isinstance(module, BranchProduct):
+            stored = f"{module.weight.dtype}, one per {module.run} inputs".removeprefix("torch.")
+            records.append({"module": name, "part": "branch", "stored": stored, "kernel": "torch", "why": "no kernel for branches"})
         elif all(hasattr(module, buffer) for buffer in CACHE_BUFFERS):
             why = "rounded as the checkpoint says, but kept in the dtype of the model"
             records.append({"module": name, "part": "cache", "stored": "fp8", "kernel": "torch", "why": why})
@@ -138,7 +142,9 @@ class _Loading:
         problems.raise_if_any()
 
     def whole(self) -> Any:
-        return self._model.settled(self._linear, self._experts)
+        from compress.kernels.branch import Branched
+
+        return self._model.settled(self._linear, self._experts, Branched)
 
     def _linear(self, name: str, bias: Tensor | None) -> Packed:
         from compress.kernels.memory import place

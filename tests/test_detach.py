@@ -74,7 +74,7 @@ def test_as_many_weights_as_asked_for_differ_from_what_the_codes_say(made: tuple
         same = torch.ones(residual.shape, dtype=torch.bool)
         same[residual.rows, residual.columns] = False
         assert torch.equal(model.dense(linear)[same], codes.dense(linear)[same])
-        assert torch.equal(model.without_residuals().dense(linear), codes.dense(linear))
+        assert torch.equal(model.in_engines().dense(linear), codes.dense(linear))
     assert entries == int(0.005 * 3_145_728) == sum(record["residuals"] for record in made[0]["linears"])
     assert {record["pass"] for record in made[0]["linears"]} == {"rtn + detach"}
 
@@ -211,7 +211,7 @@ def test_weights_that_are_restored_are_as_they_were(score: str, tmp_path: Path) 
 def test_residuals_go_with_every_layout_of_codes(kind: str, base: dict[str, Any], checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     result = compress(SMALL | {"passes": [base, {"detach": {"share": 0.02}}], "verify": "full"}, checkpoint(kind), tmp_path / "out")
     record, model = summary(result), opened(tmp_path / "out")
-    assert (record["fallback"] is None) == model.has_residuals == (record["loss"]["with residuals"] < record["loss"]["quantised"])
+    assert (record["fallback"] is None) == ("residuals" in model.left_out) == (record["loss"]["with residuals"] < record["loss"]["quantised"])
     assert result["verification"]["mode"] == "full"
 
 
@@ -249,7 +249,7 @@ def test_what_cannot_be_detached_is_refused_before_weights_load(passes: list[dic
         recipe.check(recipe.validate(SMALL | {"passes": passes}, "r"), Layout(Checkpoint(demo_model("demo:dense"))), "r")
 
 
-def test_tasks_are_refused_which_would_run_without_residuals() -> None:
+def test_tasks_are_refused_which_would_run_in_engines() -> None:
     plain = SMALL | {"passes": [CODES, {"detach": {}}], "evaluate": {"tasks": ["arc_easy"]}}
     with pytest.raises(InputError, match=r"evaluate\.tasks: lm-eval runs the artifact in transformers, which leaves residuals out"):
         recipe.check(recipe.validate(plain, "r"), Layout(Checkpoint(demo_model("demo:dense"))), "r")

@@ -13,7 +13,7 @@ import torch
 from test_run import compress, contents, weights
 
 from compress import healing, recipe
-from compress.checkpoint import Checkpoint
+from compress.checkpoint import Checkpoint, read_tensor
 from compress.data import Samples
 from compress.errors import InputError
 from compress.layout import Layout
@@ -61,6 +61,31 @@ def test_a_moving_mask_moves_and_keeps_the_pattern(checkpoint: Callable[..., Pat
     assert any(not torch.equal(before[name] == 0, after[name] == 0) for name in before)
 
 
+@pytest.mark.parametrize("mask", ["fixed", "moving"])
+def test_a_branch_learns_beside_weights_that_keep_their_pattern(mask: str, checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    start = {"tokens": 1, "learning_rate": 1e-9}
+    found = {}
+    for name, options in (("start", start), ("out", {"tokens": 3000})):
+        compress(healed([NM], mask=mask, branch=16, **options), checkpoint("llama"), tmp_path / name)
+        found[name] = Checkpoint(tmp_path / name).tensors
+    assert all(violations(weight, Pattern(2, 4)) == 0 for weight in linears(tmp_path / "out").values())
+    names = [name for name in found["out"] if name.endswith("branch_weight")]
+    assert len(names) == 14 and all(not torch.equal(read_tensor(found["start"][name]), read_tensor(found["out"][name])) for name in names)
+    assert outcome(tmp_path / "out")["loss"][1] < outcome(tmp_path / "start")["loss"][1]
+
+
+def test_a_branch_that_does_no_good_is_left_at_zero(checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def bad(removed: torch.Tensor, moment: torch.Tensor, size: int) -> torch.Tensor:
+        return torch.full((len(removed), moment.shape[1]), 3.0)
+
+    monkeypatch.setattr("compress.branching.least_squares", bad)
+    compress(healed([NM], branch=16, tokens=1, learning_rate=1e-9), "demo:dense", tmp_path / "out")
+    branches = [read_tensor(info) for name, info in Checkpoint(tmp_path / "out").tensors.items() if name.endswith("branch_weight")]
+    assert branches and not any(bool(branch.any()) for branch in branches)
+    first, best = outcome(tmp_path / "out")["loss"]
+    assert first == best
+
+
 def test_what_is_smaller_is_healed_too(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     cut = {"prune_structured": {"method": "magnitude", "keep": 0.5, "multiple_of": 16}}
     compress(healed([cut]), checkpoint("llama"), tmp_path / "out")
@@ -78,7 +103,11 @@ def test_nothing_is_made_worse(tmp_path: Path) -> None:
     assert best == first
 
 
-@pytest.mark.parametrize("options", [{}, {"mask": "moving"}, {"train": "lora"}, {"copies": 2}], ids=["all", "moving", "lora", "copies"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"mask": "moving"}, {"train": "lora"}, {"copies": 2}, {"branch": 16}, {"branch": 5, "mask": "moving", "branch_after": "merge"}],
+    ids=["all", "moving", "lora", "copies", "branch", "merged"],
+)
 def test_a_killed_training_goes_on_to_the_same_weights(
     options: dict[str, Any], checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

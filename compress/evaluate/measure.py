@@ -34,11 +34,11 @@ def read(options: Evaluation, tokenizer: Tokenizer) -> tuple[Samples, Samples | 
 
 
 def against_source(
-    source: Layout, artifact: Path, options: Evaluation, tokenizer: Tokenizer, progress: Progress, *, residuals: bool = True
+    source: Layout, artifact: Path, options: Evaluation, tokenizer: Tokenizer, progress: Progress, *, in_engines: bool = False
 ) -> dict[str, Any]:
-    """The artifact, read back from disk, beside its source; without `residuals` as engines see it that do not know them."""
+    """The artifact, read back from disk, beside its source; with `in_engines` without what these leave out."""
     base, model = Model(source), Model(Layout(Checkpoint(artifact)))
-    model = model if residuals else model.without_residuals()
+    model = model.in_engines() if in_engines else model
     result = _measure(base, model, options, tokenizer, progress)
     base.release()
     model.release()
@@ -51,8 +51,9 @@ def against_source(
 def alone(layout: Layout, options: Evaluation, tokenizer: Tokenizer, progress: Progress) -> dict[str, Any]:
     """One model, compressed or not, on its own."""
     model = Model(layout)
-    if options.tasks and model.has_residuals:
-        raise InputError.one("tasks", "lm-eval runs the model in transformers, which leaves its residuals out", "leave the tasks out")
+    if options.tasks and model.left_out:
+        left_out = " and ".join(model.left_out)
+        raise InputError.one("tasks", f"lm-eval runs the model in transformers, which leaves its {left_out} out", "leave the tasks out")
     if options.tasks and layout.factored:
         raise InputError.one("tasks", "lm-eval runs the model in transformers, which refuses linears that are two of low rank", "leave the tasks out")
     both = _measure(model, model, options, tokenizer, progress)

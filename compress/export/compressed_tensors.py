@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.checkpoint import INDEX, RESIDUALS, SINGLE, Entry, entry, wrapped, write_safetensors, write_text
+from compress.checkpoint import BRANCHED, BRANCHES, INDEX, RESIDUALS, SINGLE, Entry, entry, wrapped, write_safetensors, write_text
 from compress.errors import InputError, Problems
-from compress.formats.base import RESIDUAL_PARTS
+from compress.formats.base import BESIDE_PARTS, BRANCH_PARTS, RESIDUAL_PARTS
 from compress.layout import Layout
 from compress.scheme import CacheScheme, Scheme
 
@@ -242,10 +242,14 @@ def write(model: Model, plan: dict[str, Scheme], cache: CacheScheme | None, fold
     config = model.config
     if plan or cache:
         config["quantization_config"] = quantization_config(model.layout, plan, cache)
-    if residuals := [entry(name, info) for name, info in sorted(model.tensors.items()) if name.endswith(RESIDUAL_PARTS)]:
-        (folder / RESIDUALS).parent.mkdir()
-        write_safetensors(folder / RESIDUALS, residuals, {"format": "sparse-residual"})
+    for parts, path, kind in ((RESIDUAL_PARTS, RESIDUALS, "sparse-residual"), (BRANCH_PARTS, BRANCHES, "branch")):
+        if beside := [entry(name, info) for name, info in sorted(model.tensors.items()) if name.endswith(parts)]:
+            (folder / path).parent.mkdir()
+            write_safetensors(folder / path, beside, {"format": kind})
+    if "residuals" in model.left_out:
         config["quantization_config"]["residuals"] = RESIDUALS
+    if "branch" in model.left_out:
+        config[BRANCHED] = BRANCHES
     write_text(folder / "config.json", json.dumps(wrapped(config) if model.layout.factored else config, indent=2) + "\n")
 
 
@@ -260,7 +264,7 @@ def _shards(model: Model) -> Iterator[list[Entry]]:
 
     entries: list[Entry] = []
     size = 0
-    for name in sorted((name for name in model.tensors if not is_dropped(model, name) and not name.endswith(RESIDUAL_PARTS)), key=position):
+    for name in sorted((name for name in model.tensors if not is_dropped(model, name) and not name.endswith(BESIDE_PARTS)), key=position):
         item = model.final(name)
         if entries and size + item.nbytes > SHARD_BYTES:
             yield entries

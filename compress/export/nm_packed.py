@@ -15,6 +15,7 @@ from compress.checkpoint import INDEX, PACKED, Entry, entry, read_entry, write_s
 from compress.errors import InputError, Problems
 from compress.export import compressed_tensors
 from compress.export.compressed_tensors import bits, is_dropped
+from compress.formats.base import BRANCH_PARTS
 from compress.layout import Layout
 from compress.scheme import CacheScheme, Scheme
 
@@ -73,7 +74,7 @@ def _shards(model: Model) -> Iterator[list[Entry]]:
                 entries.append(model.final(name))
             elif part in ("weight", "weight_packed"):
                 entries += [entry(packed, tensor) for packed, tensor in _packed(model, linear).items()]
-            elif part == "input_scale":
+            elif part in ("input_scale", *BRANCH_PARTS):
                 entries.append(model.final(name))
         yield entries
 

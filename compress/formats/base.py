@@ -16,13 +16,18 @@ PARTS = ("weight_packed", "weight", "weight_scale", "weight_shape", "weight_zero
 """What the tensors of a quantised linear are called, after its name."""
 RESIDUAL_PARTS = ("sparse_row_offsets", "sparse_columns", "sparse_values")
 """What `sparse_residual` stores beside them."""
+BRANCH_PARTS = ("branch_weight", "branch_run")
+"""What `branch` stores beside a linear, quantised or not."""
+LEFT_OUT = {"residuals": RESIDUAL_PARTS, "branch": BRANCH_PARTS}
+"""What engines leave out, by what it is called in reports."""
+BESIDE_PARTS = (*RESIDUAL_PARTS, *BRANCH_PARTS)
 
 
 @cache
 def layouts() -> tuple[ModuleType, ...]:
     """Every layout, found by file name."""
     names = [module.name for module in pkgutil.iter_modules(importlib.import_module("compress.formats").__path__)]
-    return tuple(importlib.import_module(f"compress.formats.{name}") for name in names if name not in ("base", "sizes", "sparse_residual"))
+    return tuple(importlib.import_module(f"compress.formats.{name}") for name in names if name not in ("base", "branch", "sizes", "sparse_residual"))
 
 
 def find(dtypes: dict[str, str]) -> ModuleType | None:

@@ -103,6 +103,18 @@ class Prunes(Protocol):
         """What it promises of each linear it takes, by name."""
 
 
+@runtime_checkable
+class Branching(Protocol):
+    """A pass that may put branches beside linears that were pruned."""
+
+    branch: int | None
+    """Inputs whose sum a branch reads, None for no branches."""
+
+    @property
+    def keeps_branches(self) -> bool:
+        """Whether they stay beside the linears."""
+
+
 Bits = Annotated[int, Field(ge=2, le=8)]
 
 

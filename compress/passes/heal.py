@@ -3,7 +3,9 @@
 The teacher is the source of the run. All linears of the blocks are trained, or adapters of low rank that are added to them in the end (LoRA,
 arXiv 2106.09685). Weights that are zero stay so, which keeps an N:M pattern; or, with ``mask: moving``, which of them are is decided anew from
 their magnitudes while the others are pulled towards zero ever harder (AST, arXiv 2407.20584 section 3). What is best on a part of the
-calibration data that is not trained on is what is kept.
+calibration data that is not trained on is what is kept. With ``branch``, linears with an N:M pattern get one weight more for each run of inputs,
+which starts where least squares on the data put it and is trained with the others (SLoRB, ibid.); in the end it stays beside the weight or is added
+to it.
 """
 
 from __future__ import annotations
@@ -15,11 +17,15 @@ from pydantic import Field, model_validator
 from compress.errors import Problems
 from compress.layout import Layout
 from compress.passes.base import Rewrite
+from compress.scheme import dense_bytes
 
 if TYPE_CHECKING:
     from compress.calibrate import Workspace
     from compress.data import Samples
     from compress.model import Model
+
+RUN_BYTES = 4
+"""Of the number that says how many inputs a branch of a linear adds up."""
 
 
 class Pass(Rewrite):
@@ -41,6 +47,16 @@ class Pass(Rewrite):
         default="fixed", description="`fixed`: zeros stay; `moving`: linears with an N:M pattern keep their largest weights as they change"
     )
     decay: float = Field(default=1e-4, ge=0, description="`moving`: pull of weights that are left out towards zero, reached in a quarter of the time")
+    branch: int | None = Field(
+        default=None,
+        ge=1,
+        description="a branch beside each linear with an N:M pattern, which reads the sum of so many neighbouring inputs (16: a sixteenth of the "
+        "weights more); none by default",
+    )
+    branch_after: Literal["keep", "merge"] = Field(
+        default="keep",
+        description="what becomes of it: it stays beside the weight, for `compress` alone, or is added to it, which gives the pattern up",
+    )
     seed: int = Field(default=0, ge=0, description="of the order of samples, and of adapters")
     copies: int = Field(
         default=1,
@@ -55,14 +71,32 @@ class Pass(Rewrite):
         return self
 
     def check(self, place: str, layout: Layout, problems: Problems) -> None:
-        for names, wanted, reader in ((("rank",), self.train == "lora", "train: lora"), (("decay",), self.mask == "moving", "mask: moving")):
-            for name in names:
-                if name in self.model_fields_set and not wanted:
-                    problems.add(f"{place}: {name}", f"is read only with {reader}", f"leave it out, or set {reader}")
+        for name, wanted, reader in (
+            ("rank", self.train == "lora", "train: lora"),
+            ("decay", self.mask == "moving", "mask: moving"),
+            ("branch_after", self.branch is not None, "branch: 16"),
+        ):
+            if name in self.model_fields_set and not wanted:
+                problems.add(f"{place}: {name}", f"is read only with {reader}", f"leave it out, or set {reader}")
+        if self.branch and self.train == "lora":
+            problems.add(f"{place}: branch", "is trained together with all weights, not with adapters", "set train: all, or leave branch out")
+        if self.keeps_branches and layout.of_experts:
+            problems.add(f"{place}: branch_after", "branches cannot stay beside experts, which are computed all at once", "set branch_after: merge")
         if self.copies > 1 and self.mask == "moving":
             problems.add(f"{place}: copies", "end up with different zeros, so their average would have too few", "set mask: fixed, or copies: 1")
         if self.train == "lora" and self.mask == "moving":
             problems.add(f"{place}: mask", "adapters of low rank cannot say which weights are to be zero", "set mask: fixed, or train: all")
+
+    @property
+    def keeps_branches(self) -> bool:
+        return self.branch is not None and self.branch_after == "keep"
+
+    def added_bytes(self, layout: Layout) -> int:
+        """Of branches beside all linears, if not all of which may be pruned."""
+        if not self.keeps_branches or self.branch is None:
+            return 0
+        sizes = (dense_bytes(layout, name) * linear.rows * -(-linear.columns // self.branch) + RUN_BYTES for name, linear in layout.linears.items())
+        return sum(sizes)
 
     def sweeps(self, samples: int, length: int) -> float:
         return 0.0 if self.tokens is None else 4.0 * self.copies * self.tokens / (samples * length)
@@ -78,19 +112,25 @@ class Pass(Rewrite):
 
     def run(self, model: Model, samples: Samples, workspace: Workspace) -> None:
         from compress.calibrate import walk
-        from compress.checkpoint import Checkpoint, read_header, read_tensor
-        from compress.healing import BEST, Options, heal
+        from compress.checkpoint import Checkpoint
+        from compress.healing import Options, best, heal, together
         from compress.model import Model
 
-        options = Options(**self.model_dump())
+        options = Options(**self.model_dump(exclude={"branch_after"}))
         source = Model(Layout(Checkpoint(model.checkpoint.folder)))
         outcome = heal(model, source, samples, options, workspace.folder, workspace.progress)
-        infos = read_header(workspace.folder / BEST)[0]
         for block in walk(model, workspace):
             for linear in block.layout.linears:
-                weight = read_tensor(infos[linear.name]).to(model.device)
+                weight, branch = best(workspace.folder, linear.name, model.device)
+                if branch is not None and self.branch and self.keeps_branches:
+                    block.set_branch(linear.name, branch, self.branch)
+                elif branch is not None:
+                    whole = together(weight, branch, self.branch)
+                    block.set_filled(linear.name, whole, {"pass": "heal", "method": "branch merged", "permuted": False})
+                    continue
                 if self.mask == "moving" and (pattern := model.patterns.get(linear.name)):
                     block.set_pruned(linear.name, weight, pattern, {"pass": "heal", "method": "moving mask", "permuted": False})
                 else:
                     block.set_dense(f"{linear.name}.weight", weight)
-            block.add_record(block.layout.prefix, {"pass": "heal", "kind": "linears", **outcome})
+            of_branches = {"branch": self.branch, "branch_after": self.branch_after} if self.branch else {}
+            block.add_record(block.layout.prefix, {"pass": "heal", "kind": "linears", **of_branches, **outcome})
