@@ -30,7 +30,8 @@ CUT = {"keep": {"ffn_channel": 0.73}, "multiple_of": 16}
 SHARED = {"keep": {"kv_group": 0.75, "ffn_channel": 0.8125}, "multiple_of": 16, "widths": "per_layer"}
 """As many, from channels and groups of heads, where they are missed least."""
 GATES = {"steps": 300, "batch": 4}
-HEALING = {"minutes": 10, "batch": 8, "learning_rate": 0.001}
+HEALING = {"tokens": 600_000, "batch": 8, "learning_rate": 0.001}
+"""Ten minutes of one thread, for a machine that has nothing else to do."""
 
 Passes = list[dict[str, Any]]
 
@@ -67,8 +68,8 @@ ROWS: dict[str, Passes] = {
     "nm/alps": nm("alps"),
     "nm/sparsegpt 4:8": nm("sparsegpt", "4:8"),
     "nm/sparsegpt 1:4": nm("sparsegpt", "1:4"),
-    "healed/sparsegpt, healed 10 minutes": [*nm("sparsegpt"), {"heal": HEALING}],
-    "healed/magnitude, AST 10 minutes": [*nm("magnitude"), {"heal": HEALING | {"mask": "moving"}}],
+    "healed/sparsegpt": [*nm("sparsegpt"), {"heal": HEALING}],
+    "healed/sparsegpt, moving, branch": [*nm("sparsegpt"), {"heal": HEALING | {"mask": "moving", "branch": 16}}],
     "depth/one block of four": [{"prune_depth": {"drop": 1}}],
     **{f"share/flap, {share} kept": structured("flap", {"keep": {"ffn_channel": share}, "multiple_of": 16}) for share in (0.5, 0.875)},
     **{f"low_rank/{method}": [{"low_rank": {"method": method, "keep": 0.8}}] for method in ("svd", "asvd", "lord", "svd_llm")},
