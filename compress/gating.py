@@ -20,7 +20,7 @@ from compress.calibrate import Progress
 from compress.data import Samples
 from compress.layout import Units
 from compress.model import Block, Change, Model
-from compress.numerics.gates import LOWEST, Multipliers, gate, middle, retention
+from compress.numerics.gates import LOWEST, Multipliers, gate, in_order, middle, retention
 from compress.whole import Distillation, Training, Whole, draw, opened, rate, scored
 
 SAVED_EVERY = 25
@@ -55,15 +55,17 @@ def learn(
     options: Options,
     path: Path,
     progress: Progress,
+    worth: Mapping[str, Tensor],
     means: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> dict[str, Tensor]:
     """The gates of all units after training, [count] float32, zero or more, by name of the units. What is needed to go on lies at `path`.
 
-    Where ``means`` [columns] has what units give on average, by their name, they give that in so far as they are gone, as a bias will.
+    They begin around one, in the order of what units are ``worth`` [count] by some other score; the paper leaves that to chance, which takes more
+    data to make good. Where ``means`` [columns] has what units give on average, by their name, they give that in so far as they are gone, as a
+    bias will.
     """
-    generator = torch.Generator().manual_seed(options.seed)
     every = [units for scope in scopes.values() for units in scope.units]
-    z = {units.name: (1 + 0.01 * torch.randn(units.count, generator=generator)).to(model.device).requires_grad_() for units in every}
+    z = {units.name: in_order(worth[units.name]).to(model.device).requires_grad_() for units in every}
     multipliers = Multipliers(torch.tensor([scope.keep for scope in scopes.values()], device=model.device))
     held = {"linear": multipliers.linear, "square": multipliers.square, "binary": multipliers.binary}
     optimizers = [_optimizer(z, options), multipliers.optimizer(options.learning_rate)]

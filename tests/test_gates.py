@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compress.numerics.gates import FIRST_MIDDLE, LAST_MIDDLE, Multipliers, gate, middle, retention
+from compress.numerics.gates import FIRST_MIDDLE, LAST_MIDDLE, Multipliers, gate, in_order, middle, retention
 
 
 @pytest.mark.parametrize("halfway", [0.5, 0.17, 0.05])
@@ -16,6 +16,12 @@ def test_a_unit_counts_not_half_or_whole_at_nothing_the_middle_and_twice_that(ha
 
 def test_the_middle_goes_from_first_to_last() -> None:
     assert middle(0.0) == FIRST_MIDDLE and middle(1.0) == pytest.approx(LAST_MIDDLE) and middle(0.25) > middle(0.5)
+
+
+def test_gates_begin_around_one_in_the_order_of_worth() -> None:
+    begin = in_order(torch.tensor([3.0, 1.0, 2.0, 1.0]))
+    assert begin.argsort().tolist() == [1, 3, 2, 0] and float(begin.mean()) == pytest.approx(1.0)
+    assert begin.min() == pytest.approx(0.55) and begin.max() == pytest.approx(1.45)
 
 
 def test_gates_of_one_change_nothing_and_closed_ones_still_learn() -> None:

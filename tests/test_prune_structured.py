@@ -177,7 +177,7 @@ def test_the_order_of_channels_does_not_matter(method: str, copy: Callable[..., 
 @pytest.mark.parametrize(
     ("model", "keep"), [("llama", {"ffn_channel": 0.5}), ("llama-bias", {"kv_group": 0.5, "ffn_channel": 0.5}), ("qwen3", {"kv_group": 0.5})]
 )
-@pytest.mark.parametrize("method", [{"method": "flap"}, {"method": "ddp", "steps": 3, "batch": 2, "learning_rate": 1e-9}], ids=["flap", "ddp"])
+@pytest.mark.parametrize("method", [{"method": "flap"}, {"method": "ddp", "steps": 3, "batch": 2}], ids=["flap", "ddp"])
 def test_a_bias_makes_up_for_the_mean_of_what_was_removed(
     method: dict[str, Any], model: str, keep: dict[str, float], checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -194,7 +194,7 @@ def test_a_bias_makes_up_for_the_mean_of_what_was_removed(
             for item in samples.items:
                 opened(input_ids=item.ids[None])
         means.append(torch.cat(given).mean(0))
-    assert torch.allclose(means[0], means[1], atol=1e-5 if method["method"] == "flap" else 0.1)  # gates begin near one
+    assert torch.allclose(means[0], means[1], atol=1e-5)
 
 
 def test_trained_gates_are_folded_into_the_weights(checkpoint: Callable[..., Path], tmp_path: Path) -> None:

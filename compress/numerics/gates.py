@@ -15,8 +15,16 @@ from torch import Tensor
 WIDEST, STEEPNESS = 0.1, math.log(11.0)
 """How far the soft step reaches beyond 0 and 1 before it is cut, and what makes it 0 at zero and 1 at twice its middle."""
 FIRST_MIDDLE, LAST_MIDDLE = 0.5, 0.05
+SPREAD = 0.45
+"""How far the first gates are from one, at most."""
 LOWEST = -0.1
 """Gates are not let further below zero, so that they can come back."""
+
+
+def in_order(worth: Tensor) -> Tensor:
+    """Gates to begin with, float32: evenly spread around one, in the order of ``worth`` [n]; of equal ones the first lower."""
+    ranks = worth.argsort(stable=True).argsort(stable=True).float()
+    return 1 + SPREAD * (2 * ranks / max(1, len(worth) - 1) - 1)
 
 
 def middle(progress: float) -> float:

@@ -267,8 +267,8 @@ class Pass(Restructure):
                 if uniform.get(units.name, units.count) < units.count:
                     scopes[units.name if self.widths == "uniform" else units.kind].append(units)
         ready = {name: Scope(tuple(members), uniform[members[0].name] / members[0].count) for name, members in scopes.items()}
-        means = self._means(model, samples, workspace) if self.compensate else {}
-        found = learn(model, samples, ready, self._training(), workspace.folder / GATES, workspace.progress, means)
+        worth, means = self._seen(model, samples, workspace)
+        found = learn(model, samples, ready, self._training(), workspace.folder / GATES, workspace.progress, worth, means)
         return {name: gates.double() for name, gates in found.items()} | {f"{name}{MEAN}": mean.cpu() for name, mean in means.items()}
 
     def _training(self) -> Options:
@@ -284,16 +284,21 @@ class Pass(Restructure):
         counts = {name: len(scores[name]) for name in kept}
         return settle(model, samples, kept, counts, self._training(), workspace.folder / SCALES, workspace.progress, means)
 
-    def _means(self, model: Model, samples: Samples, workspace: Workspace) -> Scores:
-        """[columns] float64 of what units give on average, by their name."""
+    def _seen(self, model: Model, samples: Samples, workspace: Workspace) -> tuple[Scores, Scores]:
+        """What units are worth by how much they vary, [count] float64, and, if that is to be made up for, what they give on average, [columns]."""
         from compress.calibrate import look
+        from compress.numerics.saliency import fluctuation
 
         kinds = tuple(self._shares(model.layout))
-        found: Scores = {}
+        worth: Scores = {}
+        means: Scores = {}
         for probe in look(model, samples, workspace.progress):
             moments = _moments(probe, kinds)
-            found |= {units.name: moments[units.columns].mean for units in _of(probe.block.layout, kinds)}
-        return found
+            for units in _of(probe.block.layout, kinds):
+                of_unit = moments[units.columns]
+                worth[units.name] = fluctuation(probe.block.weight(units.columns), of_unit.variance(), units.count)
+                means[units.name] = of_unit.mean
+        return worth, means if self.compensate else {}
 
     def _measured(self, columns: Tensor, moments: Any, count: int) -> Tensor:
         from compress.numerics.saliency import fluctuation, wanda
