@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compress.arch.base import Unit
 from compress.checkpoint import PER_LAYER, Checkpoint, TensorInfo
 from compress.layout import BlockLayout, Layout, Units
 
@@ -115,7 +116,8 @@ def reshaped(layout: Layout, tensors: Mapping[str, TensorInfo]) -> Layout:
         counts = {block.index: count for block in layout.blocks if (count := _count(block, unit.kind, checkpoint, merged)) is not None}
         if all(count == layout.setting(unit.count, index) for index, count in counts.items()):
             continue
-        if len(set(counts.values())) == 1:  # blocks that have none of the kind do not ask
+        sole = set(counts.values())
+        if len(sole) == 1 and _may_be_for_all(layout, unit, *sole):  # blocks that have none of the kind do not ask
             text[unit.count] = next(iter(counts.values()))
             counts = {}
         for index in range(len(layout.blocks)):
@@ -129,6 +131,11 @@ def reshaped(layout: Layout, tensors: Mapping[str, TensorInfo]) -> Layout:
             text[key] = True
     _declare(text, declared, len(layout.blocks))
     return Layout(checkpoint.altered(merged, config))
+
+
+def _may_be_for_all(layout: Layout, unit: Unit, count: int) -> bool:
+    """Whether transformers takes a config that says so of all blocks."""
+    return not (layout.arch.whole_heads and unit.count == "num_attention_heads" and layout.text_config["hidden_size"] % count)
 
 
 def _count(block: BlockLayout, kind: str, before: Checkpoint, now: Mapping[str, TensorInfo]) -> int | None:

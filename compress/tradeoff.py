@@ -27,6 +27,7 @@ class Measured(BaseModel):
     bits: dict[float, float]
     removed: dict[float, float]
     structured: dict[str, float]
+    compensated: float
     kept: dict[float, float]
     nm: dict[str, float]
     healed: float
@@ -66,11 +67,12 @@ def _pruning(recipe: Recipe, layout: Layout) -> float | None:
         if isinstance(step, Restructure):
             after = step.expected(layout)
             share = 1 - _parameters(after) / _parameters(layout)
-            lost, found, layout = lost + between(data.removed, share) * data.structured.get(method, 1.0), True, after
+            less = data.compensated if method == "flap" and getattr(step, "compensate", False) else 1.0
+            lost, found, layout = lost + between(data.removed, share) * data.structured[method or name] * less, True, after
         elif isinstance(step, Prunes):
             patterns = step.prunes(layout)
             density = sum(pattern.density for pattern in patterns.values()) + len(layout.linears) - len(patterns)
-            lost, found = lost + between(data.kept, density / len(layout.linears)) * data.nm.get(method, 1.0), True
+            lost, found = lost + between(data.kept, density / len(layout.linears)) * data.nm[method], True
         elif name == "heal":
             lost *= data.healed
     return lost if found else None

@@ -32,7 +32,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "scheme": ("formats.sizes", "layout", "numerics"),
     "data": ("errors", "source", "checkpoint"),
     "model": ("errors", "hardware", "numerics", "formats", "arch.base", "checkpoint", "layout", "declared", "scheme"),
-    "reshape": ("checkpoint", "layout"),
+    "reshape": ("arch.base", "checkpoint", "layout"),
     "folding": ("layout", "model"),
     "reordering": ("layout", "model", "numerics"),
     "probe": ("layout", "model"),

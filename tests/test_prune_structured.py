@@ -107,6 +107,15 @@ def test_blocks_of_different_widths_compute_as_what_was_masked(
     assert json.loads((tmp_path / "out" / "report.json").read_text())["engines"]["transformers"].startswith("refuses")
 
 
+def test_equal_numbers_of_heads_that_transformers_refuses_are_said_block_by_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(saliency, "share_out", lambda choices, remove: {name: len(choice.scores) - 1 for name, choice in choices.items()})
+    compress(pruning(method="magnitude", keep={"kv_group": 0.75}, widths="per_layer"), "demo:dense", tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["num_attention_heads"] == 8 and config["num_key_value_heads"] == 3
+    assert config["per_layer_config"] == {str(block): {"num_attention_heads": 6} for block in range(4)}
+    runtime.load(tmp_path / "out")
+
+
 def test_blocks_that_lose_nothing_get_biases_too(checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(saliency, "share_out", unevenly)
     options = pruning(method="flap", keep={"ffn_channel": 0.5}, widths="per_layer", compensate=True)
