@@ -84,6 +84,31 @@ def brief(status: str) -> str:
     return status if status == "not installed" else "failed"
 
 
+TABLES = {
+    "structured": "a fifth of each block's parameters taken out of MLPs",
+    "nm": "half of the weights removed, 2:4",
+    "healed": "2:4, then healed",
+    "low_rank": "four fifths of the parameters at low rank",
+}
+"""What a table of bench/pruning.py is called here."""
+
+
+def pruning(document: dict[str, Any]) -> Rows:
+    """One row per table: excess loss by method, the least first; methods that are random are one."""
+    rows = []
+    for table, label in TABLES.items():
+        found: dict[str, list[float]] = {}
+        for name, runs in document["results"].items():
+            if name.startswith(f"{table}/"):
+                method = name.partition("/")[2].partition("-")[0]
+                found.setdefault(method, []).extend(run["excess_loss"] for run in runs if "error" not in run)
+        means = {method: statistics.mean(values) for method, values in found.items() if values}
+        if means:
+            shown = ", ".join(f"{value:.3f} ({method})" for method, value in sorted(means.items(), key=lambda item: item[1]))
+            rows.append((f"{label}, excess loss", {OURS: shown}))
+    return rows
+
+
 def speed(document: dict[str, Any]) -> Rows:
     """CPU and wall seconds of one more block, per tool."""
     shape, rows = document["protocol"]["shape"], []
@@ -166,7 +191,7 @@ TITLES = {
     "llamacpp": "llama.cpp",
     "torch": "torch",
 }
-ROWS = {"quality": quality, "speed": speed, "memory": memory, "kill": kill, "gemv": gemv, "decode": decode, "sass": sass}
+ROWS = {"quality": quality, "pruning": pruning, "speed": speed, "memory": memory, "kill": kill, "gemv": gemv, "decode": decode, "sass": sass}
 """What makes rows of a result, in the order in which they are shown."""
 
 
@@ -186,7 +211,9 @@ def render(documents: list[tuple[str, dict[str, Any]]]) -> str:
     if not documents:
         return "*No results yet: see [bench/](bench/README.md).*"
     # What was lost, and what it cost: few tools are in both.
-    halves = [[row for name, document in documents if (name == "quality") is lost for row in ROWS[name](document)] for lost in (True, False)]
+    halves = [
+        [row for name, document in documents if (name in ("quality", "pruning")) is lost for row in ROWS[name](document)] for lost in (True, False)
+    ]
     tools = {tool for rows in halves for _, cells in rows for tool in cells}
     return "\n\n".join([*(table(rows) for rows in halves if rows), " ".join(notes(documents, tools))])
 
@@ -212,6 +239,12 @@ def notes(documents: list[tuple[str, dict[str, Any]]], shown: Iterable[str]) -> 
                 f"Excess loss over the unquantised `{protocol['model']}` in nats on {texts}, windows of {protocol['context']} tokens, "
                 f"calibrated on {calibration['samples']} x {calibration['length']} tokens, mean of {most} draw{'s' if most > 1 else ''} "
                 "(where marked *, of fewer); of each tool's methods the best."
+            )
+        if name == "pruning":
+            protocol = document["protocol"]
+            yield (
+                f"Pruning: nats above `{protocol['model']}` on {protocol['windows']} windows of {protocol['length']} tokens of demo:heldout, "
+                f"calibrated on {protocol['samples']} x {protocol['length']} tokens of demo:text."
             )
         if name == "gemv":
             yield (

@@ -104,3 +104,16 @@ def test_a_readme_is_changed_between_the_markers_only(results: Any) -> None:
     assert results.replaced(before, "new") == f"a\n{results.BEGIN}\nnew\n{results.END}\nz\n"
     with pytest.raises(SystemExit):
         results.replaced("no markers", "new")
+
+
+def test_pruning_is_a_row_per_table_with_the_least_loss_first(results: Any) -> None:
+    found = {
+        "structured/random-0": [{"excess_loss": 0.4}],
+        "structured/random-1": [{"excess_loss": 0.6}],
+        "structured/ddp": [{"excess_loss": 0.05}, {"excess_loss": 0.07}],
+        "structured/flap": [{"error": "exit 1"}],
+        "nm/alps": [{"excess_loss": 0.12}],
+    }
+    rows = dict(results.pruning({"results": found}))
+    assert rows["a fifth of each block's parameters taken out of MLPs, excess loss"] == {"ours": "0.060 (ddp), 0.500 (random)"}
+    assert list(rows.values())[1] == {"ours": "0.120 (alps)"} and len(rows) == 2

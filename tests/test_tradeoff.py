@@ -64,3 +64,15 @@ def test_bits_are_those_that_make_as_many_bytes() -> None:
 )
 def test_it_is_said_which_loses_less(pruned: float, bits: float, quantized: float | None, said: str) -> None:
     assert said in view._instead({"pruned": pruned, "bits": bits, "quantized": quantized})
+
+
+def test_every_method_of_every_pass_that_prunes_has_a_figure() -> None:
+    from typing import get_args
+
+    from compress.passes import low_rank, prune_nm, prune_structured
+
+    def methods(options: Any) -> set[str]:
+        return set(get_args(options.Pass.model_fields["method"].annotation))
+
+    assert methods(prune_structured) | methods(low_rank) | {"prune_depth"} == tradeoff.measured().structured.keys()
+    assert methods(prune_nm) == tradeoff.measured().nm.keys()
