@@ -241,10 +241,10 @@ def notes(documents: list[tuple[str, dict[str, Any]]], shown: Iterable[str]) -> 
                 "(where marked *, of fewer); of each tool's methods the best."
             )
         if name == "pruning":
-            protocol = document["protocol"]
+            protocol, most = document["protocol"], max(map(len, document["results"].values()))
             yield (
                 f"Pruning: nats above `{protocol['model']}` on {protocol['windows']} windows of {protocol['length']} tokens of demo:heldout, "
-                f"calibrated on {protocol['samples']} x {protocol['length']} tokens of demo:text."
+                f"calibrated on {protocol['samples']} x {protocol['length']} tokens of demo:text, mean of {most} draw{'s' if most > 1 else ''}."
             )
         if name == "gemv":
             yield (
