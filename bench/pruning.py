@@ -29,7 +29,7 @@ CUT = {"keep": {"ffn_channel": 0.73}, "multiple_of": 16}
 """A fifth of the parameters of a block of demo:dense: 208 of 768 channels."""
 SHARED = {"keep": {"kv_group": 0.75, "ffn_channel": 0.8125}, "multiple_of": 16, "widths": "per_layer"}
 """As many, from channels and groups of heads, where they are missed least."""
-GATES = {"steps": 600, "batch": 4}
+GATES = {"steps": 1000, "batch": 4}
 HEALING = {"tokens": 600_000, "batch": 8, "learning_rate": 0.001}
 """Ten minutes of one thread, for a machine that has nothing else to do."""
 
