@@ -11,9 +11,10 @@ from pathlib import Path
 from torch import Tensor
 
 from compress.backsweep import backsweep
+from compress.block import Block
 from compress.checkpoint import entry, read_header, read_tensor, write_safetensors
 from compress.data import Samples
-from compress.model import Block, Model
+from compress.model import Model
 from compress.numerics.quadrature import between, contributions
 
 Ends = Callable[[Block], dict[str, tuple[Tensor, Tensor]]]

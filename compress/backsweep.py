@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compress.block import Block
 from compress.checkpoint import entry, read_header, read_tensor, write_safetensors
 from compress.data import Batch, Samples
 from compress.errors import InputError
 from compress.hardware import widened
 from compress.layout import EXPERTS_IN, EXPERTS_OUT
-from compress.model import Block, Model
+from compress.model import Model
 
 LOGITS_AT_ONCE = 1024
 """Positions whose logits and their gradients are held at once; a vocabulary of 128k in float32 makes that a gigabyte."""

@@ -16,12 +16,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from compress.block import Block, Reached
 from compress.checkpoint import entry, read_header, read_tensor, write_safetensors
 from compress.data import Samples
 from compress.drift import Drift, Moved
 from compress.hardware import return_freed_memory, widened
 from compress.layout import EXPERTS_IN, EXPERTS_OUT, Group, Stage
-from compress.model import Block, Model, Reached
+from compress.model import Model
 from compress.probe import Probe
 from compress.replay import Replay
 

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compress.block import Block, Reached
 from compress.hardware import widened
 from compress.layout import DOWN, OUT
-from compress.model import Block, Model, Reached
+from compress.model import Model
 
 ADDED = (OUT, DOWN)
 """Stages whose output is added to the residual stream."""

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from compress.block import Block
 from compress.layout import Edge
-from compress.model import Block
 
 
 class Folding:

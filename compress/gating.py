@@ -16,10 +16,11 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from compress.block import Block, Change
 from compress.calibrate import Progress
 from compress.data import Samples
 from compress.layout import Units
-from compress.model import Block, Change, Model
+from compress.model import Model
 from compress.numerics.gates import LOWEST, Multipliers, gate, in_order, middle, retention
 from compress.whole import Distillation, Training, Whole, draw, opened, rate, scored
 

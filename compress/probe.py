@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compress.block import Block, Reached, Recorder
 from compress.layout import EXPERTS_IN, EXPERTS_OUT, Group
-from compress.model import Block, Reached, Recorder
 
 
 class Seen:

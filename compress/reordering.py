@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from compress.block import Block
 from compress.layout import BlockLayout
-from compress.model import Block
 from compress.numerics.pattern import Pattern
 from compress.numerics.permutation import spread
 

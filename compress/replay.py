@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
+from compress.block import Block, Reached
 from compress.layout import Group
-from compress.model import Block, Reached
 
 Wrap = Callable[[Tensor], Any]
 KEPT_BYTES = 192 << 20

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from compress.backsweep import backsweep
+from compress.block import Block
 from compress.checkpoint import write_text
 from compress.data import Samples
 from compress.errors import InputError
 from compress.layout import Linear
-from compress.model import Block, Model
+from compress.model import Model
 
 LOGITS_AT_ONCE = 1024
 """Positions whose logits are held at once."""

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from compress.backsweep import LOGITS_AT_ONCE
+from compress.block import Block
 from compress.checkpoint import entry, read_header, read_tensor, write_safetensors
 from compress.data import Batch, Samples
-from compress.model import Block, Model
+from compress.model import Model
 
 KEPT_BYTES = 2 << 30
 """Activations kept for the way back; where a step has more, blocks are computed again."""

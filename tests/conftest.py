@@ -25,12 +25,28 @@ from torch import Tensor
 
 from compress import demo
 from compress.data import Tokenizer
+from compress.kernels import native
 
 torch.set_num_threads(1)
 settings.register_profile(
     "suite", deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture], derandomize=True
 )
 settings.load_profile("suite")
+
+
+RAN = (
+    "on 2026-11-22, with g++ 12.2 on an AMD EPYC, plain and avx2 ran, clean under the sanitizers; neon (qemu-user 7.2) and avx512 (SIMDe 0.7.4) "
+    "where they are emulated"
+)
+"""When kernels were last tested that this machine may not be able to run."""
+
+
+@pytest.fixture(params=["torch", *native.built()])
+def tier(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if not native.built().get(request.param, True):
+        pytest.skip(f"needs a processor with {request.param}; {RAN}")
+    monkeypatch.setenv(native.FORCE, request.param)
+    return str(request.param)
 
 
 @pytest.fixture(autouse=True)

@@ -16,11 +16,12 @@ from torch import Tensor
 from compress import backsweep as module
 from compress import data
 from compress.backsweep import backsweep, mean_loss
+from compress.block import Block
 from compress.checkpoint import Checkpoint
 from compress.data import Sample, Samples
 from compress.errors import InputError
 from compress.layout import Layout
-from compress.model import Block, Model
+from compress.model import Model
 
 KINDS = ("llama", "llama-tied", "llama-bias", "mistral", "qwen2", "qwen2-sliding", "qwen3", "qwen3_moe", "qwen3_moe-dense-first", "mixtral", "llava")
 

@@ -68,7 +68,9 @@ def problems(folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_what_was_written_agrees_with_itself(name: str, artifact: Callable[[str], Path]) -> None:
-    declared.check(Layout(Checkpoint(artifact(name))))
+    layout = Layout(Checkpoint(artifact(name)))
+    assert all(layout.checkpoint.tensors.keys() & {f"{linear}.weight_packed", f"{linear}.weight_scale"} for linear in layout.linears)
+    declared.check(layout)
 
 
 WRONG: dict[str, tuple[str, dict[str, Any], str]] = {

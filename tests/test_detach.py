@@ -14,12 +14,13 @@ from torch import Tensor
 
 from compress import data, recipe
 from compress.backsweep import mean_loss
+from compress.block import Block
 from compress.checkpoint import RESIDUALS, Checkpoint
 from compress.data import Samples, Tokenizer
 from compress.errors import InputError
 from compress.inspection import inspect
 from compress.layout import Layout
-from compress.model import Block, Model
+from compress.model import Model
 from compress.planning import plan
 from compress.source import demo_model
 

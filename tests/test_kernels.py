@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import RAN
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -22,10 +23,6 @@ from compress.numerics.grid import Integer, Quantized
 WIDTHS = sorted(t16.COLUMNS)
 SHAPES = [(16, 32, 32), (48, 256, 128), (37, 256, 64), (100, 384, 384), (1, 96, 32), (5, 704, 704), (33, 688, 688)]
 """Outputs, inputs and group: whole blocks, part of one, one row, one scale per row, inputs that fill no whole unit."""
-RAN = (
-    "on 2026-11-22, with g++ 12.2 on an AMD EPYC, plain and avx2 ran, clean under the sanitizers; neon (qemu-user 7.2) and avx512 (SIMDe 0.7.4) "
-    "where they are emulated"
-)
 CROSS, QEMU, SIMDE = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64"), Path("/usr/include/simde")
 TOLERANCE = {1: 2e-2, 2: 1e-4}
 """Of the product with inputs of so many digits, relative."""
@@ -86,14 +83,6 @@ def relative(found: Tensor, expected: Tensor) -> float:
 def magnitude(x: Tensor, weight: Quantized) -> Tensor:
     """What outputs would be if nothing cancelled: what an error of rounding is to be compared with."""
     return exact(x, weight).norm() + x.double().norm() * exact(torch.eye(x.shape[1]), weight).norm() / weight.codes.shape[0] ** 0.5
-
-
-@pytest.fixture(params=["torch", *native.built()])
-def tier(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if not native.built().get(request.param, True):
-        pytest.skip(f"needs a processor with {request.param}; {RAN}")
-    monkeypatch.setenv(native.FORCE, request.param)
-    return str(request.param)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

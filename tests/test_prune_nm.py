@@ -18,11 +18,12 @@ from test_run import QUICK, compress, weights
 from torch import Tensor
 
 from compress import recipe
+from compress.block import Block
 from compress.calibrate import Workspace
 from compress.checkpoint import Checkpoint
 from compress.errors import InputError
 from compress.layout import Layout
-from compress.model import Block, Model
+from compress.model import Model
 from compress.numerics.grid import Integer, minmax_scales, quantized, round_to_nearest
 from compress.numerics.pattern import Pattern
 from compress.passes.prune_nm import Pass

@@ -366,7 +366,7 @@ def test_a_run_killed_after_any_block_continues_to_the_same_bytes(
 def test_a_run_killed_between_any_two_files_continues_to_the_same_bytes(
     writes: int, checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unbroken: Callable[[str], dict[str, str]]
 ) -> None:
-    from compress import calibrate, model
+    from compress import block, calibrate, model
 
     real, left = model.write_safetensors, [writes]
 
@@ -377,7 +377,7 @@ def test_a_run_killed_between_any_two_files_continues_to_the_same_bytes(
         real(*arguments)
 
     with monkeypatch.context() as patched:
-        for module in (model, calibrate, compressed_tensors):
+        for module in (block, model, calibrate, compressed_tensors):
             patched.setattr(module, "write_safetensors", write)
         if writes < 6:
             with pytest.raises(Killed):

@@ -15,11 +15,12 @@ from oracles import divergence, gradients
 from torch import Tensor
 
 from compress import data, demo, sensitivity
+from compress.block import Block
 from compress.checkpoint import Checkpoint
 from compress.data import Samples, Tokenizer, calibration
 from compress.errors import InputError
 from compress.layout import Layout, Linear
-from compress.model import Block, Model
+from compress.model import Model
 from compress.numerics.grid import Integer, minmax_scales, quantized, round_to_nearest
 from compress.numerics.knapsack import Knapsack
 from compress.sensitivity import Variant, divergences, influences

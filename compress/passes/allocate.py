@@ -32,9 +32,10 @@ from compress.scheme import Scheme, dense_bytes, output_bytes
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from compress.block import Block
     from compress.calibrate import Workspace
     from compress.data import Samples
-    from compress.model import Block, Model
+    from compress.model import Model
     from compress.sensitivity import Rounder
 
 ALONG = {"taylor": 0.0, "pqi": 0.5, "deltaloss": 1.0}

@@ -17,11 +17,12 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from compress.block import Block
     from compress.calibrate import Trainable, Workspace
     from compress.data import Samples
     from compress.errors import Problems
     from compress.layout import Layout, Linear
-    from compress.model import Block, Model
+    from compress.model import Model
     from compress.numerics.grid import Grid
     from compress.numerics.learned import Rounding
 

@@ -29,9 +29,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from compress.attribution import Attribution
+    from compress.block import Block
     from compress.calibrate import Progress, Workspace
     from compress.data import Samples
-    from compress.model import Block, Model
+    from compress.model import Model
 
     Scores = Callable[[Block], dict[str, Tensor]]
     """What each weight of a block did to the loss, signed, [out, in] float32 by linear."""

@@ -21,9 +21,10 @@ from compress.scheme import Scheme
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from compress.block import Block
     from compress.calibrate import Inputs, Workspace
     from compress.data import Samples
-    from compress.model import Block, Model
+    from compress.model import Model
     from compress.numerics.feedback import Factor
     from compress.reordering import Order
 

@@ -22,10 +22,11 @@ from compress.passes.base import Restructure
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from compress.block import Block
     from compress.calibrate import Workspace
     from compress.data import Samples
     from compress.gating import Options
-    from compress.model import Block, Model
+    from compress.model import Model
 
     Scores = dict[str, Tensor]
 

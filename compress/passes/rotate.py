@@ -21,9 +21,10 @@ from compress.passes.base import Transform
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from compress.block import Block
     from compress.calibrate import Workspace
     from compress.data import Samples
-    from compress.model import Block, Model
+    from compress.model import Model
     from compress.numerics.rotation import Rotation
 
     Read = Callable[[str], Tensor]

@@ -12,10 +12,11 @@ from compress.passes.base import Quantize, split
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from compress.block import Block
     from compress.calibrate import Workspace
     from compress.data import Samples
     from compress.layout import Linear
-    from compress.model import Block, Model
+    from compress.model import Model
 
 
 class Pass(Quantize):

@@ -1,0 +1,480 @@
+"""One decoder block in memory: what it computes, what passes make of its tensors, and the file that goes to disk.
+
+Weights change through these methods alone, which keep what the block computes with and what will be stored in step.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from compress.checkpoint import (
+    DTYPE_NAMES,
+    Entry,
+    entry,
+    read_entry,
+    read_tensor,
+    write_safetensors,
+)
+from compress.formats import base as formats
+from compress.formats import branch as branches
+from compress.formats import sparse_residual
+from compress.formats.branch import Branch
+from compress.formats.sparse_residual import Residual
+from compress.layout import BlockLayout
+from compress.numerics.activations import Activations
+from compress.numerics.cache import as_cached
+from compress.numerics.grid import Quantized
+from compress.numerics.pattern import Pattern
+from compress.numerics.sparsity import violations
+
+if TYPE_CHECKING:
+    from compress.model import Model
+
+EXACT = "weight_exact"
+"""Part of a linear in a block file: its dense weight, if one pass both changed and quantised it."""
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+Recorder = Callable[[int, Tensor, Tensor], None]
+Change = tuple[Tensor, Tensor | None]
+"""What inputs [..., columns] are multiplied by, and what is added then, each [columns]."""
+
+
+class Reached(Exception):
+    """Raised inside a block's forward once everything asked for has been measured; the rest need not be computed."""
+
+
+@dataclass
+class Experts3D:
+    """Listens to the experts of one block: ``record(expert, token [n], inputs [n, in])`` before or after the gated product.
+
+    ``token`` counts through the rows of a batch one after the other.
+    """
+
+    record: Recorder
+    after_gate: bool
+
+
+def experts_forward(self: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """The experts of transformers v5, one after the other, telling `self.listener` what each is given.
+
+    `self.factors`, by expert, are what the last linear of each is to have its inputs multiplied by, and what is then to be added.
+
+    ``hidden`` [tokens, hidden]; ``top_k_index`` and ``top_k_weights`` [tokens, k]. Same operations in the same order as the eager
+    implementation.
+    """
+    listener: Experts3D | None = getattr(self, "listener", None)
+    factors: dict[int, Change] | None = getattr(self, "factors", None)
+    result = torch.zeros_like(hidden)
+    for expert in range(self.gate_up_proj.shape[0]):
+        token, place = torch.where(top_k_index == expert)
+        inputs = hidden[token]
+        if listener and not listener.after_gate:
+            listener.record(expert, token, inputs)
+            continue
+        gated = self._apply_gate(nn.functional.linear(inputs, self.gate_up_proj[expert]))
+        if factors and expert in factors:
+            factor, shift = factors[expert]
+            gated = gated * factor if shift is None else gated * factor + shift
+        if listener:
+            listener.record(expert, token, gated)
+            continue
+        output = nn.functional.linear(gated, self.down_proj[expert]) * top_k_weights[token, place, None]
+        result.index_add_(0, token, output.to(result.dtype))
+    if listener:
+        raise Reached
+    return result
+
+
+@dataclass
+class Cache:
+    """Stands where attention expects its cache: for forwards over whole sequences, or before the one of transformers, `kept`.
+
+    `listener` is told what the cache is given: keys, after rotation, and values, [rows, heads, tokens, head size]. With `scales`, one for
+    keys and one for values, attention gets both back as `as_cached` says.
+    """
+
+    scales: tuple[Tensor, Tensor] | None = None
+    listener: Callable[[Tensor, Tensor], None] | None = None
+    kept: Any = None
+
+    @property
+    def idle(self) -> bool:
+        """Whether attention may as well do without."""
+        return self.scales is None and self.listener is None
+
+    def update(self, keys: Tensor, values: Tensor, *more: Any, **named: Any) -> tuple[Tensor, Tensor]:
+        """What attention of transformers calls."""
+        if self.listener:
+            self.listener(keys, values)
+        if self.scales is not None:
+            keys, values = as_cached(keys, self.scales[0]), as_cached(values, self.scales[1])
+        return (keys, values) if self.kept is None else self.kept.update(keys, values, *more, **named)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a tensor on disk lives in memory: a parameter of the block's module, or the rows of one expert in it."""
+
+    parameter: str
+    expert: int | None = None
+    half: int | None = None
+
+    def view(self, module: nn.Module) -> Tensor:
+        data = module.get_parameter(self.parameter).data
+        if self.expert is not None:
+            data = data[self.expert]
+        if self.half is not None:
+            data = data.chunk(2)[self.half]
+        return data
+
+
+class Block:
+    """One materialised decoder block."""
+
+    def __init__(self, layout: BlockLayout, module: nn.Module, slots: dict[str, Slot], model: Model) -> None:
+        self.layout = layout
+        self.module = module
+        self._slots = slots
+        self._model = model
+        self._quantized: dict[str, dict[str, Tensor]] = {}
+        self._changed: dict[str, Tensor] = {}
+        self._residuals: dict[str, Residual] = {}
+        self._branches: dict[str, Branch] = {}
+        self._orders: dict[tuple[str, int], Tensor] = {}
+        """By tensor and dimension, the order in which its channels are saved."""
+        self._hooks: list[Any] = []
+        self._cache = Cache(model.cache_scales(layout))
+        self.records: list[dict[str, Any]] = []
+
+    def submodule(self, linear: str) -> nn.Module:
+        """The module that computes the linear of this name on disk."""
+        return self.module.get_submodule(self._slots[f"{linear}.weight"].parameter.removesuffix(".weight"))
+
+    def parent(self, linear: str) -> nn.Module:
+        """The module that holds the one that computes the linear of this name on disk."""
+        return self.module.get_submodule(self._slots[f"{linear}.weight"].parameter.removesuffix(".weight").rpartition(".")[0])
+
+    def surrounding(self, linear: str) -> nn.Module:
+        """The submodule, attention or an MLP, that the linear of this name on disk is part of, be it alone or one of two factors."""
+        whole = linear.rpartition(".")[0]
+        if whole not in self._model.layout.factored:
+            return self.parent(linear)
+        path = self._slots[f"{linear}.weight"].parameter.removesuffix(".weight")
+        return self.module.get_submodule(path.rpartition(".")[0].rpartition(".")[0])
+
+    @property
+    def experts(self) -> Any:
+        """The module that holds all experts."""
+        table = self._model.layout.arch.experts
+        assert table
+        return self.module.get_submodule(table.module)
+
+    def weight(self, linear: str) -> Tensor:
+        """[out, in] float32, as exact as it is stored; a copy."""
+        return self.tensor(f"{linear}.weight")
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor of the block by its name on disk, float32, with all changes made so far; a copy."""
+        linear = name.removesuffix(".weight")
+        if name in self._changed:
+            found = self._changed[name].clone()
+        else:
+            found = self._model.dense(linear) if linear in self._model.layout.linears else read_tensor(self._model.tensors[name])
+        return found.to(self._model.device, torch.float32)
+
+    def exact(self, linear: str) -> Tensor:
+        """[out, in] float32, the weight of a quantised linear as it was just before that; a copy."""
+        return read_tensor(self._model.exact[linear]).to(self._model.device, torch.float32)
+
+    def stored_dtype(self, linear: str) -> torch.dtype:
+        """The dtype of the weight in the source, which scales are stored in."""
+        return self._model.dense_dtype(linear)
+
+    def source_dtype(self, name: str) -> torch.dtype:
+        """The dtype a tensor has in the source and will have again."""
+        return DTYPES[self._model.checkpoint.tensors[name].dtype]
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one attention head."""
+        return self._model.head_dim
+
+    def set_dense(self, name: str, value: Tensor) -> None:
+        """From here on the tensor of this name on disk is ``value``, kept in float32 until it is quantised or exported."""
+        self._check_zeros(name.removesuffix(".weight"), value)
+        self._put(name, value)
+
+    def _put(self, name: str, value: Tensor) -> None:
+        slot = self._slots.get(name)
+        if slot is not None:
+            slot.view(self.module).copy_(value)
+        self._changed[name] = value.float()
+
+    def restructure(self, name: str, tensor: Tensor) -> None:
+        """From the end of the pass on the tensor of this name on disk is ``tensor``, of any shape, in the dtype of the source.
+
+        Until then the block computes as before.
+        """
+        known = self._model.checkpoint.tensors
+        dtype = known[name if name in known else f"{name.rpartition('.')[0]}.weight"].dtype  # a bias may be new
+        self._changed[name] = read_entry(Entry(name, dtype, tuple(tensor.shape), tensor))
+
+    def is_pruned(self, linear: str) -> bool:
+        """Whether a pass before this one removed weights of a linear."""
+        return linear in self._model.patterns
+
+    def kept(self, linear: str) -> Tensor:
+        """Where a linear may have weights, [out, in] bool: everywhere, unless it was pruned. What was rounded to zero is not meant."""
+        weight = self.exact(linear) if linear in self._model.exact else self.weight(linear)
+        return weight != 0 if self.is_pruned(linear) else torch.ones_like(weight, dtype=torch.bool)
+
+    def _check_zeros(self, linear: str, value: Tensor) -> None:
+        """Raise AssertionError if ``value`` [out, in] has weights where a pruned linear has none."""
+        if self.is_pruned(linear) and bool((value.masked_fill(self.kept(linear), 0) != 0).any()):
+            raise AssertionError(f"{self._model.at_work} put weights back that were pruned from {linear}")
+
+    def set_pruned(self, linear: str, weight: Tensor, pattern: Pattern, record: dict[str, Any], order: Tensor | None = None) -> None:
+        """From here on a linear is ``weight`` [out, in], which keeps the promise of `pattern`, and all later passes leave its zeros, wherever
+        there were any before.
+
+        With ``order`` int64 [in] its inputs are in that order in ``weight`` and on disk, as whoever makes them was told by `reorder`; the block in
+        memory computes with both as they were.
+        """
+        if broken := violations(weight, pattern):
+            raise AssertionError(f"{self._model.at_work} left {broken} groups of {linear} that are not {pattern}")
+        name = f"{linear}.weight"
+        if order is not None:
+            self._orders[name, 1] = order
+            weight = torch.empty_like(weight).index_copy_(1, order, weight)
+        self._put(name, weight)
+        self.add_record(linear, {"pattern": str(pattern), "density": float((weight != 0).double().mean()), **record})
+
+    def set_filled(self, linear: str, weight: Tensor, record: dict[str, Any]) -> None:
+        """From here on a linear that was pruned is ``weight`` [out, in] and keeps no pattern, for later passes neither."""
+        self._put(f"{linear}.weight", weight)
+        self.add_record(linear, {"pattern": None, "density": float((weight != 0).double().mean()), **record})
+
+    def set_branch(self, linear: str, weight: Tensor, run: int) -> None:
+        """From here on a branch with this ``weight`` [out, runs], in the dtype of the source, lies beside a linear outside experts."""
+        name = f"{linear}.{branches.WEIGHT}"
+        dtype = DTYPE_NAMES[str(self.stored_dtype(linear)).removeprefix("torch.")]
+        stored = read_entry(Entry(name, dtype, tuple(weight.shape), weight)).to(weight.device)
+        self._branches[linear] = Branch(stored, run)
+        self.add_branch(linear, self._branches[linear])
+
+    def add_branch(self, linear: str, branch: Branch) -> None:
+        """From here on, until the block is left, `linear`, which is not of an expert, gives what ``branch`` gives too."""
+        branch = Branch(branch.weight.to(self._model.device), branch.run)
+        module = self.submodule(linear)
+        self._hooks.append(module.register_forward_hook(lambda _, given, outputs: outputs + branch.of(given[0]).to(outputs.dtype)))
+
+    def reorder(self, linear: str, outputs: Tensor) -> None:
+        """Save the outputs of a linear in the order ``outputs`` int64 [out]; until then the block computes with them as they are."""
+        for name in (f"{linear}.weight", f"{linear}.bias"):
+            if name in self.layout.tensors:
+                self._orders[name, 0] = outputs
+
+    def set_factors(self, linear: str, first: Tensor, second: Tensor, *, apart: bool) -> Tensor:
+        """From here on the block computes with ``second @ first`` ([out, rank] and [rank, in], or their product) in place of a linear's weight.
+
+        From the end of the pass on the checkpoint has both `apart`, or else the product as the weight, in the dtype of the source. Returns what the
+        linear computes with, [out, in] float32.
+        """
+        dtype = self._model.checkpoint.tensors[f"{linear}.weight"].dtype
+        made = {f"{linear}.0.weight": first, f"{linear}.1.weight": second} if apart else {f"{linear}.weight": second @ first}
+        stored = {name: read_entry(Entry(name, dtype, tuple(tensor.shape), tensor)) for name, tensor in made.items()}
+        self._changed |= stored
+        factors = [tensor.double() for tensor in stored.values()]
+        product = (factors[1] @ factors[0] if apart else factors[0]).float()
+        self._slots[f"{linear}.weight"].view(self.module).copy_(product)
+        return product
+
+    def add_record(self, name: str, record: dict[str, Any]) -> None:
+        """Put what became of `name` into the report."""
+        self.records.append({"name": name, "block": self.layout.index, **record})
+
+    def set_quantized(
+        self, linear: str, weight: Quantized, record: dict[str, Any], layout: str = "pack-quantized", inputs: Activations | None = None
+    ) -> None:
+        """From here on the block computes with the dequantised values, and rounds what the linear is given as `inputs` says.
+
+        It goes to disk in the format `layout`; `record` goes into the report.
+        """
+        # Kernels that multiply codes by codes apply the scales to the sum, and never round a weight.
+        computed = weight.dequantize(torch.float32 if inputs else None)
+        self._check_zeros(linear, computed)
+        self._slots[f"{linear}.weight"].view(self.module).copy_(computed)
+        self._quantized[linear] = formats.called(layout).pack(linear, weight)
+        if inputs is not None:
+            self.round_inputs(linear, inputs)
+            if inputs.scale is not None:
+                self._quantized[linear][f"{linear}.input_scale"] = inputs.scale
+        self.add_record(
+            linear,
+            {"bits": weight.bits, "group_size": weight.group_size, "symmetric": weight.symmetric,
+             "activations": inputs.arguments() if inputs else None, **record},
+        )  # fmt: skip
+
+    def residual(self, linear: str, weight: Tensor, positions: Tensor) -> Residual:
+        """What takes a quantised linear to ``weight`` [out, in] float32 at ``positions`` [out, in] bool, as it will be stored."""
+        return sparse_residual.residual(weight, self._computed(linear), positions, self.stored_dtype(linear))
+
+    def set_residual(self, linear: str, residual: Residual, record: dict[str, Any]) -> None:
+        """From here on the block computes with the codes of a linear and `residual`; `record` goes into the report."""
+        computed = residual.add_to(self._computed(linear))
+        self._check_zeros(linear, computed)
+        self._slots[f"{linear}.weight"].view(self.module).copy_(computed)
+        self._residuals[linear] = residual
+        self.add_record(linear, {"residuals": len(residual.values), **record})
+
+    def _computed(self, linear: str) -> Tensor:
+        weight = self._model.quantized(linear)
+        assert weight
+        return self._model.computed(linear, weight).to(self._model.device)
+
+    def round_inputs(self, linear: str, inputs: Activations) -> None:
+        """From here on, until the block is left, what `linear` is given is rounded."""
+
+        def before(_: Any, arguments: tuple[Tensor]) -> tuple[Tensor]:
+            exact = arguments[0]
+            rounded = inputs.round(exact.detach())
+            # Gradients pass as if nothing had been rounded.
+            return (rounded + (exact - exact.detach()) if exact.requires_grad else rounded,)
+
+        self._hooks.append(self.submodule(linear).register_forward_pre_hook(before))
+
+    def release(self) -> None:
+        """Free the weights."""
+        for hook in self._hooks:
+            hook.remove()
+        self.module.to("meta")
+
+    def set_cache_scales(self, keys: Tensor, values: Tensor, record: dict[str, Any]) -> None:
+        """From here on attention reads its cache as FP8 under these scales, float32 [1] or [heads, 1, 1]; `record` goes into the report."""
+        self._cache.scales = keys, values
+        for local, scale in zip(self._model.layout.arch.cache_scales, (keys, values), strict=True):
+            self.set_dense(f"{self.layout.prefix}.{local}", scale)
+        self.add_record(f"{self.layout.prefix}.{self._model.layout.arch.attention}", record)
+
+    @contextmanager
+    def hearing_cache(self, listener: Callable[[Tensor, Tensor], None]) -> Iterator[None]:
+        """While inside, `listener` is told the keys and values of every forward."""
+        self._cache.listener = listener
+        try:
+            yield
+        finally:
+            self._cache.listener = None
+
+    def _arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """``kwargs`` of a forward, with the cache among them if it does anything."""
+        return kwargs if self._cache.idle else kwargs | {"past_key_values": self._cache}
+
+    def forward(self, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """[batch, tokens, hidden] through the block."""
+        output = self.module(hidden, **self._arguments(kwargs))
+        return cast(Tensor, output[0] if isinstance(output, tuple) else output)
+
+    def advance(self, hidden: list[Tensor], kwargs: list[dict[str, Any]]) -> None:
+        """Replace what the block is given, by batch, by what it gives."""
+        for batch, each in enumerate(hidden):
+            hidden[batch] = self.forward(each, kwargs[batch])
+
+    @contextmanager
+    def trying(self, weights: dict[str, Tensor]) -> Iterator[None]:
+        """While inside, the block computes with ``weights`` [out, in] in place of those of some linears, by name."""
+        views = {linear: self._slots[f"{linear}.weight"].view(self.module) for linear in weights}
+        before = {linear: view.clone() for linear, view in views.items()}
+        try:
+            for linear, view in views.items():
+                view.copy_(weights[linear])
+            yield
+        finally:
+            for linear, view in views.items():
+                view.copy_(before[linear])
+
+    @contextmanager
+    def listening(self, record: Recorder, *, after_gate: bool) -> Iterator[None]:
+        """While inside, a forward ends at the experts, which tell `record` what each is given."""
+        self.experts.listener = Experts3D(record, after_gate)
+        try:
+            yield
+        finally:
+            self.experts.listener = None
+
+    @contextmanager
+    def scaling(self, changes: Mapping[str, Change]) -> Iterator[None]:
+        """While inside, what each of these linears, by name, is given is changed; differentiable in what it is changed by.
+
+        Of an expert that can be done to the last linear only.
+        """
+        handles = []
+        of_experts: dict[int, Change] = {}
+
+        def before(factor: Tensor, shift: Tensor | None) -> Callable[[Any, tuple[Tensor]], tuple[Tensor]]:
+            return lambda _, arguments: (arguments[0] * factor if shift is None else arguments[0] * factor + shift,)
+
+        for linear, (factor, shift) in changes.items():
+            factor, shift = factor.to(self._model.dtype), None if shift is None else shift.to(self._model.dtype)
+            slot = self._slots[f"{linear}.weight"]
+            if slot.expert is None:
+                handles.append(self.submodule(linear).register_forward_pre_hook(before(factor, shift)))
+            else:
+                assert linear.endswith(f".{self._down}")
+                of_experts[slot.expert] = factor, shift
+        if of_experts:
+            self.experts.factors = of_experts
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            if of_experts:
+                self.experts.factors = None
+
+    @property
+    def _down(self) -> str:
+        table = self._model.layout.arch.experts
+        assert table
+        return table.down
+
+    def forward_with(self, weights: dict[str, Tensor], hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """`forward` with ``weights`` [out, in] in place of those of some linears, by name; differentiable in them."""
+        replaced: dict[str, Tensor] = {}
+        parts: dict[str, dict[tuple[int, int | None], Tensor]] = {}
+        for linear, weight in weights.items():
+            slot = self._slots[f"{linear}.weight"]
+            if slot.expert is None:
+                replaced[slot.parameter] = weight.to(hidden.dtype)
+            else:
+                parts.setdefault(slot.parameter, {})[slot.expert, slot.half] = weight.to(hidden.dtype)
+        for slot in self._slots.values():
+            if slot.expert is not None and slot.parameter in parts:
+                parts[slot.parameter].setdefault((slot.expert, slot.half), slot.view(self.module))
+        for parameter, members in parts.items():
+            halves = sorted({half for _, half in members}, key=lambda half: half or 0)
+            experts = sorted({expert for expert, _ in members})
+            replaced[parameter] = torch.stack([torch.cat([members[expert, half] for half in halves]) for expert in experts])
+        output = torch.func.functional_call(self.module, replaced, (hidden,), self._arguments(kwargs))
+        return cast(Tensor, output[0] if isinstance(output, tuple) else output)
+
+    def save(self, path: Path) -> None:
+        """Write what changed, durably: codes in the layout of the final artifact, the rest in float32."""
+        tensors = dict(self._changed)
+        for (name, dimension), order in self._orders.items():
+            tensors[name] = (tensors[name] if name in tensors else self.tensor(name)).index_select(dimension, order)
+        for linear, packed in self._quantized.items():
+            if (changed := tensors.pop(f"{linear}.weight", None)) is not None:
+                tensors[f"{linear}.{EXACT}"] = changed
+            tensors |= packed
+        for linear, residual in self._residuals.items():
+            tensors |= sparse_residual.pack(linear, residual)
+        for linear, branch in self._branches.items():
+            tensors |= branches.pack(linear, branch)
+        write_safetensors(path, [entry(name, tensor) for name, tensor in tensors.items()], {"records": json.dumps(self.records)})
