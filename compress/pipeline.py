@@ -195,9 +195,10 @@ class _Run:
         samples = self._calibration()
         if self.recipe.evaluate is not None:
             measure.read(self.recipe.evaluate, self.tokenizer)  # to be told of its faults now, not after hours
-        work = self._work_folder(sources, samples.digest if samples else "")
-        for index, (name, step) in enumerate(self.steps):
-            self._pass(index, name, step, sources, samples, work)
+        given = [self._drawn(step.own_samples) if isinstance(step, Rewrite) and step.own_samples else samples for _, step in self.steps]
+        work = self._work_folder(sources, [drawn.digest for drawn in given if drawn])
+        for index, ((name, step), drawn) in enumerate(zip(self.steps, given, strict=True)):
+            self._pass(index, name, step, sources, drawn, work)
         self._settle()
         staging = work / "artifact"
         shutil.rmtree(staging, ignore_errors=True)
@@ -252,19 +253,20 @@ class _Run:
         return self.source.checkpoint.verify(advance)
 
     def _calibration(self) -> Any:
+        return self._drawn(self.recipe.calibration.samples) if any(step.needs_data for _, step in self.steps) else None
+
+    def _drawn(self, samples: int) -> Any:
         from compress import data
 
-        if not any(step.needs_data for _, step in self.steps):
-            return None
         options = self.recipe.calibration
-        return data.calibration(options.data, options.samples, options.length, options.seed, self.tokenizer)
+        return data.calibration(options.data, samples, options.length, options.seed, self.tokenizer)
 
-    def _work_folder(self, sources: dict[str, str], data_digest: str) -> Path:
+    def _work_folder(self, sources: dict[str, str], drawn: list[str]) -> Path:
         """A folder named after everything that decides the result; what other contents left there is thrown away."""
         compression = {key: self.recipe.resolved()[key] for key in ("passes", "export")}
         config = sha256(self.layout.checkpoint.folder / "config.json")
         plans = [sha256(path) for _, step in self.steps if isinstance(step, Allocator) for path in step.files()]
-        decisive = [__version__, sources, config, compression, plans, data_digest, str(self.model.dtype), str(self.model.device)]
+        decisive = [__version__, sources, config, compression, plans, drawn, str(self.model.dtype), str(self.model.device)]
         key = json.dumps(decisive, sort_keys=True)
         folder = self.request.work / f"run-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
         if folder.exists():

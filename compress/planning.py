@@ -62,14 +62,15 @@ def plan(recipe: Recipe, layout: Layout, schemes: dict[str, tuple[str, Scheme]])
     trying: tuple[int, dict[str, Any]] | None = None
     for name, step in recipe.instances():
         mine = {linear: scheme for linear, (by, scheme) in schemes.items() if by == name}
-        tokens = recipe.calibration.samples * recipe.calibration.length if step.needs_data else 0
+        samples = (step.own_samples if isinstance(step, Rewrite) else None) or recipe.calibration.samples
+        tokens = samples * recipe.calibration.length if step.needs_data else 0
         taken = {*mine, *(step.prunes(layout) if isinstance(step, Prunes) else ())}
         rewrites = isinstance(step, Rewrite | Prunes | Restructure)
         operations = _operations(layout, taken, tokens)
         if isinstance(step, Differentiating):
             operations = _forward(source, tokens) * step.forwards
         if tokens and isinstance(step, Rewrite | Restructure):
-            operations = max(operations, _forward(source, tokens) * step.sweeps(recipe.calibration.samples, recipe.calibration.length))
+            operations = max(operations, _forward(source, tokens) * step.sweeps(samples, recipe.calibration.length))
         if isinstance(step, Allocator):
             operations = _forward(layout, step.sequences(layout) * recipe.calibration.length)
             mixed |= {linear: per_linear[linear].model_copy(update={"bits": bits}) for linear, bits in step.examples(layout)[-1].items()}

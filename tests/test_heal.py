@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from test_run import compress, contents, weights
 
 from compress import healing, recipe
 from compress.checkpoint import Checkpoint, read_tensor
-from compress.data import Samples
+from compress.data import Sample, Samples
 from compress.errors import InputError
 from compress.layout import Layout
 from compress.numerics.pattern import Pattern
@@ -162,6 +164,28 @@ def test_what_does_not_fit_together_is_refused(options: dict[str, Any], message:
 def test_a_moving_mask_needs_a_pattern(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no linear has an N:M pattern"):
         compress(healed([], mask="moving"), checkpoint("llama"), tmp_path / "out")
+
+
+@given(starts=st.lists(st.integers(0, 400), min_size=2, max_size=12), length=st.integers(8, 90), share=st.floats(0.05, 0.6))
+def test_no_passage_is_trained_on_that_is_in_part_held_out(starts: list[int], length: int, share: float) -> None:
+    samples = Samples("text", tuple(Sample.of(list(range(start, start + length))) for start in starts))
+    held_out = starts[: max(1, round(share * len(starts)))]
+    # numbers in a row overlap in as many tokens as their starts are apart from their length
+    apart = [start for start in starts[len(held_out) :] if all(length - abs(start - other) < min(healing.RUN, length) for other in held_out)]
+    if not apart:
+        with pytest.raises(InputError, match="leave none to train on that is not in part held out"):
+            healing.divided(samples, share)
+        return
+    learning, held = healing.divided(samples, share)
+    assert [int(item.ids[0]) for item in held.items] == held_out
+    assert [int(item.ids[0]) for item in learning.items] == apart
+
+
+def test_samples_are_drawn_for_it_alone_and_counted(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    compress(healed([NM], samples=40), checkpoint("llama"), tmp_path / "out")
+    counts = outcome(tmp_path / "out")["samples"]
+    assert counts["held_out"] == 4 and counts["trained_on"] + counts["left_out"] == 36
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["calibration"]["sequences"] == 12
 
 
 def test_every_sample_comes_once_before_any_comes_again() -> None:

@@ -17,9 +17,10 @@ from compress.layout import Group, Layout, Linear
 from compress.scheme import FLOAT_FORMATS, CacheScheme, Scheme
 
 if TYPE_CHECKING:
+    from compress.block import Block
     from compress.calibrate import Workspace
     from compress.data import Samples
-    from compress.model import Block, Model
+    from compress.model import Model
     from compress.numerics.grid import Quantized
     from compress.numerics.pattern import Pattern
 
@@ -332,8 +333,13 @@ class Rewrite(BaseModel):
     def plan(self, layout: Layout) -> dict[str, Scheme]:
         return {}
 
+    @property
+    def own_samples(self) -> int | None:
+        """How many samples of the calibration data are drawn for it; None if those of all passes do."""
+        return None
+
     def sweeps(self, samples: int, length: int) -> float:
-        """What it costs, in forward passes of the model over the calibration data, of so many samples of so many tokens."""
+        """What it costs, in forward passes of the model over the data it is given, of so many samples of so many tokens."""
         return 0.0
 
     @property

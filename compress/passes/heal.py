@@ -42,7 +42,10 @@ class Pass(Rewrite):
     batch: int = Field(default=8, ge=1, description="calibration samples per step")
     learning_rate: float = Field(default=1e-4, gt=0, description="at its highest; small models want more, adapters about ten times as much")
     divergence: float = Field(default=2.0, ge=0, description="weight of the KL divergence from the source, beside the loss of the text")
-    held_out: float = Field(default=0.1, gt=0, lt=1, description="share of the calibration samples that are only judged by")
+    samples: int | None = Field(
+        default=None, ge=1, description="how many to draw for it from the calibration data; by default those that all passes are given"
+    )
+    held_out: float = Field(default=0.1, gt=0, lt=1, description="share of the samples that are only judged by")
     mask: Literal["fixed", "moving"] = Field(
         default="fixed", description="`fixed`: zeros stay; `moving`: linears with an N:M pattern keep their largest weights as they change"
     )
@@ -91,6 +94,10 @@ class Pass(Rewrite):
     def keeps_branches(self) -> bool:
         return self.branch is not None and self.branch_after == "keep"
 
+    @property
+    def own_samples(self) -> int | None:
+        return self.samples
+
     def added_bytes(self, layout: Layout) -> int:
         """Of branches beside all linears, if not all of which may be pruned."""
         if not self.keeps_branches or self.branch is None:
@@ -116,7 +123,7 @@ class Pass(Rewrite):
         from compress.healing import Options, best, heal, together
         from compress.model import Model
 
-        options = Options(**self.model_dump(exclude={"branch_after"}))
+        options = Options(**self.model_dump(exclude={"branch_after", "samples"}))
         source = Model(Layout(Checkpoint(model.checkpoint.folder)))
         outcome = heal(model, source, samples, options, workspace.folder, workspace.progress)
         for block in walk(model, workspace):
