@@ -74,13 +74,21 @@ class Outside:
 
 @dataclass(frozen=True)
 class Experts:
-    """Routed experts of one block. On disk ``{prefix}.{expert}.{linear}``; in memory two 3-D parameters of the module `module`."""
+    """Routed experts of one block. On disk ``{prefix}.{expert}.{linear}``; in memory two 3-D parameters of the module `module`.
+
+    The ``router`` has a row for each of them, in its weight and in whatever else is named after it. `count` and `active` are keys of the config: how
+    many experts there are, and how many of them a token goes to. Where `groups` is a key, tokens choose among so many groups of equal size first.
+    """
 
     prefix: str
     module: str
     gate: str
     up: str
     down: str
+    router: str
+    count: str
+    active: str = "num_experts_per_tok"
+    groups: str | None = None
 
 
 @dataclass(frozen=True)
