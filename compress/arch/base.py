@@ -76,8 +76,9 @@ class Outside:
 class Experts:
     """Routed experts of one block. On disk ``{prefix}.{expert}.{linear}``; in memory two 3-D parameters of the module `module`.
 
-    The ``router`` has a row for each of them, in its weight and in whatever else is named after it. `count` and `active` are keys of the config: how
-    many experts there are, and how many of them a token goes to. Where `groups` is a key, tokens choose among so many groups of equal size first.
+    The ``router`` has a row for each of them, in its weight and in whatever else is named after it. `counts` are the keys by which a config may say how
+    many experts there are, `active` says how many of them a token goes to. Where `groups` are keys, tokens choose first: of so many groups of equal
+    size so many.
     """
 
     prefix: str
@@ -86,9 +87,9 @@ class Experts:
     up: str
     down: str
     router: str
-    count: str
+    counts: tuple[str, ...]
     active: str = "num_experts_per_tok"
-    groups: str | None = None
+    groups: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ ARCH = Arch(
         up="w3",
         down="w2",
         router="block_sparse_moe.gate",
-        count="num_local_experts",
+        counts=("num_local_experts",),
     ),
     rename=(("block_sparse_moe.", "mlp."),),
     unquantized=("block_sparse_moe.gate",),

@@ -30,7 +30,13 @@ ARCH = Arch(
     ),
     biases=(ATTENTION_BIASES,),
     experts=Experts(
-        prefix="mlp.experts", module="mlp.experts", gate="gate_proj", up="up_proj", down="down_proj", router="mlp.gate", count="num_experts"
+        prefix="mlp.experts",
+        module="mlp.experts",
+        gate="gate_proj",
+        up="up_proj",
+        down="down_proj",
+        router="mlp.gate",
+        counts=("num_experts", "num_local_experts"),
     ),
     unquantized=("mlp.gate",),
 )
