@@ -121,8 +121,7 @@ def test_what_is_judged_is_what_is_written(checkpoint: Callable[..., Path], tmp_
     assert any(record["mixed"] for record in found) and all(record["after"] == 4 for record in found)
     samples = calibration("demo:text", 8, 48, 0, Tokenizer(checkpoint("qwen3_moe")))
     seen, held = divided(samples, 0.5, "eep")
-    # Mixtures are summed up in another order when written, and a token in between two experts may fall to the other.
-    for folder, when, near in ((checkpoint("qwen3_moe"), "before", 1e-6), (tmp_path / "out", "after", 2e-4)):
+    for folder, when, near in ((checkpoint("qwen3_moe"), "before", 1e-6), (tmp_path / "out", "after", 1e-5)):
         model = Model(Layout(Checkpoint(folder)))
         assert -mean_loss(model, seen) == pytest.approx(first["fitness"][when], abs=near)
         assert -mean_loss(model, held) == pytest.approx(first["held_out"][when], abs=near)

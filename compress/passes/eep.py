@@ -99,8 +99,8 @@ class Pass(FewerExperts):
             if len(gene.kept) < len(block.layout.experts):
                 for name, rows in block.router_tensors().items():
                     block.restructure(name, rows[list(gene.kept)])
-            for row, expert in enumerate(gene.kept if gene.mix else ()):
-                for name, tensor in mixed(block, expert, torch.tensor(gene.mixed(len(block.layout.experts))[row])).items():
+            if gene.mix:
+                for name, tensor in mixed(block, gene.kept, torch.tensor(gene.mix)).items():
                     block.restructure(name, tensor)
             block.add_record(f"{block.layout.prefix}.experts", self._record(block.layout, gene.kept, gene.mix is not None, said))
 
