@@ -166,6 +166,26 @@ def bench(
         view.speed(result)
 
 
+@app.command()
+def pattern(
+    model: ModelArgument,
+    speedup: Annotated[float, typer.Option(help="how many times as fast products of one token shall be, such as 1.5")],
+    threads: Annotated[int | None, typer.Option(help="to compute with [default: as many as torch takes]", min=1)] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """The V:N:M pattern for MODEL that is so fast on this machine and loses least; exits with 1 if none is so fast."""
+    with _errors(as_json):
+        from compress import patterns, view
+
+        with _interruptible(), view.watch(as_json) as progress:
+            result = patterns.search(model, speedup, threads, progress)
+        if as_json:
+            typer.echo(json.dumps(result))
+        else:
+            view.patterns(result)
+        raise typer.Exit(Exit.ACCEPTED if result["chosen"] else Exit.UNREACHED)
+
+
 @app.command("eval")
 def evaluate(
     model: ModelArgument,
