@@ -161,14 +161,16 @@ class Stopwatch:
         import torch
 
         x = torch.randn(1, 1, shape[1], dtype=self._computed)
-        sides = self._dense(shape), self._sparse(shape, pattern)
-        taken, start = [], perf_counter()
+        sides = self.dense(shape), self.sparse(shape, pattern)
+        taken: list[list[float]] = []
+        start = perf_counter()
         while len(taken) <= REPEATS or perf_counter() - start < SECONDS:
             taken.append([_seconds(side, x) for side in sides])
         dense, sparse = (median(times[1:]) for times in zip(*taken, strict=True))  # the first warms up
         return dense, sparse
 
-    def _dense(self, shape: Shape) -> list[Callable[[Tensor], Tensor]]:
+    def dense(self, shape: Shape) -> list[Callable[[Tensor], Tensor]]:
+        """Products with weights of a shape, [out, in], made as `compress.load` makes them."""
         from functools import partial
 
         from torch.nn import functional
@@ -180,7 +182,8 @@ class Stopwatch:
             return [DenseLinear(weight) for weight in weights]
         return [partial(functional.linear, weight=weight) for weight in weights]
 
-    def _sparse(self, shape: Shape, pattern: Pattern) -> list[Callable[[Tensor], Tensor]]:
+    def sparse(self, shape: Shape, pattern: Pattern) -> list[Callable[[Tensor], Tensor]]:
+        """The same with a pattern, whose groups are the whole ones among the inputs."""
         import torch
 
         from compress.formats.nm_packed import Compact
