@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from compress.arch.base import Experts
 from compress.checkpoint import (
     DTYPE_NAMES,
     Entry,
@@ -28,7 +29,7 @@ from compress.formats import branch as branches
 from compress.formats import sparse_residual
 from compress.formats.branch import Branch
 from compress.formats.sparse_residual import Residual
-from compress.layout import BlockLayout
+from compress.layout import BlockLayout, Layout
 from compress.numerics.activations import Activations
 from compress.numerics.cache import as_cached
 from compress.numerics.grid import Quantized
@@ -78,18 +79,29 @@ def experts_forward(self: Any, hidden: Tensor, top_k_index: Tensor, top_k_weight
         if listener and not listener.after_gate:
             listener.record(expert, token, inputs)
             continue
-        gated = self._apply_gate(nn.functional.linear(inputs, self.gate_up_proj[expert]))
+        gated = gated_by(self, expert, inputs)
         if factors and expert in factors:
             factor, shift = factors[expert]
             gated = gated * factor if shift is None else gated * factor + shift
         if listener:
             listener.record(expert, token, gated)
             continue
-        output = nn.functional.linear(gated, self.down_proj[expert]) * top_k_weights[token, place, None]
+        output = given_by(self, expert, gated) * top_k_weights[token, place, None]
         result.index_add_(0, token, output.to(result.dtype))
     if listener:
         raise Reached
     return result
+
+
+def gated_by(experts: Any, expert: int, inputs: Tensor) -> Tensor:
+    """What the last linear of an expert is given, [tokens, width], when the expert is given ``inputs`` [tokens, hidden]."""
+    gated: Tensor = experts._apply_gate(nn.functional.linear(inputs, experts.gate_up_proj[expert]))
+    return gated
+
+
+def given_by(experts: Any, expert: int, gated: Tensor) -> Tensor:
+    """What an expert gives, [tokens, hidden], when its last linear is given ``gated`` [tokens, width]."""
+    return nn.functional.linear(gated, experts.down_proj[expert])
 
 
 @dataclass
@@ -172,9 +184,38 @@ class Block:
     @property
     def experts(self) -> Any:
         """The module that holds all experts."""
+        return self.module.get_submodule(self._experts.module)
+
+    @property
+    def model_layout(self) -> Layout:
+        """The layout of the whole model."""
+        return self._model.layout
+
+    @property
+    def router(self) -> Any:
+        """The module that says which experts a token goes to."""
+        return self.submodule(f"{self.layout.prefix}.{self._experts.router}")
+
+    def expert_tensors(self, expert: int) -> dict[str, str]:
+        """Local names of the tensors of an expert, by what they are: ``gate.weight``, ``up.weight``, ``down.weight``, and biases if it has them."""
+        table, found = self._experts, {}
+        for what, linear in (("gate", table.gate), ("up", table.up), ("down", table.down)):
+            for part in ("weight", "bias"):
+                local = f"{table.prefix}.{expert}.{linear}.{part}"
+                if f"{self.layout.prefix}.{local}" in self.layout.tensors:
+                    found[f"{what}.{part}"] = local
+        return found
+
+    def router_tensors(self) -> dict[str, Tensor]:
+        """What has a row for each expert, by name on disk."""
+        start = f"{self.layout.prefix}.{self._experts.router}."
+        return {name: self.tensor(name) for name in self.layout.tensors if name.startswith(start)}
+
+    @property
+    def _experts(self) -> Experts:
         table = self._model.layout.arch.experts
         assert table
-        return self.module.get_submodule(table.module)
+        return table
 
     def weight(self, linear: str) -> Tensor:
         """[out, in] float32, as exact as it is stored; a copy."""
@@ -426,7 +467,7 @@ class Block:
             if slot.expert is None:
                 handles.append(self.submodule(linear).register_forward_pre_hook(before(factor, shift)))
             else:
-                assert linear.endswith(f".{self._down}")
+                assert linear.endswith(f".{self._experts.down}")
                 of_experts[slot.expert] = factor, shift
         if of_experts:
             self.experts.factors = of_experts
@@ -437,12 +478,6 @@ class Block:
                 handle.remove()
             if of_experts:
                 self.experts.factors = None
-
-    @property
-    def _down(self) -> str:
-        table = self._model.layout.arch.experts
-        assert table
-        return table.down
 
     def forward_with(self, weights: dict[str, Tensor], hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """`forward` with ``weights`` [out, in] in place of those of some linears, by name; differentiable in them."""

@@ -96,6 +96,11 @@ class BlockLayout:
     def linears(self) -> Iterator[Linear]:
         return (linear for stage in self.stages for group in stage.groups for linear in group.linears)
 
+    @property
+    def experts(self) -> tuple[int, ...]:
+        """Numbers of the routed experts."""
+        return tuple(group.expert for stage in self.stages if stage.name == EXPERTS_OUT for group in stage.groups if group.expert is not None)
+
     def second(self, linear: str) -> str:
         """The linear that gives on what `linear` gives: the second of two factors for the first, otherwise itself."""
         return f"{linear.removesuffix('.0')}.1" if linear.endswith(".0") else linear

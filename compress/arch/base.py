@@ -74,13 +74,22 @@ class Outside:
 
 @dataclass(frozen=True)
 class Experts:
-    """Routed experts of one block. On disk ``{prefix}.{expert}.{linear}``; in memory two 3-D parameters of the module `module`."""
+    """Routed experts of one block. On disk ``{prefix}.{expert}.{linear}``; in memory two 3-D parameters of the module `module`.
+
+    The ``router`` has a row for each of them, in its weight and in whatever else is named after it. `counts` are the keys by which a config may
+    say how many experts there are, `active` says how many of them a token goes to. Where `groups` are keys, tokens choose first: of so many
+    groups of equal size so many.
+    """
 
     prefix: str
     module: str
     gate: str
     up: str
     down: str
+    router: str
+    counts: tuple[str, ...]
+    active: str = "num_experts_per_tok"
+    groups: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True)

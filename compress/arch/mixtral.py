@@ -23,7 +23,15 @@ ARCH = Arch(
             "intermediate_size",
         ),
     ),
-    experts=Experts(prefix="block_sparse_moe.experts", module="mlp.experts", gate="w1", up="w3", down="w2"),
+    experts=Experts(
+        prefix="block_sparse_moe.experts",
+        module="mlp.experts",
+        gate="w1",
+        up="w3",
+        down="w2",
+        router="block_sparse_moe.gate",
+        counts=("num_local_experts",),
+    ),
     rename=(("block_sparse_moe.", "mlp."),),
     unquantized=("block_sparse_moe.gate",),
 )

@@ -29,6 +29,14 @@ ARCH = Arch(
         Unit("expert_channel", ("mlp.experts.*.gate_proj", "mlp.experts.*.up_proj"), "mlp.experts.*.down_proj", "moe_intermediate_size"),
     ),
     biases=(ATTENTION_BIASES,),
-    experts=Experts(prefix="mlp.experts", module="mlp.experts", gate="gate_proj", up="up_proj", down="down_proj"),
+    experts=Experts(
+        prefix="mlp.experts",
+        module="mlp.experts",
+        gate="gate_proj",
+        up="up_proj",
+        down="down_proj",
+        router="mlp.gate",
+        counts=("num_experts", "num_local_experts"),
+    ),
     unquantized=("mlp.gate",),
 )
