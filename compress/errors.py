@@ -16,7 +16,7 @@ class Exit(IntEnum):
     ACCEPTED = 0
     BUG = 1
     UNREACHED = 1
-    """What was searched for is not there. The same number, since a shell asks only whether it was found."""
+    """Nothing measured is as good as was asked for. A bug, which has the same number, prints a traceback."""
     BAD_INPUT = 2
     GATE_FAILED = 3
     INTERRUPTED = 4

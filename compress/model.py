@@ -344,10 +344,11 @@ class Model:
         return unpacked
 
     def is_compact(self, linear: str) -> bool:
-        """Whether a linear is stored as V:N:M in floats of up to 32 bits and is no expert's, so that it runs as `compact` gives it."""
+        """Whether a linear, no expert's, is stored as V:N:M in floats of up to 32 bits and is faster as `compact` gives it."""
         values = self.tensors.get(f"{linear}.{nm_packed.VALUES}")
-        kept = values is not None and values.dtype in FLOATS and values.dtype != "F64"
-        return kept and f"{linear}.{nm_packed.COLUMNS}" in self.tensors and linear not in self.layout.of_experts
+        if values is None or values.dtype not in FLOATS or values.dtype == "F64" or linear in self.layout.of_experts:
+            return False
+        return nm_packed.pays(linear, {f"{linear}.{part}": self.read(f"{linear}.{part}") for part in nm_packed.DECLARED})
 
     def compact(self, linear: str) -> Compact:
         """A linear that `is_compact`, without what its blocks of outputs never read."""

@@ -92,6 +92,12 @@ def test_an_artifact_runs_as_the_one_with_zeros(kind: str, checkpoint: Callable[
     assert not runtime.remarks(model) or native.tier() == "torch"
 
 
+@pytest.mark.parametrize("pattern", ["8:2:8", "16:2:4", "2:4"])
+def test_what_would_not_be_faster_is_dense(pattern: str, checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    compress(plain("nm-packed", pattern=pattern), checkpoint("llama"), tmp_path / "out")
+    assert not loaded(tmp_path / "out")[1]
+
+
 def test_without_a_kernel_it_is_said(checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compress(plain("nm-packed", pattern="16:2:8"), checkpoint("llama"), tmp_path / "out")
     expected = loaded(tmp_path / "out")[2]

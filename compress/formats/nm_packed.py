@@ -35,6 +35,11 @@ from compress.numerics.sparsity import keep
 NAME = "nm-packed"
 VALUES, INDICES, COLUMNS, PATTERN = "nm_values", "nm_indices", "nm_columns", "nm_pattern"
 
+DECLARED = (PATTERN, SHAPE)
+"""The tensors that say what the others hold."""
+LEAST_V = 16
+"""Outputs of a block from which on products without what it never reads are faster: to fetch an input costs as much as some products with it."""
+
 
 @dataclass(frozen=True)
 class Compact:
@@ -100,6 +105,12 @@ def _zero_codes(weight: Quantized) -> Tensor:
     if weight.zero_point is None:
         return torch.zeros_like(weight.codes)
     return weight.zero_point.repeat_interleave(weight.group_size, 1)
+
+
+def pays(linear: str, tensors: dict[str, Tensor]) -> bool:
+    """Whether products with a `compact` linear are faster than with a dense one. Of ``tensors`` only those `DECLARED` are needed."""
+    pattern, _, _ = _declared(linear, tensors)
+    return pattern.v is not None and pattern.v >= LEAST_V and pattern.m > CHOSEN
 
 
 def compact(linear: str, tensors: dict[str, Tensor]) -> Compact:
