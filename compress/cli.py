@@ -174,7 +174,7 @@ def pattern(
     threads: Annotated[int | None, typer.Option(help="to compute with [default: as many as torch takes]", min=1)] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """The V:N:M pattern for MODEL that is so fast on this machine and loses least; exits with 1 if none is so fast."""
+    """The V:N:M pattern for MODEL that is so fast on this machine and loses least; exits with 3 if none is so fast."""
     with _errors(as_json):
         from compress import patterns, view
 
@@ -184,7 +184,7 @@ def pattern(
             typer.echo(json.dumps(result))
         else:
             view.patterns(result)
-        raise typer.Exit(Exit.ACCEPTED if result["chosen"] else Exit.UNREACHED)
+        raise typer.Exit(Exit.ACCEPTED if result["chosen"] else Exit.GATE_FAILED)
 
 
 @app.command("eval")

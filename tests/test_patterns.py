@@ -78,14 +78,14 @@ def test_the_command_names_a_pattern_and_says_where_there_is_none(checkpoint: Ca
     monkeypatch.setattr(patterns, "SECONDS", 0)
     done = CliRunner().invoke(app, ["pattern", folder, "--speedup", "1000", "--json"])
     result = json.loads(done.stdout)
-    assert done.exit_code == 1 and result["chosen"] is None and {each["pattern"] for each in result["patterns"]} >= {"16:2:8", "32:2:16"}
+    assert done.exit_code == 3 and result["chosen"] is None and {each["pattern"] for each in result["patterns"]} >= {"16:2:8", "32:2:16"}
     assert all(each["speedup"] > 0 for each in result["patterns"])
     times = {"16:2:8": 1.5, "32:2:8": 1.25, "16:2:16": 1.0, "32:2:16": 1.0}
     monkeypatch.setattr(patterns.Stopwatch, "seconds", lambda self, shape, pattern: (2.0, times[str(pattern)]))
     done = CliRunner().invoke(app, ["pattern", folder, "--speedup", "1.5"])
     assert done.exit_code == 0 and 'for a recipe: prune_nm: {pattern: "32:2:8"} and export: [nm-packed]' in done.stdout
     done = CliRunner().invoke(app, ["pattern", folder, "--speedup", "2.5"])
-    assert done.exit_code == 1 and "none is 2.5 times as fast here; 16:2:16 comes closest with 2.00" in done.stdout
+    assert done.exit_code == 3 and "none is 2.5 times as fast here; 16:2:16 comes closest with 2.00" in done.stdout
 
 
 @built
