@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     help="A compiler for LLM and VLM checkpoints: a recipe and a model in, a packed checkpoint and a report of what was lost out.",
-    epilog="Exit codes: 0 accepted, 1 a bug of ours (`pattern`: none is so fast), 2 bad recipe, model or data, 3 a gate failed, 4 interrupted "
+    epilog="Exit codes: 0 accepted, 1 a bug of ours, 2 bad recipe, model or data, 3 a gate failed (`pattern`: none is so fast), 4 interrupted "
     "(the same command continues).",
     no_args_is_help=True,
     add_completion=False,
