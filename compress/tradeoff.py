@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict
 
 from compress.layout import Layout
-from compress.passes.base import Prunes, Restructure
+from compress.passes.base import FewerExperts, Prunes, Restructure
 from compress.recipe import Recipe
 from compress.scheme import Scheme
 
@@ -28,6 +28,8 @@ class Measured(BaseModel):
     removed: dict[float, float]
     structured: dict[str, float]
     compensated: float
+    experts: dict[float, float]
+    mixtures: dict[str, float]
     kept: dict[float, float]
     nm: dict[str, float]
     healed: float
@@ -64,7 +66,10 @@ def _pruning(recipe: Recipe, layout: Layout) -> float | None:
     data, lost, found = measured(), 0.0, False
     for name, step in recipe.instances():
         method = str(getattr(step, "method", ""))
-        if isinstance(step, Restructure):
+        if isinstance(step, FewerExperts):
+            share = 1 - step.kept(layout) / step.experts(layout)
+            lost, found, layout = lost + between(data.experts, share) * data.mixtures[method or name], True, step.expected(layout)
+        elif isinstance(step, Restructure):
             after = step.expected(layout)
             share = 1 - _parameters(after) / _parameters(layout)
             less = data.compensated if method == "flap" and getattr(step, "compensate", False) else 1.0

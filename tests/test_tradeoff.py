@@ -69,10 +69,22 @@ def test_it_is_said_which_loses_less(pruned: float, bits: float, quantized: floa
 def test_every_method_of_every_pass_that_prunes_has_a_figure() -> None:
     from typing import get_args
 
-    from compress.passes import low_rank, prune_nm, prune_structured
+    from compress.passes import low_rank, prune_experts, prune_nm, prune_structured
 
     def methods(options: Any) -> set[str]:
         return set(get_args(options.Pass.model_fields["method"].annotation))
 
     assert methods(prune_structured) | methods(low_rank) | {"prune_depth"} == tradeoff.measured().structured.keys()
     assert methods(prune_nm) == tradeoff.measured().nm.keys()
+    assert methods(prune_experts) | {"eep"} == tradeoff.measured().mixtures.keys()
+
+
+def test_fewer_experts_are_held_against_fewer_bits_too() -> None:
+    layout = Layout(Checkpoint(demo.path("moe")))
+    for step in ({"prune_experts": {"keep": 0.5}}, {"eep": {"keep": 0.5}}, {"prune_experts": {"keep": 1.0, "active": 2}}):
+        chosen = recipe.validate({"passes": [step]}, "r.yaml")
+        found = planning.plan(chosen, layout, recipe.check(chosen, layout, "r.yaml"))["instead"]
+        name, options = next(iter(step.items()))
+        saved = "active" not in options
+        assert found["pruned"] == (tradeoff.measured().experts[0.5] * tradeoff.measured().mixtures["reap" if name != "eep" else "eep"] if saved else 0)
+        assert (found["bits"] < 16) == saved
