@@ -53,13 +53,14 @@ class Reached(Exception):
 
 @dataclass
 class Experts3D:
-    """Listens to the experts of one block: ``record(expert, token [n], inputs [n, in])`` before or after the gated product.
+    """Listens to the experts of one block: ``record(expert, token [n], inputs [n, in])`` before and after the gated product.
 
-    ``token`` counts through the rows of a batch one after the other.
+    ``token`` counts through the rows of a batch one after the other. What comes after what it hears is computed only if it is not where it `ends`.
     """
 
-    record: Recorder
-    after_gate: bool
+    before: Recorder | None = None
+    after: Recorder | None = None
+    ends: bool = True
 
 
 def experts_forward(self: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -76,19 +77,21 @@ def experts_forward(self: Any, hidden: Tensor, top_k_index: Tensor, top_k_weight
     for expert in range(self.gate_up_proj.shape[0]):
         token, place = torch.where(top_k_index == expert)
         inputs = hidden[token]
-        if listener and not listener.after_gate:
-            listener.record(expert, token, inputs)
-            continue
+        if listener and listener.before:
+            listener.before(expert, token, inputs)
+            if listener.ends:
+                continue
         gated = gated_by(self, expert, inputs)
         if factors and expert in factors:
             factor, shift = factors[expert]
             gated = gated * factor if shift is None else gated * factor + shift
-        if listener:
-            listener.record(expert, token, gated)
-            continue
+        if listener and listener.after:
+            listener.after(expert, token, gated)
+            if listener.ends:
+                continue
         output = given_by(self, expert, gated) * top_k_weights[token, place, None]
         result.index_add_(0, token, output.to(result.dtype))
-    if listener:
+    if listener and listener.ends:
         raise Reached
     return result
 
@@ -132,14 +135,15 @@ class Cache:
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a tensor on disk lives in memory: a parameter of the block's module, or the rows of one expert in it."""
+    """Where a tensor on disk lives in memory: a parameter or buffer of the block's module, or the rows of one expert in it."""
 
     parameter: str
     expert: int | None = None
     half: int | None = None
 
     def view(self, module: nn.Module) -> Tensor:
-        data = module.get_parameter(self.parameter).data
+        owner, _, leaf = self.parameter.rpartition(".")
+        data = cast(Tensor, getattr(module.get_submodule(owner), leaf)).data
         if self.expert is not None:
             data = data[self.expert]
         if self.half is not None:
@@ -423,7 +427,16 @@ class Block:
     @contextmanager
     def listening(self, record: Recorder, *, after_gate: bool) -> Iterator[None]:
         """While inside, a forward ends at the experts, which tell `record` what each is given."""
-        self.experts.listener = Experts3D(record, after_gate)
+        self.experts.listener = Experts3D(after=record) if after_gate else Experts3D(before=record)
+        try:
+            yield
+        finally:
+            self.experts.listener = None
+
+    @contextmanager
+    def overhearing(self, before: Recorder, after: Recorder) -> Iterator[None]:
+        """While inside, the experts tell on the way what each is given, and what its last linear is."""
+        self.experts.listener = Experts3D(before, after, ends=False)
         try:
             yield
         finally:

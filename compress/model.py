@@ -97,6 +97,8 @@ class Model:
     def config(self) -> dict[str, Any]:
         """The source's `config.json` with what passes changed of it."""
         changed = self.checkpoint.config | self._settings
+        if (more := self.layout.arch.more_blocks) in changed:
+            changed[more] = 0  # they are left out
         if nested := self.layout.arch.text_config:
             changed[nested] = self.layout.text_config | self._settings
         return changed
@@ -230,8 +232,7 @@ class Model:
         self._check_cache_scales(problems)
         slots = []
         for block, module in zip(self.blocks, self._modules, strict=True):
-            parameters = dict(module.named_parameters())
-            needed = self._needed(parameters)
+            needed = self._needed(module.state_dict(keep_vars=True))
             found = {}
             for name in dict.fromkeys(_dense_name(name) for name in block.tensors if name not in self.layout.cache_scales):
                 slot = self._slot(name.removeprefix(block.prefix + "."), module)
@@ -259,7 +260,7 @@ class Model:
             elif info.dtype not in FLOATS or info.shape not in ((1,), (self.layout.kv_heads, 1, 1)):
                 problems.add(name, f"is {info.dtype} {list(info.shape)}, which is no scale of a tensor or of heads", "this variant is not supported")
 
-    def _needed(self, parameters: dict[str, nn.Parameter]) -> dict[Slot, str]:
+    def _needed(self, parameters: Mapping[str, Tensor]) -> dict[Slot, str]:
         """Everything a block must be given: slot to local name on disk."""
         table = self.layout.arch.experts
         needed: dict[Slot, str] = {}
@@ -431,10 +432,7 @@ class Model:
         """Block `index` in memory, freed on leaving. With `beside`, one that the model does not run, to be entered before the one it does."""
         layout, slots = self.blocks[index], self._slots[index]
         module = copy.deepcopy(self._modules[index]) if beside else self._modules[index]
-        for name, parameter in list(module.named_parameters()):
-            owner, _, leaf = name.rpartition(".")
-            empty = torch.empty(parameter.shape, dtype=self.dtype, device=self.device)
-            module.get_submodule(owner)._parameters[leaf] = nn.Parameter(empty, requires_grad=False)
+        self._make_room(module, slots.values())
         for name, slot in slots.items():
             linear = name.removesuffix(".weight")
             if linear in self.layout.linears and (linear in self.schemes or self.packed_as(linear)):
@@ -452,6 +450,17 @@ class Model:
         finally:
             block.release()
             hardware.return_freed_memory()
+
+    def _make_room(self, module: nn.Module, slots: Iterable[Slot]) -> None:
+        """Give a module of transformers memory for what lives in `slots`."""
+        for name in dict.fromkeys(slot.parameter for slot in slots):
+            owner, _, leaf = name.rpartition(".")
+            holder = module.get_submodule(owner)
+            if leaf in holder._buffers:  # what routers choose by, which transformers keeps in float32
+                holder._buffers[leaf] = torch.empty_like(holder.get_buffer(leaf), dtype=torch.float32, device=self.device)
+            else:
+                empty = torch.empty(holder.get_parameter(leaf).shape, dtype=self.dtype, device=self.device)
+                holder._parameters[leaf] = nn.Parameter(empty, requires_grad=False)
 
     def settled(
         self,
@@ -478,13 +487,10 @@ class Model:
                 if name not in routed:
                     bias = read_entry(self.final(f"{name}.bias")).to(self.dtype) if f"{name}.bias" in self.tensors else None
                     _replace(module, slot.parameter.removesuffix(".weight"), linear(name, bias))
-            for name, parameter in list(module.named_parameters()):
-                owner, _, leaf = name.rpartition(".")
-                empty = torch.empty(parameter.shape, dtype=self.dtype, device=self.device)
-                module.get_submodule(owner)._parameters[leaf] = nn.Parameter(empty, requires_grad=False)
-            for name, slot in slots.items():
-                if name.removesuffix(".weight") not in packed and name.removesuffix(".bias") not in packed:
-                    slot.view(module).copy_(self._as_stored(name))
+            dense = {name: slot for name, slot in slots.items() if name.rpartition(".")[0] not in packed}
+            self._make_room(module, dense.values())
+            for name, slot in dense.items():
+                slot.view(module).copy_(self._as_stored(name))
             for each in layout.linears:
                 if branch := self.branch(each.name):
                     name = slots[f"{each.name}.weight"].parameter.removesuffix(".weight")

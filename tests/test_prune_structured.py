@@ -33,6 +33,9 @@ KINDS = {
     "mixtral": ("kv_group", "query_head", "expert_channel"),
     "qwen3_moe": ("kv_group", "query_head", "expert_channel"),
     "qwen3_moe-dense-first": ("ffn_channel", "expert_channel"),
+    "qwen2_moe": ("kv_group", "query_head", "shared_channel", "expert_channel"),
+    "olmoe": ("expert_channel",),
+    "deepseek_v3": ("ffn_channel",),
 }
 METHODS = ("magnitude", "random", "wanda_sp", "flap", "taylor")
 

@@ -14,6 +14,10 @@ from compress.data import Sample, Samples
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 VOCABULARY = 4096
 IMAGE_TOKEN = 3
+DENSE = ("llama", "llama-tied", "llama-bias", "mistral", "qwen2", "qwen2-sliding", "qwen3", "llava")
+ROUTED = ("qwen3_moe", "qwen3_moe-dense-first", "mixtral", "qwen2_moe", "qwen2_moe-60", "olmoe", "olmoe-clipped", "deepseek_v3", "deepseek_v3-q")
+"""Kinds with experts, whose routers transformers has compute in float32."""
+KINDS = DENSE + ROUTED
 
 
 class Silent:
@@ -63,6 +67,19 @@ def config(kind: str) -> Any:
             return hf.Qwen3MoeConfig(**_text(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=32, mlp_only_layers=[0]))
         case "mixtral":
             return hf.MixtralConfig(**_text(num_local_experts=4, num_experts_per_tok=2))
+        case "qwen2_moe" | "qwen2_moe-60":
+            experts = 60 if kind.endswith("60") else 8
+            widths = {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 64}
+            return hf.Qwen2MoeConfig(**_text(num_experts=experts, num_experts_per_tok=2, mlp_only_layers=[], **widths))
+        case "olmoe" | "olmoe-clipped":
+            clip = 1.0 if kind.endswith("clipped") else None
+            return hf.OlmoeConfig(**_text(num_experts=8, num_experts_per_tok=2, intermediate_size=32, clip_qkv=clip))
+        case "deepseek_v3" | "deepseek_v3-q":
+            latent = {"q_lora_rank": None if kind.endswith("q") else 32, "kv_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16}
+            routing = {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "n_shared_experts": 1}
+            return hf.DeepseekV3Config(
+                **_text(num_key_value_heads=4, head_dim=8, moe_intermediate_size=32, first_k_dense_replace=1, v_head_dim=16, **latent, **routing)
+            )
         case "llava":
             vision = {
                 "hidden_size": 32,
@@ -93,6 +110,9 @@ def save(kind: str, dtype: torch.dtype, folder: Path) -> Path:
                 parameter += 0.2 * torch.randn_like(parameter)
             elif "embed" not in name:
                 parameter.normal_(std=parameter.shape[-1] ** -0.5)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer += 0.2 * torch.randn_like(buffer)
     model.to(dtype).save_pretrained(folder, max_shard_size="300KB")
     for name in TOKENIZER:
         shutil.copy(demo.path("dense") / name, folder / name)

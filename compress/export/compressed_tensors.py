@@ -264,7 +264,7 @@ def _shards(model: Model) -> Iterator[list[Entry]]:
 
     entries: list[Entry] = []
     size = 0
-    for name in sorted((name for name in model.tensors if not is_dropped(model, name) and not name.endswith(BESIDE_PARTS)), key=position):
+    for name in sorted((name for name in model.tensors if not model.layout.dropped(name) and not name.endswith(BESIDE_PARTS)), key=position):
         item = model.final(name)
         if entries and size + item.nbytes > SHARD_BYTES:
             yield entries
@@ -272,11 +272,6 @@ def _shards(model: Model) -> Iterator[list[Entry]]:
         entries.append(item)
         size += item.nbytes
     yield entries
-
-
-def is_dropped(model: Model, name: str) -> str | None:
-    """Why a source tensor is not written, or None if it is."""
-    return next((reason for rule, reason in model.layout.arch.dropped if re.fullmatch(rule, name)), None)
 
 
 def compare(model: Model, folder: Path) -> int:
@@ -291,7 +286,7 @@ def compare(model: Model, folder: Path) -> int:
     from compress.checkpoint import Checkpoint, read_entry, read_tensor
 
     written = Checkpoint(folder)
-    expected = {name for name in model.tensors if not is_dropped(model, name)}
+    expected = {name for name in model.tensors if not model.layout.dropped(name)}
     if set(written.tensors) != expected:
         raise InputError.one(str(folder), f"tensors differ from those meant: {sorted(set(written.tensors) ^ expected)[:3]}", "report this")
     config = written.config.get("quantization_config", {"config_groups": {}})
