@@ -29,7 +29,7 @@ from compress.formats import branch as branches
 from compress.formats import sparse_residual
 from compress.formats.branch import Branch
 from compress.formats.sparse_residual import Residual
-from compress.layout import BlockLayout
+from compress.layout import BlockLayout, Layout
 from compress.numerics.activations import Activations
 from compress.numerics.cache import as_cached
 from compress.numerics.grid import Quantized
@@ -191,9 +191,29 @@ class Block:
         return self.module.get_submodule(self._experts.module)
 
     @property
+    def model_layout(self) -> Layout:
+        """The layout of the whole model."""
+        return self._model.layout
+
+    @property
     def router(self) -> Any:
         """The module that says which experts a token goes to."""
         return self.submodule(f"{self.layout.prefix}.{self._experts.router}")
+
+    def expert_tensors(self, expert: int) -> dict[str, str]:
+        """Local names of the tensors of an expert, by what they are: ``gate.weight``, ``up.weight``, ``down.weight``, and biases if it has them."""
+        table, found = self._experts, {}
+        for what, linear in (("gate", table.gate), ("up", table.up), ("down", table.down)):
+            for part in ("weight", "bias"):
+                local = f"{table.prefix}.{expert}.{linear}.{part}"
+                if f"{self.layout.prefix}.{local}" in self.layout.tensors:
+                    found[f"{what}.{part}"] = local
+        return found
+
+    def router_tensors(self) -> dict[str, Tensor]:
+        """What has a row for each expert, by name on disk."""
+        start = f"{self.layout.prefix}.{self._experts.router}."
+        return {name: self.tensor(name) for name in self.layout.tensors if name.startswith(start)}
 
     @property
     def _experts(self) -> Experts:

@@ -328,15 +328,15 @@ class _Run:
         self.plan = check(self.recipe, self.layout, self.request.place, done=index + 1)  # widths may be others than could be expected
         self.schemes = {linear: scheme for linear, (_, scheme) in self.plan.items()}
         self.model = Model(self.layout, self.schemes)
-        for file in (workspace.outside_file, *(workspace.block_file(layout.index) for layout in before.blocks)):
+        files = [workspace.block_file(layout.index) for layout in before.blocks]
+        for file in (workspace.outside_file, *files):
             for record in json.loads(read_header(file)[1]["records"]) if file.exists() else ():
                 self._take(record)
-        places = {(info.file, info.begin): tensor for tensor, info in before.checkpoint.tensors.items()}
+        made = [each for file in files if file.exists() for each in read_header(file)[0].items()]
+        places = {(info.file, info.begin): tensor for tensor, info in (*before.checkpoint.tensors.items(), *made)}
         known = before.checkpoint.tensors
-        now = {
-            tensor: places.get((info.file, info.begin), tensor if tensor in known else self.layout.unfactored(tensor))
-            for tensor, info in self.layout.checkpoint.tensors.items()
-        }
+        now = {tensor: places[info.file, info.begin] for tensor, info in self.layout.checkpoint.tensors.items()}
+        now = {tensor: was if was in known else self.layout.unfactored(was) for tensor, was in now.items()}
         changed = {was for tensor, was in now.items() if self.layout.checkpoint.tensors[tensor] is not known.get(was)}
         for was in (changed | (known.keys() - now.values())) & self.origins.keys():
             self.cut.setdefault(self.origins[was], {})[name] = step.verb

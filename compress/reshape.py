@@ -7,7 +7,7 @@ widths, any engine loads it.
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -169,6 +169,40 @@ def without_blocks(layout: Layout, dropped: Collection[int]) -> Layout:
         prefix = f"{layout.arch.blocks}.{moved[block.index]}"
         tensors |= {prefix + name.removeprefix(block.prefix): layout.checkpoint.tensors[name] for name in block.tensors}
     return Layout(layout.checkpoint.altered(tensors, config))
+
+
+def fewer_experts(layout: Layout, kept: Mapping[int, Sequence[int]], active: int | None, tensors: Mapping[str, TensorInfo]) -> Layout:
+    """The layout with the experts ``kept`` by block, as many in each, which are counted through anew; `active` of them serve a token.
+
+    `tensors` take the place of those of the same names, experts by their old number.
+    """
+    table = layout.arch.experts
+    assert table
+    config, text = _copy_of_config(layout)
+    for key in [key for key in table.counts if key in text] or table.counts[:1]:
+        text[key] = len(next(iter(kept.values())))
+    if active is not None:
+        text[table.active] = active
+    numbers = {
+        f"{block.prefix}.{table.prefix}.{old}": f"{block.prefix}.{table.prefix}.{new}"
+        for block in layout.blocks
+        for new, old in enumerate(kept.get(block.index, ()))
+    }
+    gone = {f"{block.prefix}.{table.prefix}.{old}" for block in layout.blocks if block.index in kept for old in block.experts} - numbers.keys()
+    left = {}
+    for name, info in (layout.checkpoint.tensors | dict(tensors)).items():
+        expert = name.removesuffix(".weight").removesuffix(".bias").rpartition(".")[0]
+        if expert not in gone:
+            left[numbers.get(expert, expert) + name.removeprefix(expert)] = info
+    return Layout(layout.checkpoint.altered(left, config))
+
+
+def routers(layout: Layout, count: int) -> dict[str, TensorInfo]:
+    """What has a row for each expert, once there are so many. There is nothing to read yet where they say they lie."""
+    table = layout.arch.experts
+    assert table
+    starts = tuple(f"{block.prefix}.{table.router}." for block in layout.blocks if block.experts)
+    return {name: _of_shape(info, (count, *info.shape[1:])) for name, info in layout.checkpoint.tensors.items() if name.startswith(starts)}
 
 
 def in_two(layout: Layout, ranks: Mapping[str, int]) -> dict[str, TensorInfo]:

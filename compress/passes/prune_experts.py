@@ -1,0 +1,261 @@
+"""Take whole experts out of every sparse block, or make one of several, so that a smaller mixture remains which any engine loads.
+
+Router rows, correction biases and the config go with them, and the experts that stay are counted through anew. All statistics are those of the
+experts that the router chose, exactly, from the model as it was. Shared experts and dense blocks stay as they are.
+
+* Scores, one family (arXiv 2606.15716): `frequency`, `routing_mass`, `ean`, `gated_ean`, `reap` (arXiv 2510.13999), `man`, `msan`. Those that are
+  means over the tokens an expert saw count less for one that few tokens reached (`guard`).
+* `naee` (arXiv 2402.14800): the experts that together come nearest to what all of them give, every choice tried or one dropped after the other.
+* `stun` (arXiv 2409.06211): of experts whose router rows are alike and which serve the same tokens, the one nearest to their mean.
+* `hc_smoe` (arXiv 2410.08589) and `m_smoe` (arXiv 2310.01334): experts that give alike, or whose router logits are alike, become their average by
+  how often each was used, behind the router row of the most used one. Routers know no sums of probabilities, so that is not what the papers run.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from compress.errors import Problems
+from compress.layout import BlockLayout, Layout
+from compress.passes.base import Restructure
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from compress.block import Block
+    from compress.calibrate import Workspace
+    from compress.data import Samples
+    from compress.model import Model
+    from compress.numerics.experts import Tally
+    from compress.probe import Probe
+
+Method = Literal[
+    "reap", "frequency", "routing_mass", "ean", "gated_ean", "man", "msan", "naee", "stun", "hc_smoe", "m_smoe", "random"
+]  # fmt: skip
+MEANS = ("reap", "man", "msan")
+MERGING = ("hc_smoe", "m_smoe")
+CHOSEN = "experts.safetensors"
+
+
+class Pass(Restructure):
+    """Keep the most valuable experts of each block."""
+
+    verb: ClassVar[str] = "pruned"
+
+    method: Method = Field(default="reap", description="what an expert is worth, or how several become one; the list above")
+    keep: float = Field(default=0.75, gt=0, le=1, description="share of the experts of each block that stay")
+    active: int | None = Field(default=None, ge=1, description="how many experts are to serve a token; as many as before by default")
+    multiple_of: int = Field(default=1, ge=1, description="experts that stay are a multiple of this, as engines want that spread them over devices")
+    guard: float = Field(
+        default=1.0,
+        ge=0,
+        description="of scores that are means: how many times the mean number of tokens an expert must see to count half of what it says",
+    )
+    protect: bool = Field(default=True, description="keep super experts, whose outputs are larger by far than all others (arXiv 2507.23279)")
+    most: int = Field(default=2000, ge=1, description="`naee`: try every choice of experts if there are at most so many, otherwise drop one by one")
+    coactivation: float = Field(default=1.0, ge=0, description="`stun`: weight of how often two experts serve the same token")
+    align: bool = Field(default=True, description="`hc_smoe`, `m_smoe`: match the neurons of experts before they are averaged")
+    seed: int = Field(default=0, ge=0, description="of what is random")
+
+    @property
+    def needs_data(self) -> bool:
+        return self.method != "random" and self.keep < 1
+
+    def sweeps(self, samples: int, length: int) -> float:
+        return 2.0 * self.needs_data
+
+    def check(self, place: str, layout: Layout, problems: Problems) -> None:
+        if layout.arch.experts is None or not any(block.experts for block in layout.blocks):
+            problems.add(place, "the model has no routed experts", "leave the pass out, or use prune_structured")
+            return
+        for name, methods in (
+            ("guard", MEANS), ("most", ("naee",)), ("coactivation", ("stun",)), ("align", MERGING), ("seed", ("random",)),
+        ):  # fmt: skip
+            if name in self.model_fields_set and self.method not in methods:
+                problems.add(f"{place}: {name}", f"is an option of {', '.join(methods)}, which {self.method} does not read", "leave it out")
+        for count in sorted({len(block.experts) for block in layout.blocks if block.experts}):
+            self._check_count(place, count, layout, problems)
+        if len({len(block.experts) for block in layout.blocks if block.experts}) > 1:
+            problems.add(place, "blocks have different numbers of experts", "this is not supported")
+
+    def _check_count(self, place: str, count: int, layout: Layout, problems: Problems) -> None:
+        kept, active, step = self._kept(count, layout), self._active(layout), self._step(layout)
+        if kept == 0 or (kept == count and self.keep < 1):
+            what = f"{self.keep:g} of {count} experts in steps of {step} is {kept}: none would be {'left' if kept == 0 else 'removed'}"
+            works = ", ".join(f"{n / count:g}" for n in range(step, count, step))
+            problems.add(f"{place}: keep", what, f"shares that work: {works or 'none'}")
+        elif active > kept:
+            problems.add(f"{place}: active", f"{active} experts are to serve a token, but only {kept} stay", "set active, or keep more")
+        elif (table := layout.arch.experts) and table.groups:
+            groups, chosen = (int(layout.text_config.get(key) or 1) for key in table.groups)
+            if active > chosen * (kept // groups):
+                what = f"{active} experts are to serve a token from {chosen} of {groups} groups, in which {chosen * (kept // groups)} stay"
+                problems.add(f"{place}: active", what, "set active, or keep more")
+        if self.keep == 1 and active == int(layout.text_config[layout.arch.experts.active] if layout.arch.experts else 0):
+            problems.add(place, "keeps all experts and changes nothing", "set keep below 1, or active")
+        if self.active is not None and active > count:
+            problems.add(f"{place}: active", f"{active} of {count} experts", "set it lower")
+
+    def _groups(self, layout: Layout) -> int:
+        table = layout.arch.experts
+        return int(layout.text_config.get(table.groups[0]) or 1) if table and table.groups else 1
+
+    def _step(self, layout: Layout) -> int:
+        return math.lcm(self.multiple_of, self._groups(layout))
+
+    def _kept(self, count: int, layout: Layout) -> int:
+        step = self._step(layout)
+        return count if self.keep == 1 else round(self.keep * count / step) * step
+
+    def _active(self, layout: Layout) -> int:
+        assert layout.arch.experts
+        return self.active or int(layout.text_config[layout.arch.experts.active])
+
+    def expected(self, layout: Layout) -> Layout:
+        from compress.reshape import fewer_experts, routers
+
+        (count,) = {len(block.experts) for block in layout.blocks if block.experts}
+        kept = self._kept(count, layout)
+        chosen = {block.index: range(kept) for block in layout.blocks if block.experts}
+        return fewer_experts(layout, chosen, self.active, routers(layout, kept) if kept < count else {})
+
+    def outcome(self, layout: Layout, workspace: Workspace) -> Layout:
+        from compress.checkpoint import read_header, read_tensor
+        from compress.reshape import fewer_experts
+
+        files = [workspace.block_file(block.index) for block in layout.blocks]
+        tensors = {name: info for file in files for name, info in read_header(file)[0].items()}
+        chosen = {int(name): read_tensor(info).tolist() for name, info in read_header(workspace.folder / CHOSEN)[0].items() if name.isdigit()}
+        return fewer_experts(layout, chosen, self.active, tensors)
+
+    def run(self, model: Model, samples: Samples, workspace: Workspace) -> None:
+        import torch
+
+        from compress.calibrate import walk
+        from compress.checkpoint import entry, read_header, read_tensor, write_safetensors
+        from compress.experts import merged
+
+        path = workspace.folder / CHOSEN
+        if not path.exists():
+            write_safetensors(path, [entry(name, tensor) for name, tensor in self._choose(model, samples, workspace).items()], {})
+        found = {name: read_tensor(info) for name, info in read_header(path)[0].items()}
+        for block in walk(model, workspace):
+            if not block.layout.experts:
+                continue
+            index = block.layout.index
+            kept, cluster, tokens = found[f"{index}"], found.get(f"{index}.cluster"), found.get(f"{index}.tokens")
+            if len(kept) < len(block.layout.experts):
+                for name, rows in block.router_tensors().items():
+                    block.restructure(name, rows[kept.to(rows.device)])
+            if cluster is not None and tokens is not None:
+                for first in kept.tolist():
+                    members = torch.nonzero(cluster == cluster[first]).flatten().tolist()
+                    for name, tensor in merged(block, members, tokens, first, align=self.align).items():
+                        block.restructure(name, tensor)
+            block.add_record(f"{block.layout.prefix}.experts", self._record(block.layout, kept, cluster, tokens, found.get(f"{index}.score")))
+
+    def _record(self, layout: BlockLayout, kept: Tensor, cluster: Tensor | None, tokens: Tensor | None, score: Tensor | None) -> dict[str, Any]:
+        record: dict[str, Any] = {"pass": "prune_experts", "kind": "expert", "method": self.method}
+        record |= {"before": len(layout.experts), "after": len(kept), "kept": kept.tolist()}
+        if self.active is not None:
+            record["active"] = self.active
+        if cluster is not None:
+            record["merged_into"] = [next(one for one in kept.tolist() if cluster[one] == mine) for mine in cluster]
+        if tokens is not None:
+            record["tokens"] = [int(count) for count in tokens]
+        if score is not None:
+            record["scores"] = [float(f"{each:.6g}") for each in score]
+        return record
+
+    def _choose(self, model: Model, samples: Samples, workspace: Workspace) -> dict[str, Tensor]:
+        """By block: which experts stay; with those, as far as they were asked for, tokens, scores and clusters."""
+        import torch
+
+        if not self.needs_data:
+            return self._blindly(model.layout)
+        from compress.calibrate import look
+        from compress.experts import tally
+        from compress.numerics.experts import super_experts
+
+        found: dict[str, Tensor] = {}
+        tallies: dict[int, Tally] = {}
+        for probe in look(model, samples, workspace.progress):
+            block = probe.block
+            if block.layout.experts:
+                tallies[block.layout.index] = measured = tally(probe)
+                found |= {f"{block.layout.index}{part}": tensor.cpu() for part, tensor in self._of_block(probe, measured).items()}
+        if self.protect:
+            for index, protected in zip(tallies, super_experts([one.peaks for one in tallies.values()]), strict=True):
+                if f"{index}.score" in found:
+                    found[f"{index}.protected"] = protected.cpu()
+        for index, measured in tallies.items():
+            found[f"{index}.tokens"] = measured.tokens.cpu()
+            if (score := found.get(f"{index}.score")) is not None:
+                found[f"{index}"] = self._best(score, model.layout, found.get(f"{index}.protected"))
+        return {name: tensor.to(torch.uint8) if tensor.dtype == torch.bool else tensor for name, tensor in found.items()}
+
+    def _blindly(self, layout: Layout) -> dict[str, Tensor]:
+        import torch
+
+        generator, found = torch.Generator().manual_seed(self.seed), {}
+        for block in layout.blocks:
+            if block.experts:
+                score = torch.rand(len(block.experts), generator=generator, dtype=torch.float64)
+                found[f"{block.index}"] = self._best(score, layout, None)
+        return found
+
+    def _best(self, score: Tensor, layout: Layout, protected: Tensor | None) -> Tensor:
+        from compress.numerics.experts import best
+
+        return best(score, self._kept(len(score), layout), self._groups(layout), protected)
+
+    def _of_block(self, probe: Probe, measured: Tally) -> dict[str, Tensor]:
+        """What decides: a score of each expert, or which stay, and in what clusters."""
+        from compress.experts import Reconstruction
+        from compress.numerics.experts import SCORES, subset
+
+        block, layout = probe.block, probe.block.layout
+        model_layout = block.model_layout
+        count, groups = self._kept(len(layout.experts), model_layout), self._groups(model_layout)
+        if self.method in SCORES:
+            return {".score": measured.score(SCORES[self.method], self.guard)}
+        if self.method == "naee":
+            kept, _ = subset(len(layout.experts), count, groups, Reconstruction(probe, self.active).error, self.most)
+            return {"": kept}
+        return self._clustered(probe, measured, count, groups)
+
+    def _clustered(self, probe: Probe, measured: Tally, count: int, groups: int) -> dict[str, Tensor]:
+        import torch
+
+        from compress.experts import logits
+        from compress.numerics.experts import apart, clusters, joined, representatives
+
+        if self.method == "m_smoe":
+            cluster = joined(logits(probe), measured.tokens, count, groups)
+        elif self.method == "hc_smoe":
+            mean = measured.mean()
+            cluster = clusters(torch.cdist(mean, mean), count, "average", groups)
+        else:
+            rows = probe.block.router.weight.double()
+            cluster = clusters(apart(rows, measured.together, self.coactivation), count, "complete", groups)
+        if self.method == "stun":
+            return {"": representatives(cluster, _nearest(probe.block, cluster))}
+        return {"": representatives(cluster, measured.tokens), ".cluster": cluster}
+
+
+def _nearest(block: Block, cluster: Tensor) -> Tensor:
+    """[experts] float64: less, the farther an expert's weights are from the mean of its cluster."""
+    import torch
+
+    found = torch.zeros(len(cluster), dtype=torch.float64)
+    for number in sorted(set(cluster.tolist())):
+        members = torch.nonzero(cluster == number).flatten().tolist()
+        weights = [{what: block.tensor(f"{block.layout.prefix}.{name}") for what, name in block.expert_tensors(one).items()} for one in members]
+        for what in weights[0]:
+            mean = torch.stack([each[what] for each in weights]).mean(0)
+            for one, each in zip(members, weights, strict=True):
+                found[one] -= float((each[what] - mean).double().square().sum())
+    return found
