@@ -29,6 +29,7 @@ from compress.formats import branch as branches
 from compress.formats import sparse_residual
 from compress.formats.branch import Branch
 from compress.formats.sparse_residual import Residual
+from compress.fused import Member, joined
 from compress.layout import BlockLayout, Layout
 from compress.numerics.activations import Activations
 from compress.numerics.cache import as_cached
@@ -98,13 +99,19 @@ def experts_forward(self: Any, hidden: Tensor, top_k_index: Tensor, top_k_weight
 
 def gated_by(experts: Any, expert: int, inputs: Tensor) -> Tensor:
     """What the last linear of an expert is given, [tokens, width], when the expert is given ``inputs`` [tokens, hidden]."""
-    gated: Tensor = experts._apply_gate(nn.functional.linear(inputs, experts.gate_up_proj[expert]))
+    gated: Tensor = experts._apply_gate(_product(experts, "gate_up_proj", expert, inputs))
     return gated
 
 
 def given_by(experts: Any, expert: int, gated: Tensor) -> Tensor:
     """What an expert gives, [tokens, hidden], when its last linear is given ``gated`` [tokens, width]."""
-    return nn.functional.linear(gated, experts.down_proj[expert])
+    return _product(experts, "down_proj", expert, gated)
+
+
+def _product(experts: Any, name: str, expert: int, inputs: Tensor) -> Tensor:
+    weight = getattr(experts, name)[expert]
+    outputs = inputs @ weight if experts.is_transposed else nn.functional.linear(inputs, weight)
+    return outputs + getattr(experts, f"{name}_bias")[expert] if experts.has_bias else outputs
 
 
 @dataclass
@@ -135,20 +142,16 @@ class Cache:
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a tensor on disk lives in memory: a parameter or buffer of the block's module, or the rows of one expert in it."""
+    """Where a tensor on disk lives in memory: a parameter or buffer of the block's module, or in what that holds of one expert the `member`."""
 
     parameter: str
     expert: int | None = None
-    half: int | None = None
+    member: Member | None = None
 
     def view(self, module: nn.Module) -> Tensor:
         owner, _, leaf = self.parameter.rpartition(".")
         data = cast(Tensor, getattr(module.get_submodule(owner), leaf)).data
-        if self.expert is not None:
-            data = data[self.expert]
-        if self.half is not None:
-            data = data.chunk(2)[self.half]
-        return data
+        return data if self.member is None else self.member.view(data[self.expert])
 
 
 class Block:
@@ -495,20 +498,21 @@ class Block:
     def forward_with(self, weights: dict[str, Tensor], hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """`forward` with ``weights`` [out, in] in place of those of some linears, by name; differentiable in them."""
         replaced: dict[str, Tensor] = {}
-        parts: dict[str, dict[tuple[int, int | None], Tensor]] = {}
+        parts: dict[str, dict[Slot, Tensor]] = {}
         for linear, weight in weights.items():
             slot = self._slots[f"{linear}.weight"]
             if slot.expert is None:
                 replaced[slot.parameter] = weight.to(hidden.dtype)
             else:
-                parts.setdefault(slot.parameter, {})[slot.expert, slot.half] = weight.to(hidden.dtype)
-        for slot in self._slots.values():
-            if slot.expert is not None and slot.parameter in parts:
-                parts[slot.parameter].setdefault((slot.expert, slot.half), slot.view(self.module))
-        for parameter, members in parts.items():
-            halves = sorted({half for _, half in members}, key=lambda half: half or 0)
-            experts = sorted({expert for expert, _ in members})
-            replaced[parameter] = torch.stack([torch.cat([members[expert, half] for half in halves]) for expert in experts])
+                parts.setdefault(slot.parameter, {})[slot] = weight.to(hidden.dtype)
+        for parameter, known in parts.items():
+            members: dict[int, dict[int, Tensor]] = {}
+            for slot in self._slots.values():
+                if slot.parameter == parameter and slot.member and slot.expert is not None:
+                    members.setdefault(slot.expert, {})[slot.member.half or 0] = known.get(slot, slot.view(self.module))
+            replaced[parameter] = torch.stack(
+                [joined(self._experts, [halves[half] for half in sorted(halves)]) for _, halves in sorted(members.items())]
+            )
         output = torch.func.functional_call(self.module, replaced, (hidden,), self._arguments(kwargs))
         return cast(Tensor, output[0] if isinstance(output, tuple) else output)
 

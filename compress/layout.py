@@ -16,6 +16,7 @@ from typing import Any
 from compress.arch.base import Arch, Fold, InputGroup, Unit, find
 from compress.checkpoint import BRANCHED, FLOATS, PER_LAYER, Checkpoint
 from compress.errors import InputError, Problem, Problems
+from compress.fused import apart
 
 EXPERTS_IN, EXPERTS_OUT = "experts.gate_up", "experts.down"
 OUT, DOWN = "o", "down"
@@ -115,6 +116,8 @@ SIZES = (
     "vocab_size",
 )
 """Numbers of a config that a model cannot be made without, where it has them."""
+PUBLISHED = ("fp8", "mxfp4")
+"""How some models are quantised by those who publish them."""
 
 
 class Layout:
@@ -133,6 +136,7 @@ class Layout:
             size = self.text_config.get(key)
             if size is not None and (type(size) is not int or size < 1):
                 problems.add(f"{checkpoint.folder / 'config.json'}: {key}", f"must be a positive number, got {size!r}", "fetch it again")
+        self.checkpoint = checkpoint.altered(apart(checkpoint.tensors, self.arch, self.text_config.get("hidden_size"), problems), checkpoint.config)
         self.of_blocks = self._of_blocks(problems)
         self.blocks = self._blocks(problems)
         if len(problems) and not self._readable:
@@ -256,9 +260,10 @@ class Layout:
         config = self.checkpoint.config.get("quantization_config") or self.text_config.get("quantization_config")
         if config:
             method = config.get("quant_method", "?") if isinstance(config, dict) else "?"
-            raise InputError.one(
-                "config.json: quantization_config", f"the model is already quantised ({method})", "start from the original checkpoint"
-            )
+            remedy = "start from the original checkpoint"
+            if method in PUBLISHED:
+                remedy += ", or, where there is none in more bits, from what transformers saves after loading this one with dequantize=True"
+            raise InputError.one("config.json: quantization_config", f"the model is already quantised ({method})", remedy)
 
     def _of_blocks(self, problems: Problems) -> dict[int, dict[str, Any]]:
         """What differs from the rest of the config, by block."""
@@ -306,7 +311,7 @@ class Layout:
             numbers = sorted({int(match[1]) for name in locals_ if (match := pattern.match(name))})
             fused = [name for name in locals_ if name.startswith(experts.prefix + ".") and not pattern.match(name)]
             if fused:
-                problems.add(f"{prefix}.{fused[0]}", "holds all experts in one tensor", "save the checkpoint with one tensor per expert")
+                problems.add(f"{prefix}.{fused[0]}", "holds experts in a form that is not known", "save the checkpoint with one tensor per expert")
             for name, parts in ((EXPERTS_IN, (experts.gate, experts.up)), (EXPERTS_OUT, (experts.down,))):
                 groups = [
                     self._group(

@@ -17,8 +17,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
-from compress import declared, hardware
-from compress.arch.base import Experts
+from compress import declared, fused, hardware
 from compress.block import DTYPES, EXACT, Block, Cache, Slot, experts_forward
 from compress.checkpoint import (
     FLOATS,
@@ -137,7 +136,7 @@ class Model:
         config = transformers_config(self.checkpoint.config)
         text = config.get_text_config()
         config._experts_implementation = text._experts_implementation = EXPERTS_FUNCTION
-        config._attn_implementation = text._attn_implementation = "sdpa"
+        config._attn_implementation = text._attn_implementation = self.layout.arch.kernel
         return config
 
     def _auto_class(self) -> Any:
@@ -155,7 +154,7 @@ class Model:
         try:
             config = self._read_config()
             with torch.device("meta"):
-                whole = auto.from_config(config, dtype=self.dtype, attn_implementation="sdpa", trust_remote_code=False)
+                whole = auto.from_config(config, dtype=self.dtype, attn_implementation=self.layout.arch.kernel, trust_remote_code=False)
                 modules = whole.get_submodule(self.layout.arch.module_blocks)
                 for index, changes in self.layout.of_blocks.items():
                     modules[index] = type(modules[index])(_with(whole.config.get_text_config(), changes), index).to(self.dtype)
@@ -183,7 +182,7 @@ class Model:
         """Have two modules in sequence compute a linear whose factors are on disk."""
         index, _, local = linear.removeprefix(f"{self.layout.arch.blocks}.").partition(".")
         module = modules[int(index)]
-        path = self._slot(local, module).parameter
+        path = self._slot(local).parameter
         whole, rank = module.get_submodule(path), self.layout.linears[f"{linear}.0"].rows
         pair = nn.Linear(whole.in_features, rank, bias=False), nn.Linear(rank, whole.out_features, bias=whole.bias is not None)
         _replace(module, path, nn.Sequential(*pair).to(self.dtype))
@@ -196,7 +195,7 @@ class Model:
         if types is not None:
             text.layer_types = []
         hollow, info = self._auto_class().from_pretrained(
-            self.checkpoint.weights, config=bare, dtype=self.dtype, attn_implementation="sdpa",
+            self.checkpoint.weights, config=bare, dtype=self.dtype, attn_implementation=self.layout.arch.kernel,
             local_files_only=True, trust_remote_code=False, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True,
             **self._generation(),
         )  # fmt: skip
@@ -232,10 +231,11 @@ class Model:
         self._check_cache_scales(problems)
         slots = []
         for block, module in zip(self.blocks, self._modules, strict=True):
+            self._check_experts(module, problems)
             needed = self._needed(module.state_dict(keep_vars=True))
             found = {}
             for name in dict.fromkeys(_dense_name(name) for name in block.tensors if name not in self.layout.cache_scales):
-                slot = self._slot(name.removeprefix(block.prefix + "."), module)
+                slot = self._slot(name.removeprefix(block.prefix + "."))
                 if slot not in needed:
                     problems.add(name, f"is not accounted for: a {type(module).__name__} has no such weight", "this variant is not supported")
                     continue
@@ -265,33 +265,38 @@ class Model:
         table = self.layout.arch.experts
         needed: dict[Slot, str] = {}
         for name, parameter in parameters.items():
-            if table and name in (f"{table.module}.gate_up_proj", f"{table.module}.down_proj"):
-                parts = {None: table.down} if name.endswith("down_proj") else {0: table.gate, 1: table.up}
-                for number in range(parameter.shape[0]):
-                    needed |= {Slot(name, number, half): f"{table.prefix}.{number}.{part}.weight" for half, part in parts.items()}
+            if table and name.startswith(f"{table.module}.") and (tensor := name.removeprefix(f"{table.module}.")) in fused.names(table):
+                for local, member in fused.members(table, tensor).items():
+                    needed |= {Slot(name, number, member): f"{table.prefix}.{number}.{local}" for number in range(parameter.shape[0])}
             else:
                 old, new = next((rule for rule in self.layout.arch.rename if name.startswith(rule[1])), ("", ""))
                 needed[Slot(name)] = old + name.removeprefix(new)
         return needed
 
-    def _slot(self, local: str, module: nn.Module) -> Slot:
+    def _slot(self, local: str) -> Slot:
         table = self.layout.arch.experts
         if table and local.startswith(table.prefix + "."):
             number, _, part = local.removeprefix(table.prefix + ".").partition(".")
-            return self._expert_slot(table, int(number), part.removesuffix(".weight"), module)
+            for tensor in fused.names(table):
+                if member := fused.members(table, tensor).get(part):
+                    return Slot(f"{table.module}.{tensor}", int(number), member)
         for old, new in self.layout.arch.rename:
             if local.startswith(old):
                 local = new + local.removeprefix(old)
         return Slot(local)
 
-    def _expert_slot(self, table: Experts, number: int, part: str, module: nn.Module) -> Slot:
-        experts: Any = module.get_submodule(table.module)
-        layout = {flag: getattr(experts, flag, None) for flag in ("is_concatenated", "is_transposed", "has_bias", "has_gate")}
-        if layout != {"is_concatenated": True, "is_transposed": False, "has_bias": False, "has_gate": True}:
-            raise InputError.one(f"{self.layout.arch.model_type} experts", f"have a layout that is not supported: {layout}")
-        if part == table.down:
-            return Slot(f"{table.module}.down_proj", number)
-        return Slot(f"{table.module}.gate_up_proj", number, 0 if part == table.gate else 1)
+    def _check_experts(self, module: nn.Module, problems: Problems) -> None:
+        """Compare what transformers says of how it holds the experts of a block with the table."""
+        table = self.layout.arch.experts
+        found = table and dict(module.named_modules()).get(table.module)
+        if not table or found is None:
+            return
+        said = {flag: value for flag, value in vars(found).items() if flag.startswith(("is_", "has_")) and isinstance(value, bool)}
+        known = {"is_concatenated": not table.interleaved, "is_transposed": table.transposed, "has_bias": table.biased, "has_gate": True}
+        differing = [f"{flag}: {said.get(flag)}" for flag in known if said.get(flag) != known[flag]]
+        differing += [f"{flag}: True" for flag, value in said.items() if value and flag not in known]  # what is not so needs no care
+        if differing:
+            problems.add(f"{self.layout.arch.model_type} experts", f"are held in a way that is not supported: {', '.join(differing)}")
 
     # Reading --------------------------------------------------------------------------------------------------------------------
 

@@ -103,7 +103,7 @@ def narrowed(layout: Layout, counts: Mapping[str, int], biased: Collection[str] 
 def _of_shape(info: TensorInfo, shape: Iterable[int]) -> TensorInfo:
     shape = tuple(shape)
     width = info.nbytes // max(1, torch.Size(info.shape).numel())
-    return replace(info, shape=shape, file=Path(), begin=0, end=width * torch.Size(shape).numel())
+    return replace(info, shape=shape, file=Path(), begin=0, end=width * torch.Size(shape).numel(), strides=None)
 
 
 def reshaped(layout: Layout, tensors: Mapping[str, TensorInfo]) -> Layout:

@@ -115,6 +115,7 @@ def exact_norms(monkeypatch: pytest.MonkeyPatch) -> None:
         ("qwen2_moe", "Qwen2Moe"),
         ("olmoe", "Olmoe"),
         ("deepseek_v3", "DeepseekV3"),
+        ("gpt_oss", "GptOss"),
     ):
         module = importlib.import_module(f"transformers.models.{kind}.modeling_{kind}")
         monkeypatch.setattr(getattr(module, f"{name}RMSNorm"), "forward", forward)

@@ -15,7 +15,18 @@ TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 VOCABULARY = 4096
 IMAGE_TOKEN = 3
 DENSE = ("llama", "llama-tied", "llama-bias", "mistral", "qwen2", "qwen2-sliding", "qwen3", "llava")
-ROUTED = ("qwen3_moe", "qwen3_moe-dense-first", "mixtral", "qwen2_moe", "qwen2_moe-60", "olmoe", "olmoe-clipped", "deepseek_v3", "deepseek_v3-q")
+ROUTED = (
+    "qwen3_moe",
+    "qwen3_moe-dense-first",
+    "mixtral",
+    "qwen2_moe",
+    "qwen2_moe-60",
+    "olmoe",
+    "olmoe-clipped",
+    "deepseek_v3",
+    "deepseek_v3-q",
+    "gpt_oss",
+)
 """Kinds with experts, whose routers transformers has compute in float32."""
 KINDS = DENSE + ROUTED
 
@@ -80,6 +91,9 @@ def config(kind: str) -> Any:
             return hf.DeepseekV3Config(
                 **_text(num_key_value_heads=4, head_dim=8, moe_intermediate_size=32, first_k_dense_replace=1, v_head_dim=16, **latent, **routing)
             )
+        case "gpt_oss":
+            rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 10000.0}
+            return hf.GptOssConfig(**_text(num_local_experts=4, num_experts_per_tok=2, intermediate_size=32, sliding_window=8, rope_parameters=rope))
         case "llava":
             vision = {
                 "hidden_size": 32,

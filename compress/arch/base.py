@@ -85,6 +85,10 @@ class Experts:
     The ``router`` has a row for each of them, in its weight and in whatever else is named after it. `counts` are the keys by which a config may
     say how many experts there are, `active` says how many of them a token goes to. Where `groups` are keys, tokens choose first: of so many
     groups of equal size so many.
+
+    The two parameters are [experts, 2 x width, hidden], gates first, and [experts, hidden, width]; ``transposed`` ones have their last two dimensions
+    the other way round, in ``interleaved`` ones each gate stands before what it is multiplied with, and beside ``biased`` ones there are biases.
+    With `fused`, transformers reads them from disk in this form alone.
     """
 
     prefix: str
@@ -96,6 +100,10 @@ class Experts:
     counts: tuple[str, ...]
     active: str = "num_experts_per_tok"
     groups: tuple[str, str] | None = None
+    transposed: bool = False
+    interleaved: bool = False
+    biased: bool = False
+    fused: bool = False
 
 
 @dataclass(frozen=True)
@@ -107,8 +115,9 @@ class Arch:
     without consumers. ``writers`` are the linears whose outputs are added to the residual stream, ``scores`` those behind attention scores, where an
     error is raised to an exponent. `biases` are keys of the config that give all of some linears a bias each. `units` are what structured pruning
     takes out; with ``whole_heads`` transformers refuses numbers of heads that do not divide the hidden size. `attention` is the module that has a
-    cache of keys and values. Where it keeps one ``latent`` vector for all heads instead, these keys of the config are the widths of its parts.
-    Blocks beyond those that a text goes through, as many as the config says under the key ``more_blocks``, are not part of the model.
+    cache of keys and values, computed by what transformers calls its implementation `kernel`. Where it keeps one ``latent`` vector for all heads
+    instead, these keys of the config are the widths of its parts. Blocks beyond those that a text goes through, as many as the config says under the
+    key ``more_blocks``, are not part of the model.
     """
 
     model_type: str
@@ -122,6 +131,7 @@ class Arch:
     module_blocks: str = "model.layers"
     text_config: str | None = None
     attention: str = "self_attn"
+    kernel: str = "sdpa"
     latent: tuple[str, ...] = ()
     more_blocks: str | None = None
     experts: Experts | None = None
