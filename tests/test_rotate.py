@@ -81,13 +81,9 @@ def test_a_seed_decides_the_matrix() -> None:
 # The same function ------------------------------------------------------------------------------------------------------------------
 
 
-def tensors_of(folder: Path) -> dict[str, Tensor]:
-    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
-
-
 def turned(folder: Path, target: Path, change: Callable[[dict[str, Tensor]], None] = lambda tensors: None) -> dict[str, Tensor]:
     """Write the float64 checkpoint with everything turned, in float64 throughout."""
-    layout, tensors = Layout(Checkpoint(folder)), tensors_of(folder)
+    layout, tensors = Layout(Checkpoint(folder)), tiny.weights(folder)
     change(tensors)
     tied = bool(layout.checkpoint.config.get("tie_word_embeddings"))
     stream = Rotation(64, 0)
@@ -97,7 +93,7 @@ def turned(folder: Path, target: Path, change: Callable[[dict[str, Tensor]], Non
     for name in ("config.json", *tiny.TOKENIZER):
         (target / name).write_bytes((folder / name).read_bytes())
     (target / "config.json").write_text(json.dumps(layout.checkpoint.config | {"tie_word_embeddings": False}))
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, target / "model.safetensors", {"format": "pt"})
+    tiny.write(tensors, target)
     return tensors
 
 
@@ -148,7 +144,10 @@ def test_a_recipe_that_only_rotates_makes_a_dense_model_that_plain_transformers_
     assert result["verification"]["mode"] == "full"
     assert difference(logits(folder), logits(tmp_path / "out")) < 1e-4
     actions = {item["name"]: item["action"] for item in result["ledger"]}
-    changed = {name for name, tensor in tensors_of(tmp_path / "out").items() if not torch.equal(tensor, tensors_of(folder).get(name, torch.empty(0)))}
+    changed = {
+    before, after = tiny.weights(folder), tiny.weights(tmp_path / "out")
+    changed = {name for name, tensor in after.items() if not torch.equal(tensor, before.get(name, torch.empty(0)))}
+    }
     assert changed and all(actions[name] in ("rotated", "added") for name in changed)
 
 
@@ -157,7 +156,7 @@ def test_one_rotation_alone_computes_the_same(options: dict[str, Any], checkpoin
     folder = checkpoint("llama-tied")
     run([{"rotate": options}], folder, tmp_path / "out")
     assert difference(logits(folder), logits(tmp_path / "out")) < 1e-4
-    assert ("lm_head.weight" in tensors_of(tmp_path / "out")) == options.get("r1", True)
+    assert ("lm_head.weight" in tiny.weights(tmp_path / "out")) == options.get("r1", True)
 
 
 def test_a_head_that_was_the_embedding_becomes_its_own(checkpoint: Callable[..., Path], tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from oracles import fused
+from safetensors.torch import load_file, save_file
 
 from compress import demo
 from compress.data import Sample, Samples
@@ -131,6 +133,21 @@ def save(kind: str, dtype: torch.dtype, folder: Path) -> Path:
     for name in TOKENIZER:
         shutil.copy(demo.path("dense") / name, folder / name)
     return folder
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint, those of experts one by one."""
+    tensors = {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+    return fused.apart(tensors) if "gpt_oss" in (folder / "config.json").read_text() else tensors
+
+
+def write(tensors: dict[str, torch.Tensor], folder: Path) -> None:
+    """All tensors in one file, as transformers reads them, beside the config."""
+    if "gpt_oss" in (folder / "config.json").read_text():
+        tensors = fused.together(tensors)
+    for path in folder.glob("*.safetensors*"):
+        path.unlink()
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
 
 
 def plain(folder: Path, dtype: torch.dtype = torch.float32) -> Any:

@@ -8,16 +8,21 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.checkpoint import BRANCHED, BRANCHES, INDEX, RESIDUALS, SINGLE, Entry, entry, wrapped, write_safetensors, write_text
+from compress import fused
+from compress.arch.base import Experts
+from compress.checkpoint import BRANCHED, BRANCHES, INDEX, RESIDUALS, SINGLE, Entry, Stacked, entry, wrapped, write_safetensors, write_text
 from compress.errors import InputError, Problems
 from compress.formats.base import BESIDE_PARTS, BRANCH_PARTS, RESIDUAL_PARTS
-from compress.layout import Layout
+from compress.layout import BlockLayout, Layout
 from compress.scheme import CacheScheme, Scheme
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from compress.model import Model
 
 SHARD_BYTES = 5_000_000_000
@@ -264,14 +269,44 @@ def _shards(model: Model) -> Iterator[list[Entry]]:
 
     entries: list[Entry] = []
     size = 0
-    for name in sorted((name for name in model.tensors if not model.layout.dropped(name) and not name.endswith(BESIDE_PARTS)), key=position):
-        item = model.final(name)
+    for item in sorted(_entries(model), key=lambda item: position(item.name)):
         if entries and size + item.nbytes > SHARD_BYTES:
             yield entries
             entries, size = [], 0
         entries.append(item)
         size += item.nbytes
     yield entries
+
+
+def _entries(model: Model) -> Iterator[Entry]:
+    """Everything that goes into the shards, experts one by one or, where transformers reads them in no other form, together."""
+    table, joined = model.layout.arch.experts, set()
+    if table and table.fused:
+        for block in model.blocks:
+            if block.experts and not any(model.packed_as(name) for name in _of_experts(block)):
+                for tensor in fused.names(table):
+                    yield _joined(model, table, f"{block.prefix}.{table.prefix}", tensor, len(block.experts))
+                joined |= {f"{name}.{part}" for name in _of_experts(block) for part in ("weight", "bias")}
+    for name in model.tensors:
+        if name not in joined and not model.layout.dropped(name) and not name.endswith(BESIDE_PARTS):
+            yield model.final(name)
+
+
+def _of_experts(block: BlockLayout) -> list[str]:
+    return [linear.name for stage in block.stages for group in stage.groups if group.expert is not None for linear in group.linears]
+
+
+def _joined(model: Model, table: Experts, prefix: str, tensor: str, count: int) -> Entry:
+    """One of the tensors that hold all experts, made one expert at a time."""
+    from compress.checkpoint import read_entry
+
+    def one(expert: int) -> Tensor:
+        return fused.joined(table, [read_entry(model.final(f"{prefix}.{expert}.{local}")) for local in fused.members(table, tensor)])
+
+    of_first = [model.final(f"{prefix}.0.{local}") for local in fused.members(table, tensor)]
+    shape = (sum(item.shape[0] for item in of_first), *of_first[0].shape[1:])
+    pieces = tuple(partial(one, expert) for expert in range(count))
+    return Entry(f"{prefix}.{tensor}", of_first[0].dtype, (count, *(shape[::-1] if table.transposed else shape)), Stacked(pieces))
 
 
 def compare(model: Model, folder: Path) -> int:
@@ -285,7 +320,7 @@ def compare(model: Model, folder: Path) -> int:
 
     from compress.checkpoint import Checkpoint, read_entry, read_tensor
 
-    written = Checkpoint(folder)
+    written = Layout(Checkpoint(folder)).checkpoint
     expected = {name for name in model.tensors if not model.layout.dropped(name)}
     if set(written.tensors) != expected:
         raise InputError.one(str(folder), f"tensors differ from those meant: {sorted(set(written.tensors) ^ expected)[:3]}", "report this")
