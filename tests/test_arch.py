@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,12 @@ from test_folding import difference
 from test_model import rewrite
 from test_run import compress, weights
 
+from compress import runtime
 from compress.arch import olmoe
 from compress.checkpoint import Checkpoint
+from compress.data import Samples
 from compress.errors import InputError
+from compress.evaluate.scoring import last_hidden
 from compress.layout import Layout
 from compress.model import Model
 from compress.reshape import without_blocks
@@ -114,3 +119,135 @@ def test_a_block_less_keeps_dense_blocks_dense(kind: str, copy: Callable[..., Pa
     left = without_blocks(Layout(Checkpoint(folder)), {1})
     assert [not block.experts for block in left.blocks] == ([True, True, False] if kind == "qwen2_moe" else [True, False, False])
     Model(left)  # transformers makes of the config what there are weights for
+
+
+# Experts together on disk ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def joined(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A checkpoint of a kind that holds experts as transformers does in memory, never to be changed."""
+    return cache(lambda kind: tiny.save(kind, torch.bfloat16, tmp_path_factory.mktemp(f"{kind}-joined"), save_original_format=False))
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "qwen2_moe", "olmoe", "deepseek_v3"])
+def test_experts_in_one_tensor_are_those_of_one_each(kind: str, joined: Callable[[str], Path], checkpoint: Callable[..., Path]) -> None:
+    together, apart = (Layout(Checkpoint(folder)) for folder in (joined(kind), checkpoint(kind, torch.bfloat16)))
+    assert any(name.endswith("experts.gate_up_proj") for name in Checkpoint(joined(kind)).tensors)
+    assert sorted(together.checkpoint.tensors) == sorted(apart.checkpoint.tensors) and together.blocks == apart.blocks
+    assert together.checkpoint.nbytes == apart.checkpoint.nbytes
+    for name in apart.checkpoint.tensors:
+        assert torch.equal(together.checkpoint.read(name), apart.checkpoint.read(name)), name
+
+
+def test_experts_across_and_interleaved_are_read_as_a_loop_does(checkpoint: Callable[..., Path]) -> None:
+    folder = checkpoint("gpt_oss", torch.bfloat16)
+    layout, expected = Layout(Checkpoint(folder)), tiny.weights(folder)
+    assert sorted(layout.checkpoint.tensors) == sorted(expected)
+    assert all(torch.equal(layout.checkpoint.read(name), tensor) for name, tensor in expected.items())
+    assert len({(info.file, info.begin) for info in layout.checkpoint.tensors.values()}) == len(expected)  # what a pass has moved is found by place
+    assert layout.checkpoint.nbytes == Checkpoint(folder).nbytes
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss"])
+def test_what_is_made_does_not_depend_on_how_experts_were_stored(
+    kind: str, joined: Callable[[str], Path], checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Where transformers reads both, from either; gpt-oss against its own tensors written one by one and joined by a loop."""
+    steps = [{"prune_structured": {"method": "magnitude", "keep": {"expert_channel": 0.5}, "multiple_of": 16}}]
+    result = compress(QUICK | {"passes": steps, "verify": "full"}, joined(kind), tmp_path / "one")
+    other = compress(QUICK | {"passes": steps, "verify": "full"}, checkpoint(kind, torch.bfloat16), tmp_path / "other")
+    assert [(item["name"], item["action"]) for item in result["ledger"]] == [(item["name"], item["action"]) for item in other["ledger"]]
+    assert sum(".experts." in item["name"] and item["action"] == "pruned" for item in result["ledger"]) >= 2 * 3 * 4
+    one, two = (tiny.weights(tmp_path / name) for name in ("one", "other"))
+    assert sorted(one) == sorted(two) and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_dense_experts_of_gpt_oss_are_written_as_they_were(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    folder = checkpoint("gpt_oss", torch.bfloat16)
+    compress(QUICK | {"passes": [RTN | {"rtn": RTN["rtn"] | {"exclude": ["*.experts.*"]}}], "verify": "full"}, folder, tmp_path / "out")
+    before, after = weights(folder), weights(tmp_path / "out")
+    of_experts = [name for name in before if ".experts." in name]
+    assert len(of_experts) == 2 * 4 and all(torch.equal(before[name], after[name]) for name in of_experts)
+
+
+def test_quantised_experts_of_gpt_oss_are_for_this_program_alone_and_all_in_the_ledger(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    result = compress(QUICK | {"passes": [RTN]}, checkpoint("gpt_oss"), tmp_path / "out")
+    assert result["engines"]["transformers"].startswith("refuses quantised experts of a gpt_oss")
+    assert result["engines"]["vLLM"].startswith("unproven: experts of a gpt_oss one by one")
+    fates = {item["name"]: item["action"] for item in result["ledger"]}
+    linears = [f"model.layers.{block}.mlp.experts.{expert}" for block in (0, 1) for expert in range(4)]
+    for name in linears:
+        assert {fates[f"{name}.{part}_proj.weight"] for part in ("gate", "up", "down")} == {"quantized"}
+        assert {fates[f"{name}.{part}_proj.bias"] for part in ("gate", "up", "down")} == {"kept"}
+    ours, meant = runtime.load(tmp_path / "out"), Model(Layout(Checkpoint(tmp_path / "out")))
+    sample = tiny.samples().items[0]
+    with torch.no_grad():
+        expected = meant.logits(last_hidden(meant, Samples("first", (sample,)))[0])
+        found = ours(input_ids=sample.ids[None]).logits
+    assert float((found - expected).abs().max() / expected.abs().max()) < 5e-4
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensor: tensor[0], r"experts\.gate_up_proj: is \[64, 64\], not of 3 dimensions"),
+        (lambda tensor: tensor[:, :63].contiguous(), r"experts\.gate_up_proj: is \[8, 63, 64\], where half of dimension 1 must be gates"),
+        (lambda tensor: tensor[..., :63].contiguous(), r"experts\.gate_up_proj: is \[8, 64, 63\], where dimension 2 must be the 64 channels"),
+    ],
+)
+def test_experts_of_another_shape_are_refused_by_name(
+    change: Callable[[torch.Tensor], torch.Tensor], message: str, joined: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(joined("qwen3_moe"), tmp_path / "model"))
+    name = "model.layers.1.mlp.experts.gate_up_proj"
+    rewrite(folder, lambda tensors: tensors.update({name: change(tensors[name])}))
+    with pytest.raises(InputError, match=message):
+        Layout(Checkpoint(folder))
+
+
+def test_experts_across_what_the_table_says_are_refused_by_name(joined: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(joined("qwen3_moe"), tmp_path / "model"))
+    name = "model.layers.1.mlp.experts.down_proj"
+    rewrite(folder, lambda tensors: tensors.update({name: tensors[name].transpose(1, 2).contiguous()}))
+    with pytest.raises(InputError, match=r"experts\.down_proj: is \[8, 32, 64\], where dimension 1 must be the 64 channels"):
+        Layout(Checkpoint(folder))
+
+
+def test_experts_in_a_packed_form_of_their_publisher_are_refused_with_a_way_out(copy: Callable[..., Path], edit_config: Callable[..., None]) -> None:
+    folder = copy("gpt_oss")
+
+    def pack(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if name.endswith("_proj") and ".experts." in name]:
+            tensors |= {f"{name}_blocks": torch.zeros(4, 64, 2, 16, dtype=torch.uint8), f"{name}_scales": torch.zeros(4, 64, 2, dtype=torch.uint8)}
+            del tensors[name]
+
+    rewrite(folder, pack)
+    edit_config(folder, quantization_config={"quant_method": "mxfp4"})
+    with pytest.raises(InputError, match=r"already quantised \(mxfp4\); start from .* dequantize=True"):
+        Layout(Checkpoint(folder))
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("is_transposed", True, "is_transposed: True"),
+        ("has_bias", True, "has_bias: True"),
+        ("is_concatenated", None, "is_concatenated: None"),
+        ("has_something_new", True, "has_something_new: True"),
+    ],
+)
+def test_a_layout_that_the_table_does_not_say_is_refused_by_name(
+    flag: str, value: bool | None, message: str, checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+    made = Qwen3MoeExperts.__init__
+
+    def otherwise(self: Any, *arguments: Any) -> None:
+        made(self, *arguments)
+        setattr(self, flag, value)
+
+    monkeypatch.setattr(Qwen3MoeExperts, "__init__", otherwise)
+    with pytest.raises(InputError, match=f"qwen3_moe experts: are held in a way that is not supported: {message}"):
+        Model(Layout(Checkpoint(checkpoint("qwen3_moe"))))

@@ -144,10 +144,8 @@ def test_a_recipe_that_only_rotates_makes_a_dense_model_that_plain_transformers_
     assert result["verification"]["mode"] == "full"
     assert difference(logits(folder), logits(tmp_path / "out")) < 1e-4
     actions = {item["name"]: item["action"] for item in result["ledger"]}
-    changed = {
     before, after = tiny.weights(folder), tiny.weights(tmp_path / "out")
     changed = {name for name, tensor in after.items() if not torch.equal(tensor, before.get(name, torch.empty(0)))}
-    }
     assert changed and all(actions[name] in ("rotated", "added") for name in changed)
 
 

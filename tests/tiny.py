@@ -113,8 +113,11 @@ def config(kind: str) -> Any:
     raise ValueError(kind)
 
 
-def save(kind: str, dtype: torch.dtype, folder: Path) -> Path:
-    """Write a random model of a kind with a tokenizer beside it; biases and norms are random too, so that forgetting one shows."""
+def save(kind: str, dtype: torch.dtype, folder: Path, **options: Any) -> Path:
+    """Write a random model of a kind with a tokenizer beside it; biases and norms are random too, so that forgetting one shows.
+
+    `options` are those of transformers' `save_pretrained`.
+    """
     import transformers as hf
 
     torch.manual_seed(1)
@@ -129,7 +132,7 @@ def save(kind: str, dtype: torch.dtype, folder: Path) -> Path:
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 buffer += 0.2 * torch.randn_like(buffer)
-    model.to(dtype).save_pretrained(folder, max_shard_size="300KB")
+    model.to(dtype).save_pretrained(folder, max_shard_size="300KB", **options)
     for name in TOKENIZER:
         shutil.copy(demo.path("dense") / name, folder / name)
     return folder

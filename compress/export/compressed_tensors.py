@@ -52,7 +52,7 @@ def check(place: str, layout: Layout, plan: dict[str, Scheme], problems: Problem
             problems.add(place, f"the experts of {block.prefix} get different schemes", "engines hold them in one tensor: treat them alike")
         if any(kind and not kind[0].symmetric for kind in schemes):
             problems.add(place, f"the experts of {block.prefix} are asymmetric; transformers ignores zero points of experts", "set symmetric: true")
-        if kinds and schemes == {None}:
+        if kinds and schemes == {None} and not _reads_joined(layout):
             dense.append(block.prefix)
         of_experts.append(schemes)
     if dense:
@@ -107,6 +107,8 @@ def _weight_verdicts(layout: Layout, plan: dict[str, Scheme]) -> dict[str, str]:
         vllm, sglang = f"GPU only: {odd}-bit needs the Humming kernels", f"refuses {odd}-bit: only 4 and 8"
     elif floats:
         vllm = sglang = f"GPU only: {', '.join(floats)}" + (" (unproven)" if any(name.startswith("mx") for name in floats) else "")
+    elif layout.of_experts & plan.keys() and _reads_joined(layout):
+        vllm = sglang = f"unproven: experts of a {layout.arch.model_type} one by one"
     elif narrow:
         vllm = "GPU only: its CPU kernel wants widths divisible by 32"
     return {"transformers": _transformers(layout, plan), "vLLM": vllm, "SGLang": sglang}
@@ -119,12 +121,20 @@ def _transformers(layout: Layout, plan: dict[str, Scheme]) -> str:
     compressed-tensors makes room for zero points in their unpacked shape, so transformers could not load packed ones (seen with 0.20.0 under
     5.23.0). Unpacking while loading is sound, but it knows only one scheme.
     """
-    unread = sorted({plan[name].format for name in layout.of_experts & plan.keys()} - EXPERT_FORMATS)
+    of_experts = layout.of_experts & plan.keys()
+    if of_experts and _reads_joined(layout):
+        return f"refuses quantised experts of a {layout.arch.model_type}: it reads them in two dense tensors alone"
+    unread = sorted({plan[name].format for name in of_experts} - EXPERT_FORMATS)
     if unread:
         return f"refuses experts in {unread[0]}: unpacks them wrongly or not at all"
     if all(scheme.symmetric and scheme.layout not in BFLOAT16_ONLY for scheme in plan.values()):
         return "loads, decompresses on first use"
     return WHILE_LOADING if len(set(_kinds(layout, plan).values())) == 1 else "loads in bfloat16, decompresses on first use"
+
+
+def _reads_joined(layout: Layout) -> bool:
+    """Whether transformers reads the experts of a block together alone."""
+    return layout.arch.experts is not None and layout.arch.experts.fused
 
 
 def quantization_config(layout: Layout, plan: dict[str, Scheme], cache: CacheScheme | None = None) -> dict[str, Any]:
