@@ -79,7 +79,10 @@ def apart(tensors: Mapping[str, TensorInfo], arch: Arch, hidden: object, problem
         elif wrong := _misshapen(table, match[2], info, hidden):
             problems.add(name, wrong, "save the checkpoint with one tensor per expert")
         else:
-            found |= {f"{match[1]}.{local}": view for local, view in _views(table, match[2], info)}
+            views = {f"{match[1]}.{local}": view for local, view in _views(table, match[2], info)}
+            if twice := next((view for view in views if view in tensors), None):
+                problems.add(name, f"holds what {twice} holds too", "fetch the checkpoint again")
+            found |= views
     return found
 
 

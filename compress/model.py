@@ -476,7 +476,7 @@ class Model:
         """The whole model of transformers in memory, to keep; this object is not to be used afterwards.
 
         ``linear`` gives, for the name of a quantised linear and its bias, the module that is to stand for it; ``experts``, for a block whose experts
-        are quantised and the gated product of transformers, the one that is to stand for all of them; ``branched``, for a linear with a branch, its
+        are quantised and the module of transformers, without weights, the one that is to stand for all of them; ``branched``, for a linear with a branch, its
         module, that branch and how its inputs are rounded, the one of both. Attention with a quantised cache has its scales as buffers and
         rounds what goes into the cache. Raises `InputError` where only some experts of a block are quantised.
         """
@@ -489,7 +489,7 @@ class Model:
                     raise InputError.one(missing[0], "is not quantised, but other experts of its block are", "open it with transformers")
                 held: Any = module.get_submodule(table.module)
                 held._parameters.clear()
-                _replace(module, table.module, experts(layout, held._apply_gate))
+                _replace(module, table.module, experts(layout, held))
             for name, slot in packed.items():
                 if name not in routed:
                     bias = read_entry(self.final(f"{name}.bias")).to(self.dtype) if f"{name}.bias" in self.tensors else None
