@@ -17,6 +17,7 @@ import math
 import statistics
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -77,9 +78,23 @@ ROWS: dict[str, Passes] = {
 """By table and name, the passes of a row."""
 
 
-def parse_arguments(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="quality.py prune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="demo:dense", help="demo:NAME or a checkpoint (the widths above are those of demo:dense)")
+@dataclass(frozen=True)
+class Bench:
+    """A command of quality.py: its name, what it is about, the model that its rows are meant for and, by table and name, the passes of a row."""
+
+    command: str
+    about: str
+    model: str
+    rows: dict[str, Passes]
+    pairs: Path | None = None
+    """Minimal pairs that every row is judged by too."""
+
+
+def parse_arguments(bench: Bench, arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog=f"quality.py {bench.command}", description=bench.about, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default=bench.model, help="demo:NAME or a checkpoint (the rows are made for the default)")
     parser.add_argument("--json", type=Path, required=True, help="where the numbers go; what is there already is kept and not run again")
     parser.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN", help="rows to run, as TABLE/NAME with *")
     parser.add_argument("--seeds", type=int, default=3, help="draws of the calibration samples")
@@ -89,31 +104,48 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def run(passes: Passes, seed: int, arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
+def run(passes: Passes, seed: int, pairs: Path | None, arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     """Loss and size of one run, or an error."""
+    if pairs:
+        (work / "search.jsonl").write_text("".join(f"{row}\n" for row in pairs.read_text().splitlines()[::2]))
+        (work / "held.jsonl").write_text("".join(f"{row}\n" for row in pairs.read_text().splitlines()[1::2]))
+        passes = [
+            {name: options | {"pairs": str(work / "search.jsonl")} if "pairs" in options else options for name, options in step.items()}
+            for step in passes
+        ]
     recipe = {
         "passes": passes,
         "calibration": {"data": "demo:text", "samples": arguments.samples, "length": arguments.length, "seed": seed},
         "evaluate": {"data": "demo:heldout", "context": arguments.length, "windows": arguments.windows},
     }
+    if pairs:
+        recipe["evaluate"]["pairs"] = str(work / "held.jsonl")
     path, out = work / "recipe.yaml", work / "out"
     path.write_text(yaml.safe_dump(recipe, sort_keys=False))
     done = harness.run([sys.executable, "-m", "compress", "run", path, arguments.model, "--out", out, "--overwrite"])
     if done.returncode:
         return {"seed": seed, "error": done.error()}
     report = json.loads((out / "report.json").read_text())
-    low, high = report["evaluation"]["intervals"]["perplexity_ratio"]
-    return {
+    evaluation = report["evaluation"]
+    low, high = evaluation["intervals"]["perplexity_ratio"]
+    found = {
         "seed": seed,
-        "excess_loss": math.log(report["evaluation"]["figures"]["perplexity_ratio"]),
+        "excess_loss": math.log(evaluation["figures"]["perplexity_ratio"]),
         "interval": [math.log(low), math.log(high)],
+        "kl": evaluation["figures"]["kl"],
         "after_bytes": report["size"]["after_bytes"],
-    } | done.cost()
+    }
+    if pairs:
+        found |= {"accuracy_drop": evaluation["figures"]["accuracy_drop"], "accuracy_interval": evaluation["intervals"]["accuracy_drop"]}
+    searched = next((record for record in report["transforms"] if record["pass"] == "eep"), None)
+    if searched:
+        found |= {"fitness": searched["fitness"], "held_out": searched["held_out"]}
+    return found | done.cost()
 
 
-def show(results: dict[str, Any]) -> None:
-    table = Table("table", "method", "draws", "excess loss, nats", "range", "bytes", "CPU s")
-    for name in sorted(results, key=lambda name: list(ROWS).index(name)):
+def show(results: dict[str, Any], rows: dict[str, Passes]) -> None:
+    table = Table("table", "method", "draws", "excess loss, nats", "range", "KL", "accuracy", "bytes", "CPU s")
+    for name in sorted(results, key=lambda name: list(rows).index(name)):
         worked = [one for one in results[name] if "error" not in one]
         if not worked:
             table.add_row(*name.split("/", 1), "0", results[name][0]["error"][:60])
@@ -121,20 +153,34 @@ def show(results: dict[str, Any]) -> None:
         losses = [one["excess_loss"] for one in worked]
         size, seconds = worked[0]["after_bytes"], statistics.mean(one["cpu_seconds"] for one in worked)
         spread = f"{min(losses):.4f}-{max(losses):.4f}"
-        table.add_row(*name.split("/", 1), str(len(worked)), f"{statistics.mean(losses):.4f}", spread, f"{size:,}", f"{seconds:.0f}")
+        kl, drop = (
+            f"{statistics.mean(one[key] for one in worked):.4f}" if all(key in one for one in worked) else "" for key in ("kl", "accuracy_drop")
+        )
+        dropped = f"-{drop}".replace("--", "+")
+        table.add_row(
+            *name.split("/", 1),
+            str(len(worked)),
+            f"{statistics.mean(losses):.4f}",
+            spread,
+            kl,
+            dropped if drop else "",
+            f"{size:,}",
+            f"{seconds:.0f}",
+        )
     Console(width=None if sys.stdout.isatty() else 140).print(table)
 
 
-def main(argv: list[str]) -> None:
-    arguments = parse_arguments(argv)
-    chosen = [name for name in ROWS if any(fnmatch.fnmatchcase(name, pattern) for pattern in arguments.only)]
+def main(argv: list[str], bench: Bench | None = None) -> None:
+    bench = bench or Bench("prune", __doc__ or "", "demo:dense", ROWS)
+    arguments = parse_arguments(bench, argv)
+    chosen = [name for name in bench.rows if any(fnmatch.fnmatchcase(name, pattern) for pattern in arguments.only)]
     if not chosen:
-        raise SystemExit(f"--only: no such row; rows are {', '.join(ROWS)}")
+        raise SystemExit(f"--only: no such row; rows are {', '.join(bench.rows)}")
     protocol = {name: getattr(arguments, name) for name in ("model", "samples", "length", "windows")} | {
         "data": "demo:text, demo:heldout",
         "bos": False,
     }
-    document: dict[str, Any] = {"benchmark": "pruning", "protocol": protocol, "results": {}}
+    document: dict[str, Any] = {"benchmark": {"prune": "pruning", "moe": "experts"}[bench.command], "protocol": protocol, "results": {}}
     if arguments.json.exists():
         document = json.loads(arguments.json.read_text())
         if document["protocol"] != protocol:
@@ -146,10 +192,10 @@ def main(argv: list[str]) -> None:
             if any(one["seed"] == seed and "error" not in one for one in runs):
                 continue
             with tempfile.TemporaryDirectory(prefix="pruning-") as work:
-                found = run(ROWS[name], seed, arguments, Path(work)) | {"commit": stamp["commit"]}
+                found = run(bench.rows[name], seed, bench.pairs, arguments, Path(work)) | {"commit": stamp["commit"]}
             document["results"][name] = [one for one in runs if one["seed"] != seed] + [found]
             print(f"seed {seed} {name}: {found.get('error', found.get('excess_loss'))}", file=sys.stderr, flush=True)
             part = arguments.json.with_name(arguments.json.name + ".part")
             part.write_text(json.dumps(document, indent=1) + "\n")
             part.replace(arguments.json)
-    show(document["results"])
+    show(document["results"], bench.rows)

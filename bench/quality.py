@@ -2,6 +2,7 @@
 
     python bench/quality.py --model DIR --calibration TEXT --eval TEXT --venvs DIR --json quality.json --only 'w3g128/*'
     python bench/quality.py prune --json pruning.json          # how much each way of pruning loses: bench/pruning.py
+    python bench/quality.py moe --json experts.json            # and of doing with fewer experts: bench/experts.py
 
 Every tool reads the same token windows from one file, and every result is evaluated by the same script (rivals/perplexity.py,
 where the protocol stands). A rival that is not installed or that fails is a row of the table like any other. The numbers are
@@ -22,6 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import experts
 import harness
 import pruning
 from outliers import plant
@@ -330,5 +332,7 @@ def main() -> None:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["prune"]:
         pruning.main(sys.argv[2:])
+    elif sys.argv[1:2] == ["moe"]:
+        experts.main(sys.argv[2:])
     else:
         main()

@@ -8,7 +8,7 @@ model, for the memory of one block and one boundary between blocks.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from compress.checkpoint import entry, read_header, read_tensor, write_safetenso
 from compress.data import Batch, Samples
 from compress.errors import InputError
 from compress.hardware import widened
-from compress.layout import EXPERTS_IN, EXPERTS_OUT
+from compress.layout import DOWN, EXPERTS_IN, EXPERTS_OUT
 from compress.model import Model
 
 LOGITS_AT_ONCE = 1024
@@ -31,6 +31,10 @@ Weights = Callable[[Block], dict[str, Tensor]]
 """The weights [out, in] float32 that a block is to compute with in place of its own, by the name of the linear."""
 Listener = Callable[[str, int, Tensor], None]
 """Is told the name of a linear, the number of a batch and the gradient of the mean loss in what the linear gives, [rows, tokens, out]."""
+
+
+Watcher = Callable[[str, Tensor, Tensor], None]
+"""Is told the name of a linear that ends an MLP or an expert, what it is given and the gradient of the sum of losses in that, [tokens, in]."""
 
 
 @dataclass(frozen=True)
@@ -78,12 +82,14 @@ def backsweep(
     weights: Weights = all_linears,
     outputs: Listener | None = None,
     advance: Callable[[], None] = lambda: None,
+    inner: Watcher | None = None,
 ) -> Iterator[Gradients]:
     """The gradient of the loss that `mean_loss` gives in each of `weights`, at those weights, from the last block to the first.
 
     `weights` is called twice per block, on the way there and on the way back, and must give the same both times. `outputs` is told the
-    gradient in what each linear gives, if asked for; those of routed experts, which have no output of their own, are left out. What the
-    blocks are given is kept in `folder` until it has been used. `advance` is told of each block passed, there and back.
+    gradient in what each linear gives, if asked for; those of routed experts, which have no output of their own, are left out. `inner` is told of
+    what lies inside MLPs and experts. What the blocks are given is kept in `folder` until it has been used. `advance` is told of each block
+    passed, there and back.
 
     Raises `InputError` if no token is scored or a gradient overflows.
     """
@@ -106,6 +112,8 @@ def backsweep(
         with model.block(layout.index) as block, ExitStack() as listening:
             leaves = {name: weight.detach().requires_grad_() for name, weight in weights(block).items()}
             place = listening.enter_context(_listening(block, outputs, count)) if outputs else _Place()
+            if inner:
+                listening.enter_context(_inside(block, inner))
             for number in range(len(upstream)):
                 place.batch = number
                 inputs = read_tensor(given[str(number)]).to(model.device).requires_grad_()
@@ -176,6 +184,30 @@ def _listening(block: Block, listener: Listener, count: int) -> Iterator[_Place]
     handles = [watch(linear.name) for stage in stages for group in stage.groups for linear in group.linears]
     try:
         yield place
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _inside(block: Block, watcher: Watcher) -> Iterator[None]:
+    """While inside, `watcher` is told what the linears that end MLPs and experts of `block` are given, and the gradients in that."""
+
+    def watch(name: str, given: Tensor) -> None:
+        if given.requires_grad:
+            rows = given.detach().flatten(0, -2)
+            given.register_hook(  # type: ignore[no-untyped-call]
+                lambda gradient: watcher(name, rows, gradient.flatten(0, -2))
+            )
+
+    def around(name: str) -> Any:
+        return block.submodule(name).register_forward_pre_hook(lambda _, arguments: watch(name, arguments[0]))
+
+    dense = [linear.name for stage in block.layout.stages if stage.name == DOWN for group in stage.groups for linear in group.linears]
+    handles = [around(name) for name in dense]
+    try:
+        with block.watching(watch) if block.layout.experts else nullcontext():
+            yield
     finally:
         for handle in handles:
             handle.remove()

@@ -67,13 +67,15 @@ class Experts3D:
 def experts_forward(self: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """The experts of transformers v5, one after the other, telling `self.listener` what each is given.
 
-    `self.factors`, by expert, are what the last linear of each is to have its inputs multiplied by, and what is then to be added.
+    `self.factors`, by expert, are what the last linear of each is to have its inputs multiplied by, and what is then to be added; `self.watcher`
+    is told what these inputs are, and nothing ends.
 
     ``hidden`` [tokens, hidden]; ``top_k_index`` and ``top_k_weights`` [tokens, k]. Same operations in the same order as the eager
     implementation.
     """
     listener: Experts3D | None = getattr(self, "listener", None)
     factors: dict[int, Change] | None = getattr(self, "factors", None)
+    watcher: Callable[[int, Tensor], None] | None = getattr(self, "watcher", None)
     result = torch.zeros_like(hidden)
     for expert in range(self.gate_up_proj.shape[0]):
         token, place = torch.where(top_k_index == expert)
@@ -83,6 +85,8 @@ def experts_forward(self: Any, hidden: Tensor, top_k_index: Tensor, top_k_weight
             if listener.ends:
                 continue
         gated = gated_by(self, expert, inputs)
+        if watcher:
+            watcher(expert, gated)
         if factors and expert in factors:
             factor, shift = factors[expert]
             gated = gated * factor if shift is None else gated * factor + shift
@@ -464,6 +468,16 @@ class Block:
             yield
         finally:
             self.experts.listener = None
+
+    @contextmanager
+    def watching(self, watch: Callable[[str, Tensor], None]) -> Iterator[None]:
+        """While inside, `watch` is told, for the last linear of each expert by name, what it is given in a forward, [tokens, width]."""
+        table, prefix = self._experts, self.layout.prefix
+        self.experts.watcher = lambda expert, gated: watch(f"{prefix}.{table.prefix}.{expert}.{table.down}", gated)
+        try:
+            yield
+        finally:
+            self.experts.watcher = None
 
     @contextmanager
     def scaling(self, changes: Mapping[str, Change]) -> Iterator[None]:

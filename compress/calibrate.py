@@ -36,6 +36,8 @@ class Progress(Protocol):
 
     def blocks(self, done: int, total: int) -> None: ...
 
+    def note(self, text: str) -> None: ...
+
 
 @dataclass(frozen=True)
 class Workspace:

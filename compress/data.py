@@ -22,6 +22,8 @@ from compress.errors import InputError
 from compress.source import DEMO, HUB_ID, demo_data
 
 TOKENS_PER_BATCH = 2048
+RUN = 32
+"""Tokens in a row that two samples do not share by chance."""
 CHARACTERS_PER_TOKEN = 8
 """A slice of text this many times longer than the tokens wanted from it is long enough in all but pathological cases."""
 
@@ -229,6 +231,28 @@ def sentence_pairs(data: str, tokenizer: Tokenizer) -> Samples:
     if not items:
         raise InputError.one(place, "holds no pairs", "each line is an object with good and bad")
     return Samples(data, tuple(items))
+
+
+def divided(samples: Samples, share: float, place: str) -> tuple[Samples, Samples]:
+    """What is trained on, and the first ``share``, which is judged by.
+
+    From one text, samples are passages that may overlap. Of the rest, those that have `RUN` tokens in a row in common with what is held out
+    (or all they have, if that is less) are left out of both.
+    """
+    held = max(1, round(share * len(samples.items)))
+    known = {run for item in samples.items[:held] for run in _runs(item)}
+    apart = tuple(item for item in samples.items[held:] if known.isdisjoint(_runs(item)))
+    if not apart:
+        raise InputError.one(
+            place, f"the {len(samples.items)} samples leave none to train on that is not in part held out", "give more text, or a smaller held_out"
+        )
+    return Samples(samples.source, apart), Samples(samples.source, samples.items[:held])
+
+
+def _runs(item: Sample) -> Iterator[bytes]:
+    """Every `RUN` tokens in a row."""
+    tokens = item.ids.numpy()
+    return (tokens[start : start + RUN].tobytes() for start in range(max(1, len(tokens) - RUN + 1)))
 
 
 def _read(path: Path, place: str) -> str:

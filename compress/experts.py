@@ -137,6 +137,18 @@ def merged(block: Block, members: Sequence[int], shares: Tensor, first: int, *, 
     return {f"{place}.{name}": average([weights[member][local] for member in members], given) for local, name in names.items()}
 
 
+def mixed(block: Block, kept: Sequence[int], mix: Tensor) -> dict[str, Tensor]:
+    """The tensors of the experts ``kept``, by name, once they are sums of all by ``mix`` [kept, experts]; those that are themselves left out."""
+    place, found = block.layout.prefix, {}
+    for expert, shares in zip(kept, mix, strict=True):
+        if shares[expert] == 1 and shares.count_nonzero() == 1:
+            continue
+        for what, name in block.expert_tensors(expert).items():
+            parts = [block.tensor(f"{place}.{block.expert_tensors(other)[what]}") * share for other, share in enumerate(shares.tolist()) if share]
+            found[f"{place}.{name}"] = torch.stack(parts).sum(0)
+    return found
+
+
 def _aligned(tensors: dict[str, Tensor], to: dict[str, Tensor]) -> dict[str, Tensor]:
     """Gate, up and down, and biases of the first two, in the order of the neurons of another expert."""
     wanted = ("gate.weight", "up.weight", "down.weight")

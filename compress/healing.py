@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from compress.block import Block
 from compress.branching import starts
 from compress.calibrate import Progress
 from compress.checkpoint import entry, read_header, read_tensor, write_safetensors, write_text
-from compress.data import Sample, Samples
+from compress.data import Samples, divided
 from compress.errors import InputError
 from compress.formats.branch import WEIGHT
 from compress.model import Model
@@ -31,8 +31,6 @@ JUDGED = 10
 """How often the model is judged on what is held out, beside before and after."""
 MASK_EVERY = 10
 """Steps between two looks at which weights are the largest (arXiv 2407.20584)."""
-RUN = 32
-"""Tokens in a row that two samples do not share by chance."""
 RAMP = 0.25
 """Share of the training in which the decay of masked weights grows to its full size."""
 
@@ -64,7 +62,7 @@ def heal(model: Model, source: Model, samples: Samples, options: Options, folder
     """
     done = folder / "outcome.json"
     if not done.exists():
-        learning, held = divided(samples, options.held_out)
+        learning, held = divided(samples, options.held_out, "heal")
         branches = starts(model, learning, options.branch, folder / "branches.safetensors", progress) if options.branch else {}
         with opened(source) as teacher, opened(model) as student:
             copies = []
@@ -126,28 +124,6 @@ def best(folder: Path, linear: str, device: torch.device) -> tuple[Tensor, Tenso
     infos = read_header(folder / BEST)[0]
     branch = infos.get(f"{linear}.{WEIGHT}")
     return read_tensor(infos[linear]).to(device), None if branch is None else read_tensor(branch).to(device)
-
-
-def divided(samples: Samples, share: float) -> tuple[Samples, Samples]:
-    """What is trained on, and the first ``share``, which is judged by.
-
-    From one text, samples are passages that may overlap. Of the rest, those that have `RUN` tokens in a row in common with what is held out
-    (or all they have, if that is less) are left out of both.
-    """
-    held = max(1, round(share * len(samples.items)))
-    known = {run for item in samples.items[:held] for run in _runs(item)}
-    apart = tuple(item for item in samples.items[held:] if known.isdisjoint(_runs(item)))
-    if not apart:
-        raise InputError.one(
-            "heal", f"the {len(samples.items)} samples leave none to train on that is not in part held out", "give more text, or a smaller held_out"
-        )
-    return Samples(samples.source, apart), Samples(samples.source, samples.items[:held])
-
-
-def _runs(item: Sample) -> Iterator[bytes]:
-    """Every `RUN` tokens in a row."""
-    tokens = item.ids.numpy()
-    return (tokens[start : start + RUN].tobytes() for start in range(max(1, len(tokens) - RUN + 1)))
 
 
 class _Healing:

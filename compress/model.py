@@ -476,8 +476,8 @@ class Model:
         """The whole model of transformers in memory, to keep; this object is not to be used afterwards.
 
         ``linear`` gives, for the name of a quantised linear and its bias, the module that is to stand for it; ``experts``, for a block whose experts
-        are quantised and the module of transformers, without weights, the one that is to stand for all of them; ``branched``, for a linear with a branch, its
-        module, that branch and how its inputs are rounded, the one of both. Attention with a quantised cache has its scales as buffers and
+        are quantised and the module of transformers, without weights, the one that is to stand for all of them; ``branched``, for a linear with a
+        branch, its module, that branch and how its inputs are rounded, the one of both. Attention with a quantised cache has its scales as buffers and
         rounds what goes into the cache. Raises `InputError` where only some experts of a block are quantised.
         """
         whole, table = self.skeleton, self.layout.arch.experts

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_run import compress, contents, weights
 
-from compress import healing, recipe
+from compress import data, healing, recipe
 from compress.checkpoint import Checkpoint, read_tensor
 from compress.data import Sample, Samples
 from compress.errors import InputError
@@ -171,12 +171,12 @@ def test_no_passage_is_trained_on_that_is_in_part_held_out(starts: list[int], le
     samples = Samples("text", tuple(Sample.of(list(range(start, start + length))) for start in starts))
     held_out = starts[: max(1, round(share * len(starts)))]
     # numbers in a row overlap in as many tokens as their starts are apart from their length
-    apart = [start for start in starts[len(held_out) :] if all(length - abs(start - other) < min(healing.RUN, length) for other in held_out)]
+    apart = [start for start in starts[len(held_out) :] if all(length - abs(start - other) < min(data.RUN, length) for other in held_out)]
     if not apart:
         with pytest.raises(InputError, match="leave none to train on that is not in part held out"):
-            healing.divided(samples, share)
+            data.divided(samples, share, "heal")
         return
-    learning, held = healing.divided(samples, share)
+    learning, held = data.divided(samples, share, "heal")
     assert [int(item.ids[0]) for item in held.items] == held_out
     assert [int(item.ids[0]) for item in learning.items] == apart
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import scipy.cluster.hierarchy
 import scipy.spatial.distance
+import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -66,10 +67,6 @@ def samples_of(folder: Path) -> Samples:
     return calibration("demo:text", 6, 48, 0, Tokenizer(folder))
 
 
-class Silent:
-    def blocks(self, done: int, total: int) -> None: ...
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("method", ["reap", "random", "naee", "stun"])
@@ -99,7 +96,7 @@ def test_scores_are_those_of_a_loop_over_all_tokens_and_experts(name: str, model
     for batch in samples.batches():
         whole(**batch.inputs)
     kind = numerics.SCORES[name]
-    for probe in look(Model(Layout(Checkpoint(folder))), samples, Silent()):
+    for probe in look(Model(Layout(Checkpoint(folder))), samples, tiny.Silent()):
         module, hidden = sparse(whole, probe.block.layout.index), torch.cat(seen[probe.block.layout.index])
         expected = oracle.score(oracle.gates(module, hidden), oracle.outputs(module, hidden), mean=kind.mean, alpha=kind.alpha, beta=kind.beta)
         measured = tally(probe)
@@ -111,7 +108,7 @@ def test_scores_are_those_of_a_loop_over_all_tokens_and_experts(name: str, model
 def test_the_best_choice_is_that_of_trying_all_and_dropping_one_by_one_finds_it(checkpoint: Callable[..., Path]) -> None:
     folder = checkpoint("qwen3_moe")
     whole, samples = opened(folder), samples_of(folder)
-    for probe in look(Model(Layout(Checkpoint(folder))), samples, Silent()):
+    for probe in look(Model(Layout(Checkpoint(folder))), samples, tiny.Silent()):
         module = sparse(whole, probe.block.layout.index)
         seen: list[torch.Tensor] = []
         handle = module.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0].flatten(0, 1)))

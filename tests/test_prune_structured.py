@@ -168,7 +168,7 @@ def test_units_that_do_nothing_go_first(method: str, copy: Callable[..., Path], 
         assert float((tiny.plain(tmp_path / "out")(input_ids=ids).logits - tiny.plain(folder)(input_ids=ids).logits).abs().max()) < 1e-5
 
 
-@pytest.mark.parametrize("method", ["wanda_sp", "flap", "taylor"])
+@pytest.mark.parametrize("method", ["wanda_sp", "flap", "taylor", "heapr"])
 def test_the_order_of_channels_does_not_matter(method: str, copy: Callable[..., Path], checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     order = torch.randperm(96, generator=torch.Generator().manual_seed(5))
     folder = copy("llama")
@@ -378,3 +378,67 @@ def test_ranges_are_written_as_people_do() -> None:
 def test_only_one_file_is_left_beside_the_source(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     compress(pruning(method="random", keep=0.5), checkpoint("llama"), tmp_path / "out")
     assert (tmp_path / "out" / SINGLE).exists() and [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def curvature(folder: Path, samples: Any) -> dict[str, torch.Tensor]:
+    """HEAPr as it is written: the Gram matrix of the gradients in what an MLP or an expert gives, between what each channel adds to that."""
+    model = tiny.plain(folder)
+    seen: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+
+    def expert_of(name: str) -> Callable[..., torch.Tensor]:
+        experts = model.get_submodule(name)
+
+        def forward(hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+            total = torch.zeros_like(hidden)
+            for number, (gate_up, down) in enumerate(zip(experts.gate_up_proj, experts.down_proj, strict=True)):
+                token, place = torch.where(index == number)
+                gate, up = (hidden[token] @ gate_up.T).chunk(2, -1)
+                inner = torch.nn.functional.silu(gate) * up
+                given = inner @ down.T
+                given.retain_grad()
+                seen.setdefault(f"{name}.{number}.down_proj", []).append((inner, given))
+                total = total.index_add(0, token, given * weights[token, place, None])
+            return total
+
+        return forward
+
+    def note(module: Any, inputs: tuple[torch.Tensor], given: torch.Tensor) -> None:
+        given.retain_grad()
+        seen.setdefault(names[module], []).append((inputs[0], given))
+
+    names = {module: name for name, module in model.named_modules()}
+    for name, module in model.named_modules():
+        if name.endswith("mlp.experts"):
+            module.forward = expert_of(name)
+        elif name.endswith("down_proj"):
+            module.register_forward_hook(note)
+    for item in samples.items:
+        logits = model(input_ids=item.ids[None].requires_grad_(False), use_cache=False).logits[0]
+        torch.nn.functional.cross_entropy(logits[:-1], item.ids[1:], reduction="sum").backward()
+    found = {}
+    for name, pairs in seen.items():
+        inner, gradient = (torch.cat(each).flatten(0, -2).double() for each in zip(*((inner, given.grad) for inner, given in pairs), strict=True))
+        number = name.split(".")[-2]
+        weight = (
+            model.get_submodule(name.rpartition(f".{number}.")[0]).down_proj[int(number)] if number.isdigit() else model.get_submodule(name).weight
+        ).double()
+        gram = gradient.T @ gradient / len(gradient)
+        found[name] = torch.stack([0.5 * (inner[:, k] ** 2).mean() * (weight[:, k] @ gram @ weight[:, k]) for k in range(inner.shape[1])]).detach()
+    return found
+
+
+@pytest.mark.parametrize("model", ["llama", "qwen3_moe"])
+def test_second_order_scores_are_those_of_the_gram_matrix_of_gradients(model: str, checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    keep = {"expert_channel" if "moe" in model else "ffn_channel": 0.5}
+    compress(pruning(method="heapr", keep=keep), checkpoint(model), tmp_path / "out")
+    expected = curvature(checkpoint(model), calibration("demo:text", 4, 48, 0, Tokenizer(checkpoint(model))))
+    layout = Layout(Checkpoint(checkpoint(model)))
+    readers = {units.name: units.columns for block in layout.blocks for units in block.units}
+    for record in records(tmp_path / "out"):
+        score = expected[readers[record["name"]]]
+        assert sorted(indices(record["kept"])) == sorted(score.topk(record["after"]).indices.tolist())
+
+
+def test_second_order_scores_are_of_channels(checkpoint: Callable[..., Path]) -> None:
+    with pytest.raises(InputError, match="heapr judges channels, not kv_group"):
+        recipe.check(recipe.validate(pruning(method="heapr", keep=0.5), "r.yaml"), Layout(Checkpoint(checkpoint("llama"))), "r.yaml")

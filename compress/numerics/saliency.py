@@ -68,6 +68,30 @@ def first_order(weights: Sequence[Tensor], gradients: Sequence[Tensor], count: i
     return torch.stack([each.view(count, -1).sum(1) for each in sums]).sum(0)
 
 
+class SecondOrder:
+    """What the loss would change by without a channel, to second order, from what it is and the gradient in it (HEAPr, arXiv 2509.22299 section 3).
+
+    ``1/2 mean(a^2) mean(g^2)``: ``g`` is the product of what reads the channel with the gradient of the output, so its square is what the paper
+    takes from the Gram matrix of output gradients, which is never formed. [columns] float64.
+    """
+
+    def __init__(self, columns: int, device: torch.device) -> None:
+        self.tokens = 0
+        self._inputs = torch.zeros(columns, dtype=torch.float64, device=device)
+        self._gradients = torch.zeros(columns, dtype=torch.float64, device=device)
+
+    def add(self, inputs: Tensor, gradients: Tensor) -> None:
+        """Count ``inputs`` and the ``gradients`` in them, [tokens, columns]."""
+        self.tokens += len(inputs)
+        self._inputs += inputs.double().square().sum(0)
+        self._gradients += gradients.double().square().sum(0)
+
+    def score(self, count: int) -> Tensor:
+        """[count]: sums over runs of channels."""
+        each = 0.5 * self._inputs * self._gradients / max(1, self.tokens) ** 2
+        return each.view(count, -1).sum(1)
+
+
 def standardised(scores: Tensor) -> Tensor:
     """Scores with mean zero and deviation one; where all are equal, zero."""
     apart = scores - scores.mean()

@@ -316,6 +316,80 @@ class Restructure(BaseModel):
         """What it has made of a checkpoint, once it ran."""
 
 
+class FewerExperts(Restructure):
+    """Options of every pass after which sparse blocks have fewer experts, or send tokens to fewer of them."""
+
+    keep: float = Field(default=0.75, gt=0, le=1, description="share of the experts of each block that stay")
+    active: int | None = Field(default=None, ge=1, description="how many experts are to serve a token; as many as before by default")
+    multiple_of: int = Field(default=1, ge=1, description="experts that stay are a multiple of this, as engines want that spread them over devices")
+
+    def check(self, place: str, layout: Layout, problems: Problems) -> None:
+        counts = {len(block.experts) for block in layout.blocks if block.experts}
+        if layout.arch.experts is None or not counts:
+            problems.add(place, "the model has no routed experts", "leave the pass out, or use prune_structured")
+        elif len(counts) > 1:
+            problems.add(place, f"blocks have different numbers of experts: {sorted(counts)}", "this is not supported")
+        else:
+            self._check_count(place, layout, problems)
+            self.check_more(place, layout, problems)
+
+    @abstractmethod
+    def check_more(self, place: str, layout: Layout, problems: Problems) -> None:
+        """Report what else is wrong for a model that has experts."""
+
+    def _check_count(self, place: str, layout: Layout, problems: Problems) -> None:
+        count, kept, step = self.experts(layout), self.kept(layout), self._step(layout)
+        table = layout.arch.experts
+        assert table
+        active = self.active or int(layout.text_config[table.active])
+        if kept == 0 or (kept == count and self.keep < 1):
+            what = f"{self.keep:g} of {count} experts in steps of {step} is {kept}: none would be {'left' if kept == 0 else 'removed'}"
+            problems.add(f"{place}: keep", what, f"shares that work: {', '.join(f'{n / count:g}' for n in range(step, count, step)) or 'none'}")
+        elif active > kept:
+            problems.add(f"{place}: active", f"{active} experts are to serve a token, but only {kept} stay", "set active, or keep more")
+        elif table.groups:
+            groups, chosen = (int(layout.text_config.get(key) or 1) for key in table.groups)
+            if active > (reached := chosen * (kept // groups)):
+                what = f"{active} experts are to serve a token from {chosen} of {groups} groups, in which {reached} stay"
+                problems.add(f"{place}: active", what, "set active, or keep more")
+
+    def experts(self, layout: Layout) -> int:
+        """How many experts a block has."""
+        return next(len(block.experts) for block in layout.blocks if block.experts)
+
+    def sectors(self, layout: Layout) -> int:
+        """How many groups a router chooses among first; of each equally many experts stay."""
+        table = layout.arch.experts
+        return int(layout.text_config.get(table.groups[0]) or 1) if table and table.groups else 1
+
+    def kept(self, layout: Layout) -> int:
+        """How many experts of a block stay."""
+        step, count = self._step(layout), self.experts(layout)
+        return count if self.keep == 1 else round(self.keep * count / step) * step
+
+    def _step(self, layout: Layout) -> int:
+        return math.lcm(self.multiple_of, self.sectors(layout))
+
+    def expected(self, layout: Layout) -> Layout:
+        from compress.reshape import fewer_experts, routers
+
+        kept, count = self.kept(layout), self.experts(layout)
+        chosen = {block.index: range(kept) for block in layout.blocks if block.experts}
+        return fewer_experts(layout, chosen, self.active, routers(layout, kept) if kept < count else {})
+
+    def outcome(self, layout: Layout, workspace: Workspace) -> Layout:
+        from compress.checkpoint import read_header
+        from compress.reshape import fewer_experts
+
+        files = [workspace.block_file(block.index) for block in layout.blocks]
+        tensors = {name: info for file in files for name, info in read_header(file)[0].items()}
+        return fewer_experts(layout, self.chosen(layout, workspace), self.active, tensors)
+
+    @abstractmethod
+    def chosen(self, layout: Layout, workspace: Workspace) -> dict[int, Sequence[int]]:
+        """The experts it kept, by block."""
+
+
 class Rewrite(BaseModel):
     """Options of every pass that changes weights, but neither shapes nor how they are stored."""
 

@@ -204,6 +204,9 @@ class _Bar:
     def blocks(self, done: int, total: int) -> None:
         self.advance()
 
+    def note(self, text: str) -> None:
+        self._progress.note(text)
+
 
 def _ends(model: Model, block: Block) -> dict[str, tuple[Tensor, Tensor]]:
     """Every quantised linear as it was before and as it is now."""

@@ -13,14 +13,14 @@ experts that the router chose, exactly, from the model as it was. Shared experts
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from compress.errors import Problems
 from compress.layout import BlockLayout, Layout
-from compress.passes.base import Restructure
+from compress.passes.base import FewerExperts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,15 +40,12 @@ MERGING = ("hc_smoe", "m_smoe")
 CHOSEN = "experts.safetensors"
 
 
-class Pass(Restructure):
+class Pass(FewerExperts):
     """Keep the most valuable experts of each block."""
 
     verb: ClassVar[str] = "pruned"
 
     method: Method = Field(default="reap", description="what an expert is worth, or how several become one; the list above")
-    keep: float = Field(default=0.75, gt=0, le=1, description="share of the experts of each block that stay")
-    active: int | None = Field(default=None, ge=1, description="how many experts are to serve a token; as many as before by default")
-    multiple_of: int = Field(default=1, ge=1, description="experts that stay are a multiple of this, as engines want that spread them over devices")
     guard: float = Field(
         default=1.0,
         ge=0,
@@ -67,69 +64,20 @@ class Pass(Restructure):
     def sweeps(self, samples: int, length: int) -> float:
         return 2.0 * self.needs_data
 
-    def check(self, place: str, layout: Layout, problems: Problems) -> None:
-        if layout.arch.experts is None or not any(block.experts for block in layout.blocks):
-            problems.add(place, "the model has no routed experts", "leave the pass out, or use prune_structured")
-            return
+    def check_more(self, place: str, layout: Layout, problems: Problems) -> None:
         for name, methods in (
             ("guard", MEANS), ("most", ("naee",)), ("coactivation", ("stun",)), ("align", MERGING), ("seed", ("random",)),
         ):  # fmt: skip
             if name in self.model_fields_set and self.method not in methods:
                 problems.add(f"{place}: {name}", f"is an option of {', '.join(methods)}, which {self.method} does not read", "leave it out")
-        for count in sorted({len(block.experts) for block in layout.blocks if block.experts}):
-            self._check_count(place, count, layout, problems)
-        if len({len(block.experts) for block in layout.blocks if block.experts}) > 1:
-            problems.add(place, "blocks have different numbers of experts", "this is not supported")
-
-    def _check_count(self, place: str, count: int, layout: Layout, problems: Problems) -> None:
-        kept, active, step = self._kept(count, layout), self._active(layout), self._step(layout)
-        if kept == 0 or (kept == count and self.keep < 1):
-            what = f"{self.keep:g} of {count} experts in steps of {step} is {kept}: none would be {'left' if kept == 0 else 'removed'}"
-            works = ", ".join(f"{n / count:g}" for n in range(step, count, step))
-            problems.add(f"{place}: keep", what, f"shares that work: {works or 'none'}")
-        elif active > kept:
-            problems.add(f"{place}: active", f"{active} experts are to serve a token, but only {kept} stay", "set active, or keep more")
-        elif (table := layout.arch.experts) and table.groups:
-            groups, chosen = (int(layout.text_config.get(key) or 1) for key in table.groups)
-            if active > chosen * (kept // groups):
-                what = f"{active} experts are to serve a token from {chosen} of {groups} groups, in which {chosen * (kept // groups)} stay"
-                problems.add(f"{place}: active", what, "set active, or keep more")
-        if self.keep == 1 and active == int(layout.text_config[layout.arch.experts.active] if layout.arch.experts else 0):
-            problems.add(place, "keeps all experts and changes nothing", "set keep below 1, or active")
-        if self.active is not None and active > count:
-            problems.add(f"{place}: active", f"{active} of {count} experts", "set it lower")
-
-    def _groups(self, layout: Layout) -> int:
         table = layout.arch.experts
-        return int(layout.text_config.get(table.groups[0]) or 1) if table and table.groups else 1
+        if table and self.keep == 1 and self.active in (None, layout.text_config[table.active]):
+            problems.add(place, "keeps all experts and changes nothing", "set keep below 1, or active")
 
-    def _step(self, layout: Layout) -> int:
-        return math.lcm(self.multiple_of, self._groups(layout))
-
-    def _kept(self, count: int, layout: Layout) -> int:
-        step = self._step(layout)
-        return count if self.keep == 1 else round(self.keep * count / step) * step
-
-    def _active(self, layout: Layout) -> int:
-        assert layout.arch.experts
-        return self.active or int(layout.text_config[layout.arch.experts.active])
-
-    def expected(self, layout: Layout) -> Layout:
-        from compress.reshape import fewer_experts, routers
-
-        (count,) = {len(block.experts) for block in layout.blocks if block.experts}
-        kept = self._kept(count, layout)
-        chosen = {block.index: range(kept) for block in layout.blocks if block.experts}
-        return fewer_experts(layout, chosen, self.active, routers(layout, kept) if kept < count else {})
-
-    def outcome(self, layout: Layout, workspace: Workspace) -> Layout:
+    def chosen(self, layout: Layout, workspace: Workspace) -> dict[int, Sequence[int]]:
         from compress.checkpoint import read_header, read_tensor
-        from compress.reshape import fewer_experts
 
-        files = [workspace.block_file(block.index) for block in layout.blocks]
-        tensors = {name: info for file in files for name, info in read_header(file)[0].items()}
-        chosen = {int(name): read_tensor(info).tolist() for name, info in read_header(workspace.folder / CHOSEN)[0].items() if name.isdigit()}
-        return fewer_experts(layout, chosen, self.active, tensors)
+        return {int(name): read_tensor(info).tolist() for name, info in read_header(workspace.folder / CHOSEN)[0].items() if name.isdigit()}
 
     def run(self, model: Model, samples: Samples, workspace: Workspace) -> None:
         import torch
@@ -210,7 +158,7 @@ class Pass(Restructure):
     def _best(self, score: Tensor, layout: Layout, protected: Tensor | None) -> Tensor:
         from compress.numerics.experts import best
 
-        return best(score, self._kept(len(score), layout), self._groups(layout), protected)
+        return best(score, self.kept(layout), self.sectors(layout), protected)
 
     def _of_block(self, probe: Probe, measured: Tally) -> dict[str, Tensor]:
         """What decides: a score of each expert, or which stay, and in what clusters."""
@@ -219,7 +167,7 @@ class Pass(Restructure):
 
         block, layout = probe.block, probe.block.layout
         model_layout = block.model_layout
-        count, groups = self._kept(len(layout.experts), model_layout), self._groups(model_layout)
+        count, groups = self.kept(model_layout), self.sectors(model_layout)
         if self.method in SCORES:
             return {".score": measured.score(SCORES[self.method], self.guard)}
         if self.method == "naee":

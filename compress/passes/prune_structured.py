@@ -4,8 +4,8 @@ A unit is what can go without leaving a hole: a channel between the linears of a
 read it, which makes the KV cache smaller too. First every unit of every block gets a score, then it is decided how many of which stay, then
 the tensors are cut, one block at a time. Scores are those of the model as it was.
 
-`magnitude` and `random` need no data; `wanda_sp` and `flap` (arXiv 2312.11983) one pass over it; `taylor` (arXiv 2305.11627) gradients; `ddp`
-(arXiv 2603.08065) some hundred steps of training.
+`magnitude` and `random` need no data; `wanda_sp` and `flap` (arXiv 2312.11983) one pass over it; `taylor` (arXiv 2305.11627) and `heapr` (arXiv
+2509.22299) gradients; `ddp` (arXiv 2603.08065) some hundred steps of training.
 """
 
 from __future__ import annotations
@@ -44,10 +44,11 @@ class Pass(Restructure):
 
     verb: ClassVar[str] = "pruned"
 
-    method: Literal["ddp", "flap", "taylor", "wanda_sp", "magnitude", "random"] = Field(
+    method: Literal["ddp", "flap", "taylor", "heapr", "wanda_sp", "magnitude", "random"] = Field(
         default="flap",
         description="what a unit is worth: `magnitude` of its weights; `wanda_sp`: times the size of its inputs; `flap`: how much what it adds to "
-        "the output varies; `taylor`: what the loss would change by, from gradients; `ddp`: a gate per unit, learned with the whole model in memory, "
+        "the output varies; `taylor`: what the loss would change by, from gradients; `heapr`: the same to second order, of channels alone; "
+        "`ddp`: a gate per unit, learned with the whole model in memory, "
         "whose value then becomes part of the weights; `random`, to compare with",
     )
     keep: Share | dict[Kind, Share] = Field(
@@ -86,7 +87,7 @@ class Pass(Restructure):
 
     def sweeps(self, samples: int, length: int) -> float:
         # A step back costs two forward, and what is learned from one more.
-        return {"taylor": 4.0, "ddp": 4.0 * self.steps * self.batch / samples}.get(self.method, float(self.needs_data))
+        return {"taylor": 4.0, "heapr": 4.0, "ddp": 4.0 * self.steps * self.batch / samples}.get(self.method, float(self.needs_data))
 
     def check(self, place: str, layout: Layout, problems: Problems) -> None:
         there = {units.kind for block in layout.blocks for units in block.units}
@@ -109,6 +110,12 @@ class Pass(Restructure):
             problems.add(f"{place}: keep", "names no units, so nothing would be removed", f"the model has {', '.join(sorted(there)) or 'none'}")
         if shares.keys() >= {"kv_group", "query_head"}:
             problems.add(f"{place}: keep", "kv_group takes query heads with it", "remove query heads by a second pass, or leave one of them out")
+        if self.method == "heapr" and (
+            heads := sorted({units.kind for block in layout.blocks for units in block.units if units.heads} & shares.keys())
+        ):
+            problems.add(
+                f"{place}: keep", f"heapr judges channels, not {' or '.join(heads)}", "name the kinds it is to take: keep: {ffn_channel: ...}"
+            )
         distinct = {(units.kind, units.count): units for block in layout.blocks for units in block.units if units.kind in shares}
         for (kind, count), units in distinct.items():
             self._check_count(place, kind, count, units, layout, problems)
@@ -238,6 +245,8 @@ class Pass(Restructure):
             for gradients in backsweep(model, samples, workspace.folder):
                 for units in _of(gradients.block.layout, kinds):
                     found[units.name] = _first_order(gradients.block, gradients.weights, units)
+        elif self.method == "heapr":
+            found = _second_order(model, samples, workspace, kinds)
         elif self.method == "magnitude":
             from compress.numerics.saliency import magnitude
 
@@ -370,6 +379,24 @@ def _moments(probe: Any, kinds: tuple[str, ...]) -> dict[str, Any]:
             found.setdefault(name, Moments(group.columns, inputs.device)).add(inputs)
 
     probe.observe(note)
+    return found
+
+
+def _second_order(model: Model, samples: Samples, workspace: Workspace, kinds: tuple[str, ...]) -> Scores:
+    from compress.backsweep import backsweep, none
+    from compress.numerics.saliency import SecondOrder
+
+    curvature: dict[str, SecondOrder] = {}
+
+    def watch(linear: str, inputs: Tensor, gradients: Tensor) -> None:
+        curvature.setdefault(linear, SecondOrder(inputs.shape[1], inputs.device)).add(inputs, gradients)
+
+    found = {}
+    for gradients in backsweep(model, samples, workspace.folder, none, inner=watch):
+        for units in _of(gradients.block.layout, kinds):
+            if not (seen := curvature.pop(units.columns, None)) or not seen.tokens:
+                raise InputError.one(units.columns, "saw no calibration token, so its inputs cannot be judged", "give more calibration data")
+            found[units.name] = seen.score(units.count)
     return found
 
 

@@ -1,0 +1,163 @@
+"""An evolutionary search over which experts stay and what each of them becomes (EEP, arXiv 2407.00945).
+
+Individuals have one gene per group of blocks. Fitness is whatever is asked for, of the model as it would be written; no gradient is taken. First
+only choices are varied, then experts become mixtures of all. Every individual that was evaluated is a line of a journal, which is how a killed
+search goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+PRUNING, MERGING = "prune", "merge"
+FRONT, FROM_FRONT = 6, 0.6
+"""Of the parents so many of the best are taken rather than the rest, so often."""
+CHANGED, REPLACED = 0.25, 0.15
+"""How often the gene of a group changes, and an expert in it."""
+CROSSED = 0.3
+"""How often, when merging, a child has two parents."""
+TOUCHED, WIDTH, RESCALED = 0.25, 0.065, 0.1
+"""How often a coefficient changes, by how much, and how often rows are made to sum to one again. All these are the paper's."""
+
+
+@dataclass(frozen=True)
+class Gene:
+    """Of a group of blocks: the experts that are ``kept``, ascending, and the ``mix`` [kept, experts] that each of them becomes, if it is one."""
+
+    kept: tuple[int, ...]
+    mix: tuple[tuple[float, ...], ...] | None = None
+
+    def mixed(self, experts: int) -> tuple[tuple[float, ...], ...]:
+        """``mix``, or what says that each expert is itself."""
+        return self.mix or tuple(tuple(float(one == kept) for one in range(experts)) for kept in self.kept)
+
+
+Individual = tuple[Gene, ...]
+
+
+@dataclass(frozen=True)
+class Found:
+    """An individual, what came out, and in which phase."""
+
+    individual: Individual
+    fitness: float
+    phase: str
+
+
+@dataclass(frozen=True)
+class Options:
+    """`experts` of which `count` stay, in each of `sectors` equally many; how many generations of each phase; fitness within which a parent is as
+    good as the best, for changes and for crossing; ``seed``."""
+
+    experts: int
+    count: int
+    sectors: int
+    prune: int
+    merge: int
+    near: tuple[float, float]
+    seed: int
+
+
+class Search:
+    """`go` evaluates `seeds`, then one child after the other."""
+
+    def __init__(self, options: Options, fitness: Callable[[Individual], float], seeds: Sequence[Individual], journal: Path) -> None:
+        self._options, self._fitness, self._seeds, self._journal = options, fitness, seeds, journal
+        self.archive = _read(journal)
+        self._known = {found.individual: found.fitness for found in self.archive}
+
+    @property
+    def total(self) -> int:
+        """How many individuals are looked at."""
+        return len(self._seeds) + self._options.prune + self._options.merge
+
+    def go(self, advance: Callable[[Found], None]) -> list[Found]:
+        """All that were evaluated; `advance` is told of each."""
+        with self._journal.open("a", encoding="utf-8") as journal:
+            for number in range(len(self.archive), self.total):
+                phase = PRUNING if number < len(self._seeds) + self._options.prune else MERGING
+                individual = self._seeds[number] if number < len(self._seeds) else self._child(phase, random.Random(f"{self._options.seed}-{number}"))
+                if individual not in self._known:
+                    self._known[individual] = self._fitness(individual)
+                found = Found(individual, self._known[individual], phase)
+                self.archive.append(found)
+                journal.write(_line(found))
+                journal.flush()
+                os.fsync(journal.fileno())
+                advance(found)
+        return self.archive
+
+    def best(self) -> Found:
+        """The first of the fittest."""
+        return max(self.archive, key=lambda found: found.fitness)
+
+    def _parents(self, near: float) -> list[Individual]:
+        """Those nearly as fit as the best, and as many more as there are at the front, the fittest first."""
+        ranked = sorted({found.individual: found.fitness for found in self.archive}.items(), key=lambda each: -each[1])
+        return [individual for place, (individual, fitness) in enumerate(ranked) if fitness >= ranked[0][1] - near or place < FRONT]
+
+    def _child(self, phase: str, rng: random.Random) -> Individual:
+        change, cross = self._options.near
+        if phase == MERGING and rng.random() < CROSSED:
+            parents = self._parents(cross)
+            one, other = rng.choice(parents), rng.choice(parents)
+            if one != other:
+                return tuple(rng.choice(pair) for pair in zip(one, other, strict=True))
+        parents = self._parents(change)
+        parent = rng.choice(parents[:FRONT] if rng.random() < FROM_FRONT else parents)
+        vary = self._replaced if phase == PRUNING else self._mixed
+        while True:
+            child = tuple(vary(gene, rng) if rng.random() < CHANGED else gene for gene in parent)
+            if child != parent:
+                return child
+
+    def _replaced(self, gene: Gene, rng: random.Random) -> Gene:
+        size = self._options.experts // self._options.sectors
+        kept = set(gene.kept)
+        for expert in gene.kept:
+            others = [one for one in range(self._options.experts) if one not in kept and one // size == expert // size]
+            if others and rng.random() < REPLACED:
+                kept = kept - {expert} | {rng.choice(others)}
+        return Gene(tuple(sorted(kept)))
+
+    def _mixed(self, gene: Gene, rng: random.Random) -> Gene:
+        rows = [[value + rng.gauss(0, WIDTH) if rng.random() < TOUCHED else value for value in row] for row in gene.mixed(self._options.experts)]
+        if rng.random() < RESCALED:
+            rows = [[value / sum(row) for value in row] if abs(sum(row)) > 0.1 else row for row in rows]
+        return Gene(gene.kept, tuple(map(tuple, rows)))
+
+
+def arbitrary(options: Options, genes: int, number: int) -> Individual:
+    """A choice by chance."""
+    rng, size = random.Random(f"{options.seed}-start-{number}"), options.experts // options.sectors
+
+    def gene() -> Gene:
+        parts = [rng.sample(range(start, start + size), options.count // options.sectors) for start in range(0, options.experts, size)]
+        return Gene(tuple(sorted(one for part in parts for one in part)))
+
+    return tuple(gene() for _ in range(genes))
+
+
+def _line(found: Found) -> str:
+    genes = [{"kept": gene.kept, "mix": gene.mix} for gene in found.individual]
+    return json.dumps({"phase": found.phase, "fitness": found.fitness, "genes": genes}) + "\n"
+
+
+def _read(journal: Path) -> list[Found]:
+    """What a search that was cut short has found; a line that was not finished is taken off."""
+    if not journal.exists():
+        return []
+    whole = journal.read_text(encoding="utf-8").rpartition("\n")[0]
+    found = []
+    for line in whole.splitlines():
+        said = json.loads(line)
+        genes = tuple(Gene(tuple(gene["kept"]), gene["mix"] and tuple(map(tuple, gene["mix"]))) for gene in said["genes"])
+        found.append(Found(genes, said["fitness"], said["phase"]))
+    with journal.open("r+", encoding="utf-8") as file:
+        file.truncate(len((whole + "\n").encode()) if whole else 0)
+    return found
