@@ -477,8 +477,8 @@ class Model:
 
         ``linear`` gives, for the name of a quantised linear and its bias, the module that is to stand for it; ``experts``, for a block whose experts
         are quantised and the module of transformers, without weights, the one that is to stand for all of them; ``branched``, for a linear with a
-        branch, its module, that branch and how its inputs are rounded, the one of both. Attention with a quantised cache has its scales as buffers and
-        rounds what goes into the cache. Raises `InputError` where only some experts of a block are quantised.
+        branch, its module, that branch and how its inputs are rounded, the one of both. Attention with a quantised cache has its scales as buffers
+        and rounds what goes into the cache. Raises `InputError` where only some experts of a block are quantised.
         """
         whole, table = self.skeleton, self.layout.arch.experts
         for layout, module, slots in zip(self.blocks, self._modules, self._slots, strict=True):

@@ -251,3 +251,20 @@ def test_a_layout_that_the_table_does_not_say_is_refused_by_name(
     monkeypatch.setattr(Qwen3MoeExperts, "__init__", otherwise)
     with pytest.raises(InputError, match=f"qwen3_moe experts: are held in a way that is not supported: {message}"):
         Model(Layout(Checkpoint(checkpoint("qwen3_moe"))))
+
+
+@pytest.mark.parametrize(("kind", "experts"), [("qwen2_moe-60", 60), ("olmoe", 16), ("deepseek_v3", 8), ("gpt_oss", 8)])
+def test_half_of_the_experts_in_four_bits_are_all_accounted_for_and_open_in_plain_transformers(
+    kind: str, experts: int, checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Which of a gpt-oss reads dense experts only."""
+    dense = kind == "gpt_oss"
+    rounding = {"rtn": RTN["rtn"] | {"exclude": ["*.experts.*"]}} if dense else RTN
+    steps = [{"prune_experts": {"method": "reap", "keep": 0.5}}, rounding]
+    result = compress(QUICK | {"passes": steps, "verify": "full"}, checkpoint(kind), tmp_path / "out")
+    assert result["verification"]["mode"] == "full"
+    actions = [item["action"] for item in result["ledger"] if ".experts." in item["name"] and item["name"].endswith(".weight")]
+    blocks = 2 if kind != "deepseek_v3" else 1
+    total = 3 * blocks * (experts if kind in ("qwen2_moe-60", "deepseek_v3") else experts // 2)
+    assert sorted(set(actions)) == sorted({"removed", "kept" if dense else "quantized"})
+    assert len(actions) == total and actions.count("removed") == total // 2
