@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     help="A compiler for LLM and VLM checkpoints: a recipe and a model in, a packed checkpoint and a report of what was lost out.",
-    epilog="Exit codes: 0 accepted, 1 a bug of ours, 2 bad recipe, model or data, 3 a gate failed, 4 interrupted (the same command continues).",
+    epilog="Exit codes: 0 accepted, 1 a bug of ours (`pattern`: none is so fast), 2 bad recipe, model or data, 3 a gate failed, 4 interrupted "
+    "(the same command continues).",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -164,6 +165,26 @@ def bench(
         if out is not None:
             _write_new(out, json.dumps(result, indent=2) + "\n", "choose another --json")
         view.speed(result)
+
+
+@app.command()
+def pattern(
+    model: ModelArgument,
+    speedup: Annotated[float, typer.Option(help="how many times as fast products of one token shall be, such as 1.5")],
+    threads: Annotated[int | None, typer.Option(help="to compute with [default: as many as torch takes]", min=1)] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """The V:N:M pattern for MODEL that is so fast on this machine and loses least; exits with 1 if none is so fast."""
+    with _errors(as_json):
+        from compress import patterns, view
+
+        with _interruptible(), view.watch(as_json) as progress:
+            result = patterns.search(model, speedup, threads, progress)
+        if as_json:
+            typer.echo(json.dumps(result))
+        else:
+            view.patterns(result)
+        raise typer.Exit(Exit.ACCEPTED if result["chosen"] else Exit.UNREACHED)
 
 
 @app.command("eval")

@@ -15,6 +15,8 @@ class Exit(IntEnum):
 
     ACCEPTED = 0
     BUG = 1
+    UNREACHED = 1
+    """Nothing measured is as good as was asked for. A bug, which has the same number, prints a traceback."""
     BAD_INPUT = 2
     GATE_FAILED = 3
     INTERRUPTED = 4

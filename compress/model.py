@@ -36,6 +36,7 @@ from compress.formats import base as formats
 from compress.formats import branch as branches
 from compress.formats import nm_packed, sparse_residual
 from compress.formats.branch import Branch
+from compress.formats.nm_packed import Compact
 from compress.formats.sparse_residual import Residual
 from compress.layout import BlockLayout, Layout
 from compress.numerics.activations import Activations
@@ -348,6 +349,17 @@ class Model:
         unpacked: Quantized = layout.unpack(linear, {f"{linear}.{part}": read_tensor(info) for part, info in self.parts(linear).items()})
         return unpacked
 
+    def is_compact(self, linear: str) -> bool:
+        """Whether a linear, no expert's, is stored as V:N:M in floats of up to 32 bits and is faster as `compact` gives it."""
+        values = self.tensors.get(f"{linear}.{nm_packed.VALUES}")
+        if values is None or values.dtype not in FLOATS or values.dtype == "F64" or linear in self.layout.of_experts:
+            return False
+        return nm_packed.pays(linear, {f"{linear}.{part}": self.read(f"{linear}.{part}") for part in nm_packed.DECLARED})
+
+    def compact(self, linear: str) -> Compact:
+        """A linear that `is_compact`, without what its blocks of outputs never read."""
+        return nm_packed.compact(linear, {f"{linear}.{part}": read_tensor(info) for part, info in self.parts(linear).items()})
+
     def residual(self, linear: str) -> Residual | None:
         """What is stored of a linear beside its codes, or None if nothing is."""
         names = [f"{linear}.{part}" for part in formats.RESIDUAL_PARTS]
@@ -475,14 +487,15 @@ class Model:
     ) -> Any:
         """The whole model of transformers in memory, to keep; this object is not to be used afterwards.
 
-        ``linear`` gives, for the name of a quantised linear and its bias, the module that is to stand for it; ``experts``, for a block whose experts
-        are quantised and the module of transformers, without weights, the one that is to stand for all of them; ``branched``, for a linear with a
-        branch, its module, that branch and how its inputs are rounded, the one of both. Attention with a quantised cache has its scales as buffers
-        and rounds what goes into the cache. Raises `InputError` where only some experts of a block are quantised.
+        ``linear`` gives, for the name of a linear that is quantised or `is_compact` and its bias, the module that is to stand for it; ``experts``,
+        for a block whose experts are quantised and the module of transformers, without weights, the one that is to stand for all of them;
+        ``branched``, for a linear with a branch, its module, that branch and how its inputs are rounded, the one of both. Attention with a quantised
+        cache has its scales as buffers and rounds what goes into the cache. Raises `InputError` where only some experts of a block are quantised.
         """
         whole, table = self.skeleton, self.layout.arch.experts
         for layout, module, slots in zip(self.blocks, self._modules, self._slots, strict=True):
-            packed = {each.name: slots[f"{each.name}.weight"] for each in layout.linears if self.packed_as(each.name)}
+            stays = [each.name for each in layout.linears if self.packed_as(each.name) or self.is_compact(each.name)]
+            packed = {name: slots[f"{name}.weight"] for name in stays}
             routed = [each.name for each in layout.linears if each.name in self.layout.of_experts]
             if table and packed.keys() & routed:
                 if missing := [name for name in routed if name not in packed]:

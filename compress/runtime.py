@@ -29,6 +29,7 @@ def load(name: str | Path, *, digits: int = 2) -> Any:
 
     Kernels multiply integers of 2, 3, 4 and 8 bits, with inputs in so many `digits` of 8 bits (`compress.kernels.linear`), and small floats, with
     inputs as they are (`compress.kernels.small`); other weights are unpacked for each product, some rows at a time. `explain` says which is which.
+    Linears that `nm-packed` holds in V:N:M and floats keep the inputs that they read, and are multiplied by these alone (`compress.kernels.vnm`).
     What the checkpoint says beside its codes - residuals, branches, inputs in 8 bits, a cache in FP8 - is computed as said. Raises
     `InputError` for what is no such checkpoint.
 
@@ -149,8 +150,12 @@ class _Loading:
     def _linear(self, name: str, bias: Tensor | None) -> Packed:
         from compress.kernels.memory import place
         from compress.kernels.packed import Extras
+        from compress.kernels.vnm import VNMLinear
 
-        found = self._packed(self._quantized(name), Extras(bias, self._model.inputs(name), self._model.residual(name)))
+        if self._model.is_compact(name):
+            found: Packed = VNMLinear(self._model.compact(name), Extras(bias))
+        else:
+            found = self._packed(self._quantized(name), Extras(bias, self._model.inputs(name), self._model.residual(name)))
         place(found)
         return found
 

@@ -37,15 +37,14 @@ def measure(name: str, tokens: int, threads: int | None = None) -> dict[str, Any
     from compress import runtime
     from compress.kernels import memory, native
 
-    if threads is not None and threads > (most := processors()):
-        raise InputError.one("--threads", f"must be at most {most}, the processors that this program may use, got {threads}")
+    check_threads(threads)
     layout = Layout(Checkpoint(locate_model(name)))
     model = runtime.load(name)
     config = model.config.get_text_config()
     most = int(getattr(config, "max_position_embeddings", PROMPT + tokens))
     if PROMPT + tokens > most:
         raise InputError.one("--tokens", f"must be at most {most - PROMPT}, which is what the model takes after a prompt of {PROMPT}, got {tokens}")
-    with _threads(threads), torch.no_grad():
+    with computing_on(threads), torch.no_grad():
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(0, config.vocab_size, (1, min(PREFILL, most)), generator=generator).to(model.device)
         steps = [seconds for repeat in range(REPEATS + 1) for seconds in _decode(model, ids[:, :PROMPT], tokens) if repeat]
@@ -95,6 +94,12 @@ def read_bytes(model: Any, layout: Layout) -> int:
     return round(total)
 
 
+def check_threads(threads: int | None) -> None:
+    """Raise `InputError` for more than there are processors."""
+    if threads is not None and threads > (most := processors()):
+        raise InputError.one("--threads", f"must be at most {most}, the processors that this program may use, got {threads}")
+
+
 def processors() -> int:
     """Those that this program may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -139,7 +144,7 @@ def _now() -> float:
 
 
 @contextmanager
-def _threads(count: int | None) -> Iterator[None]:
+def computing_on(count: int | None) -> Iterator[None]:
     """While inside, torch and the kernels compute on so many threads."""
     import torch
 

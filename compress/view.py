@@ -201,6 +201,26 @@ def speed(result: dict[str, Any]) -> None:
         console.print(remark, style="dim")
 
 
+def patterns(result: dict[str, Any]) -> None:
+    """The table of `compress pattern`, and what to write into a recipe."""
+    console = Console(highlight=False)
+    table = Table(title=f"{result['model']}, one token, {result['threads']} threads, beside dense {result['dtype']}", title_justify="left")
+    for heading in ("pattern", "times as fast", "mask diversity, bits/weight", "bytes/weight"):
+        table.add_column(heading, justify="right")
+    for each in result["patterns"]:
+        chosen = each["pattern"] == result["chosen"]
+        figures = f"{each['speedup']:.2f}", f"{each['diversity']:.4f}", f"{each['bytes_per_weight']:.3f}"
+        table.add_row(each["pattern"], *figures, style="bold" if chosen else None)
+    console.print(table)
+    for remark in result["remarks"]:
+        console.print(remark, style="dim")
+    if result["chosen"]:
+        console.print(f'for a recipe: prune_nm: {{pattern: "{result["chosen"]}"}} and export: [nm-packed]', markup=False, soft_wrap=True)
+    else:
+        best = max(result["patterns"], key=lambda each: float(each["speedup"]))
+        console.print(f"none is {result['speedup']:g} times as fast here; {best['pattern']} comes closest with {best['speedup']:.2f}")
+
+
 def allocation(result: dict[str, Any]) -> None:
     """The table of `compress allocate`: bits by block and kind of unit."""
     console = Console()

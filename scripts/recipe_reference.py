@@ -20,7 +20,7 @@ TARGET = ROOT / "docs" / "recipe.md"
 
 EXIT_CODES = {
     errors.Exit.ACCEPTED: "accepted: the artifact is written and every gate passed",
-    errors.Exit.BUG: "a bug of ours, with a traceback",
+    errors.Exit.BUG: "a bug of ours, with a traceback; without one, `compress pattern` found no pattern that is so fast",
     errors.Exit.BAD_INPUT: "the recipe, the model or the data is at fault; every mistake is named, nothing is written to `--out`",
     errors.Exit.GATE_FAILED: "a gate failed; the artifact is written and says `accepted: false`",
     errors.Exit.INTERRUPTED: "interrupted; the same command continues with the block it was in",

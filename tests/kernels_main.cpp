@@ -58,6 +58,27 @@ int main() {
                         if (value != 3.0f * columns) return std::printf("%s: a dense product is wrong\n", t16_tier(tier)), 1;
                 }
             }
+    for (int kept : {1, 16, 37})
+        for (int height : {1, 4, 7})
+            for (int blocks : {1, 3}) {
+                const int columns = 2 * kept, rows = blocks * height;
+                std::vector<float> values(rows * kept), x(3 * columns);
+                for (float &value : values) value = static_cast<float>(next() % 7);
+                for (float &value : x) value = static_cast<float>(next() % 7);
+                std::vector<int32_t> places(blocks * kept);
+                for (int at = 0; at < blocks * kept; ++at) places[at] = static_cast<int32_t>(2 * (at % kept) + next() % 2);
+                for (int tier = 0; t16_tier(tier); ++tier) {
+                    if (!t16_present(tier)) continue;
+                    std::vector<float> y(3 * rows);
+                    t16_vnm(tier, values.data(), T16_FLOAT32, rows, kept, height, places.data(), x.data(), columns, 3, y.data(), 2);
+                    for (int at = 0; at < 3 * rows; ++at) {
+                        const int token = at / rows, row = at % rows;
+                        float expected = 0;  // of whole numbers, and exact
+                        for (int k = 0; k < kept; ++k) expected += values[row * kept + k] * x[token * columns + places[row / height * kept + k]];
+                        if (y[at] != expected) return std::printf("%s: a product of V:N:M is wrong\n", t16_tier(tier)), 1;
+                    }
+                }
+            }
     for (int code : {T16_E4M3, T16_E2M1})
         for (int group : {2, 16, 32, 38, 256})
             for (int rows : {1, 4, 7})

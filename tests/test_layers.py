@@ -91,6 +91,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "reopen": ("errors", "hardware", "numerics.sparsity", "checkpoint", "layout", "data", "model", "evaluate"),
     "runtime": ("errors", "hardware", "data", "checkpoint", "source", "layout", "model", "kernels", "numerics", "formats"),
     "speed": ("errors", "checkpoint", "source", "layout", "kernels", "runtime"),
+    "patterns": ("errors", "checkpoint", "source", "layout", "formats.nm_packed", "kernels", "numerics.pattern", "model", "speed"),
     "plots": ("errors",),
     "report": ("errors", "formats.base", "checkpoint", "plots"),
     "card": ("errors", "checkpoint", "scheme", "numerics.pattern", "passes.base", "recipe"),
@@ -122,6 +123,7 @@ LIGHT = (
     "inspection",
     "runtime",
     "speed",
+    "patterns",
     "view",
 )
 

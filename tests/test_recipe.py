@@ -264,7 +264,7 @@ def test_the_hash_is_the_same_in_every_version_of_the_interpreter() -> None:
 CHANGES: list[dict[str, Any]] = [
     *({"passes": [{"gptq": {key: value}}]} for key, value in {
         "bits": 3, "group_size": "channel", "symmetric": False, "include": ["*"], "exclude": ["*.o_proj"], "indivisible": "keep", "act_order": False,
-        "damp": 0.02, "scales": "mse", "fallback": "round", "min_tokens": 0.5, "qep": 0.5,
+        "damp": 0.02, "scales": "mse", "fallback": "round", "min_tokens": 0.5, "qep": 0.5, "pool": True,
         "format": "nvfp4", "activations": "dynamic",
     }.items()),
     *({"calibration": {key: value}} for key, value in {"data": "x", "samples": 9, "length": 9, "seed": 1}.items()),

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,13 +19,15 @@ from oracles import evaluation as oracle
 from safetensors.torch import load_file, save_file
 
 from compress import demo, pipeline, recipe
+from compress.calibrate import Inputs
 from compress.checkpoint import INDEX, SINGLE, Checkpoint
 from compress.data import Tokenizer
 from compress.errors import InputError
 from compress.export import compressed_tensors
 from compress.formats import pack_quantized
-from compress.layout import Layout
+from compress.layout import Group, Layout, Linear
 from compress.model import Model
+from compress.passes import gptq
 
 QUICK: dict[str, Any] = {
     "calibration": {"samples": 4, "length": 48},
@@ -283,6 +286,25 @@ def test_a_starved_expert_is_rounded_and_recorded_where_the_recipe_allows_it(che
         and all(record["fallback"].startswith("saw ") for record in result["fallbacks"])
         and len(result["fallbacks"]) == len(result["linears"])
     )
+
+
+def test_a_starved_expert_may_go_by_what_all_experts_saw(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    options = {"bits": 3, "group_size": 32, "include": ["*experts*"], "pool": True}
+    result = compress(QUICK | {"passes": [{"gptq": options | {"min_tokens": 1e6}}]}, checkpoint("qwen3_moe"), tmp_path / "pooled")
+    assert all(record["error"] is not None for record in result["linears"])
+    assert all(re.fullmatch(r"saw \d+ of \d+ .*; filled up with those of all experts", record["fallback"]) for record in result["linears"])
+    assert len(result["fallbacks"]) == len(result["linears"]) > 0
+
+
+def test_what_an_expert_lacks_is_the_mean_of_all() -> None:
+    groups = tuple(Group(f"g.{number}", (Linear(f"e.{number}", 4, 8),), number) for number in range(3))
+    before = torch.rand(3, 8, 8)
+    inputs: Any = Inputs(None, groups, before.clone(), (16, 0, 2), 20, (None,) * 3)  # type: ignore[arg-type]
+    found = gptq.Pass(pool=True, min_tokens=1.0)._fill(inputs)
+    assert found.keys() == {1, 2} and found[2] == "saw 2 of 20 calibration tokens, needs 8; filled up with those of all experts"
+    mean = (16 * before[0] + 2 * before[2]) / 18
+    assert inputs.hessian[0].equal(before[0])
+    assert torch.allclose(inputs.hessian[1], mean) and torch.allclose(inputs.hessian[2], before[2] / 4 + mean * 3 / 4)
 
 
 def test_a_fallback_rounds_as_rtn_would(checkpoint: Callable[..., Path], tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -49,6 +51,24 @@ def test_a_pattern_is_written_as_it_is_read(text: str) -> None:
 def test_what_is_no_pattern_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"must be N:M or V:N:M|is not possible"):
         Pattern.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "rows", "columns"), [("2:4", 1, 8), ("1:3", 2, 3), ("1:2:4", 1, 4), ("1:2:5", 2, 5), ("2:2:5", 4, 5), ("3:1:6", 3, 6), ("1:3:8", 1, 16)]
+)
+def test_mask_diversity_counts_the_ways_to_choose(text: str, rows: int, columns: int) -> None:
+    pattern = Pattern.parse(text)
+    assert math.isclose(pattern.diversity * rows * columns, math.log2(len(oracle.masks(pattern, rows, columns))))
+
+
+def test_ways_to_choose_are_nearly_all_different_once_enough_outputs_share_inputs() -> None:
+    shares = []
+    for v in (1, 2, 3, 4, 5):
+        masks = oracle.masks(Pattern(2, 5, v), v, 5)
+        shares.append(len(set(masks)) / len(masks))
+    assert shares == sorted(shares) and shares[0] == 1 / 3 and shares[-1] > 0.8
+    plain = oracle.masks(TWO_FOUR, 1, 8)
+    assert len(set(plain)) == len(plain)
 
 
 @pytest.mark.parametrize(("text", "density"), [("2:4", 0.5), ("1:4", 0.25), ("64:2:5", 0.4), ("8:2:16", 0.125)])

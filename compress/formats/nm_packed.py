@@ -21,6 +21,8 @@ told from zero.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -32,6 +34,25 @@ from compress.numerics.sparsity import keep
 
 NAME = "nm-packed"
 VALUES, INDICES, COLUMNS, PATTERN = "nm_values", "nm_indices", "nm_columns", "nm_pattern"
+
+DECLARED = (PATTERN, SHAPE)
+"""The tensors that say what the others hold."""
+LEAST_V = 16
+"""Outputs of a block from which on products without what it never reads are faster: to fetch an input costs as much as some products with it."""
+
+
+@dataclass(frozen=True)
+class Compact:
+    """A weight of V:N:M without the inputs that a block of V outputs never reads.
+
+    ``values`` [out / V, V, kept] are in the dtype of the weight, with the zeros that N:M leaves among what is kept. ``columns`` int32 [out / V, kept]
+    says where they stand among the ``width`` inputs: four of each whole group, ascending, and those behind the last one.
+    """
+
+    values: Tensor
+    columns: Tensor
+    width: int
+    pattern: Pattern
 
 
 def holds(dtypes: dict[str, str]) -> bool:
@@ -84,6 +105,24 @@ def _zero_codes(weight: Quantized) -> Tensor:
     if weight.zero_point is None:
         return torch.zeros_like(weight.codes)
     return weight.zero_point.repeat_interleave(weight.group_size, 1)
+
+
+def pays(linear: str, tensors: dict[str, Tensor]) -> bool:
+    """Whether products with a `compact` linear are faster than with a dense one. Of ``tensors`` only those `DECLARED` are needed."""
+    pattern, _, _ = _declared(linear, tensors)
+    return pattern.v is not None and pattern.v >= LEAST_V and pattern.m > CHOSEN
+
+
+def compact(linear: str, tensors: dict[str, Tensor]) -> Compact:
+    """A linear of V:N:M that is not quantised, as products want it. Raises `InputError` if the tensors contradict each other."""
+    weight, (pattern, (rows, columns), _) = unpack_dense(linear, tensors), _declared(linear, tensors)
+    assert pattern.v is not None
+    whole = pattern.pruned_columns(columns)
+    groups, blocks = whole // pattern.m, rows // pattern.v
+    chosen = _unpack_indices(linear, COLUMNS, tensors, blocks, groups, CHOSEN, pattern.m) + pattern.m * torch.arange(groups)[:, None]
+    read = torch.cat([chosen.flatten(1), torch.arange(whole, columns).expand(blocks, -1)], 1)
+    values = torch.unflatten(weight, 0, (blocks, pattern.v)).gather(2, read[:, None].expand(-1, pattern.v, -1))
+    return Compact(values, read.int(), columns, pattern)
 
 
 def _pack(linear: str, weight: Tensor, used: Tensor, pattern: Pattern, bits: int) -> tuple[Tensor, dict[str, Tensor]]:

@@ -59,6 +59,9 @@ def library() -> ctypes.CDLL | None:
         found.t16_experts.argtypes = [c_int32, POINTER(_Matrix), c_int64, c_void_p, c_void_p, c_int64, c_int32, c_void_p, c_int32]
         found.t16_multiply.argtypes = [c_int32, POINTER(_Matrix), POINTER(_Inputs), c_void_p, c_int32]
         found.t16_dense.argtypes = [c_int32, c_void_p, c_int32, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_int32]
+        found.t16_vnm.argtypes = [
+            c_int32, c_void_p, c_int32, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int32,
+        ]  # fmt: skip
         found.t16_small_floats.argtypes = [c_int32, POINTER(_Small), c_void_p, c_int64, c_void_p, c_int32]
     except AttributeError as error:
         raise InputError.one(str(LIBRARY), f"is of another version ({error})", "run python -m compress.kernels.build") from error
@@ -182,6 +185,20 @@ def dense(inputs: Tensor, weight: Tensor, tier: str) -> Tensor:
     (tokens, columns), rows, kind = inputs.shape, weight.shape[0], FLOATS[weight.dtype]
     outputs, threads = torch.empty(tokens, rows), torch.get_num_threads()
     found.t16_dense(_number(tier), weight.data_ptr(), kind, rows, columns, inputs.data_ptr(), tokens, outputs.data_ptr(), threads)
+    return outputs
+
+
+def vnm(inputs: Tensor, values: Tensor, columns: Tensor, tier: str) -> Tensor:
+    """``inputs`` [tokens, in] float32 times a weight of blocks of V outputs, of which each reads some inputs only; [tokens, out] float32.
+
+    ``values`` [blocks, V, kept] in a dtype of `FLOATS`, ``columns`` int32 [blocks, kept], which inputs these belong to. All contiguous.
+    """
+    found = library()
+    assert found is not None
+    (tokens, width), (blocks, height, kept), kind = inputs.shape, values.shape, FLOATS[values.dtype]
+    outputs, threads = torch.empty(tokens, blocks * height), torch.get_num_threads()
+    weight = values.data_ptr(), kind, blocks * height, kept, height, columns.data_ptr()
+    found.t16_vnm(_number(tier), *weight, inputs.data_ptr(), width, tokens, outputs.data_ptr(), threads)
     return outputs
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from math import comb, log2
 
 CHOSEN = 4
 """Columns that a block of V:N:M leaves; N of them are kept in each row (arXiv 2410.16135, section 3)."""
@@ -45,6 +46,17 @@ class Pattern:
     def density(self) -> float:
         """Share of the weights that are kept."""
         return self.n / self.m
+
+    @property
+    def diversity(self) -> float:
+        """log2, per weight, of how many ways there are to choose what is kept: mask diversity (arXiv 2410.16135, section 4).
+
+        With ``v`` the columns of a block are chosen first. Where all outputs leave out one of these the same mask is counted several times, which
+        for a ``v`` of 16 and more adds nothing that could be seen.
+        """
+        if self.v is None:
+            return log2(comb(self.m, self.n)) / self.m
+        return (log2(comb(self.m, CHOSEN)) + self.v * log2(comb(CHOSEN, self.n))) / (self.v * self.m)
 
     def pruned_columns(self, columns: int) -> int:
         """How many of so many inputs stand in whole groups."""

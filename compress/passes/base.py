@@ -455,8 +455,12 @@ class Fed(BaseModel):
 
     def starved(self, columns: int, tokens: int, seen: int) -> str | None:
         """Why a linear of so many inputs that saw `tokens` of `seen` cannot be calibrated, or None."""
-        needed = math.ceil(self.min_tokens * columns)
+        needed = self.needed(columns)
         return f"saw {tokens} of {seen} calibration tokens, needs {needed}" if tokens < needed else None
+
+    def needed(self, columns: int) -> int:
+        """The fewest tokens that a linear of so many inputs must have seen."""
+        return math.ceil(self.min_tokens * columns)
 
 
 class Calibrated(Fed, Quantize):

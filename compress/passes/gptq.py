@@ -49,6 +49,12 @@ class Pass(Calibrated):
         "residual stream it is added to; not for experts; takes twice the forward passes and one more block of memory",
     )
 
+    pool: bool = Field(
+        default=False,
+        description="an expert that saw too few tokens is given, for those it lacks, the mean statistics of all experts of its block, and is "
+        "recorded; otherwise it is a case for `fallback`",
+    )
+
     def alone(self) -> Self:
         return self.model_copy(update={"qep": 0.0})  # it would make good here for errors that other bits elsewhere do not make
 
@@ -67,13 +73,14 @@ class Pass(Calibrated):
         from compress.numerics.grid import Scales, quantized, round_to_nearest
 
         block = inputs.block
+        pooled = self._fill(inputs) if self.pool else {}
         factor = factorize(inputs.hessian, self.damp, self.act_order, overwrite=True)
         for shape in sorted({tuple(linear.rows for linear in linears) for linears in members}):
             batch = [index for index, linears in enumerate(members) if tuple(linear.rows for linear in linears) == shape]
             weight = torch.empty(len(batch), sum(shape), factor.upper.shape[1], device=factor.upper.device, dtype=factor.upper.dtype)
             for place, index in enumerate(batch):
                 torch.cat([block.weight(linear.name) for linear in members[index]], out=weight[place])
-            reasons = [self._unfit(inputs, index, bool(factor.damp[index].isnan())) for index in batch]
+            reasons = [self._unfit(inputs, index, bool(factor.damp[index].isnan()), index in pooled) for index in batch]
             for index, reason in zip(batch, reasons, strict=True):
                 if reason:
                     self.refuse(inputs.groups[index].name, reason)
@@ -114,7 +121,7 @@ class Pass(Calibrated):
                         "tokens": inputs.tokens[index],
                         "damp": None if reason else float(factor.damp[index]),
                         "error": None if reason else float(cost[place, sample].sum() / energy),
-                        "fallback": reason,
+                        "fallback": reason or pooled.get(index),
                     }
                     self.commit(block, linear, quantized(codes[place, rows], part, grids[place], stored), record, inputs.peaks[index])
 
@@ -131,7 +138,26 @@ class Pass(Calibrated):
         # Between equal weights, which ignore the data, and the full cost, which fits them too closely: docs/log.md.
         return search_scales(weight, grid, group_size, stored, importance.sqrt() if weighted else None)
 
-    def _unfit(self, inputs: Inputs, index: int, indefinite: bool) -> str | None:
+    def _fill(self, inputs: Inputs) -> dict[int, str]:
+        """Fill up the Hessian of each expert that saw too few tokens with the mean of all; why, by its number among the groups."""
+        import torch
+
+        tokens = torch.tensor(inputs.tokens, dtype=inputs.hessian.dtype, device=inputs.hessian.device)
+        groups = enumerate(inputs.groups)
+        lacking = {
+            index: reason
+            for index, group in groups
+            if group.expert is not None and (reason := self.starved(group.columns, inputs.tokens[index], inputs.seen))
+        }
+        if not lacking or not tokens.sum():
+            return {}
+        mean = torch.einsum("g,gij->ij", tokens / tokens.sum(), inputs.hessian)
+        for index in lacking:
+            own = min(1.0, inputs.tokens[index] / self.needed(inputs.groups[index].columns))
+            inputs.hessian[index].mul_(own).add_(mean, alpha=1 - own)
+        return {index: f"{reason}; filled up with those of all experts" for index, reason in lacking.items()}
+
+    def _unfit(self, inputs: Inputs, index: int, indefinite: bool, pooled: bool) -> str | None:
         """Why a group's statistics cannot be trusted, or None."""
-        starved = self.starved(inputs.groups[index].columns, inputs.tokens[index], inputs.seen)
+        starved = None if pooled else self.starved(inputs.groups[index].columns, inputs.tokens[index], inputs.seen)
         return starved or ("its Hessian cannot be factored, even with a hundredfold damping" if indefinite else None)

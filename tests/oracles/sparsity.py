@@ -89,3 +89,17 @@ def best_of_all_masks(weight: Tensor, hessian: Tensor, pattern: Pattern) -> Tens
 def least_sum(cost: np.ndarray) -> float:
     """The cheapest assignment, by trying all."""
     return min(sum(cost[row, column] for row, column in enumerate(order)) for order in permutations(range(len(cost))))
+
+
+def masks(pattern: Pattern, rows: int, columns: int) -> list[tuple[tuple[int, int], ...]]:
+    """What is kept, as pairs of row and column, by every way to choose it: with V the columns of each block first. Some ways may keep the same."""
+    v = pattern.v or 1
+    blocks = []
+    for first, start in product(range(0, rows, v), range(0, columns, pattern.m)):
+        group = range(start, start + pattern.m)
+        found = []
+        for allowed in combinations(group, 4) if pattern.v else [tuple(group)]:
+            for chosen in product(combinations(allowed, pattern.n), repeat=v):
+                found.append(tuple((first + row, column) for row in range(v) for column in chosen[row]))
+        blocks.append(found)
+    return [tuple(pair for block in mask for pair in block) for mask in product(*blocks)]

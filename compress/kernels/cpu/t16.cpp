@@ -162,6 +162,23 @@ extern "C" void t16_dense(int32_t tier, const void *weight, int32_t kind, int64_
         dense(weight, kind, rows, columns, x, tokens, y, rows * thread / threads, rows * (thread + 1) / threads);
 }
 
+extern "C" void t16_vnm(int32_t tier, const void *values, int32_t kind, int64_t rows, int64_t kept, int64_t height, const int32_t *places,
+                           const float *x, int64_t columns, int64_t tokens, float *y, int32_t threads) {
+    const t16::Dense dense = TIERS[tier].kernels.dense;
+    const int64_t blocks = rows / height;
+    const auto some = [&](int64_t first, int64_t last) {
+        std::vector<float> given(tokens * kept);
+        for (int64_t block = first; block < last; ++block) {
+            for (int64_t token = 0; token < tokens; ++token)
+                for (int64_t k = 0; k < kept; ++k) given[token * kept + k] = x[token * columns + places[block * kept + k]];
+            dense(values, kind, rows, kept, given.data(), tokens, y, block * height, (block + 1) * height);
+        }
+    };
+    if (threads <= 1) return some(0, blocks);
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+    for (int32_t thread = 0; thread < threads; ++thread) some(blocks * thread / threads, blocks * (thread + 1) / threads);
+}
+
 extern "C" void t16_small_floats(int32_t tier, const t16_small *matrix, const float *x, int64_t tokens, float *y, int32_t threads) {
     const t16::Small small = TIERS[tier].kernels.small;
     if (threads <= 1) return small(*matrix, x, tokens, y, 0, matrix->rows);

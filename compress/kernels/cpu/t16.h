@@ -72,7 +72,12 @@ void t16_multiply(int32_t tier, const t16_matrix *matrix, const t16_inputs *inpu
 void t16_dense(int32_t tier, const void *weight, int32_t kind, int64_t rows, int64_t columns, const float *x, int64_t tokens, float *y,
                int32_t threads);
 
-// The same for small floats. The NaN of E4M3 is taken for 480: whoever loads a matrix has to refuse it.
+// t16_dense for V:N:M: each `height` rows, which divide `rows`, have all that is not zero in the same `kept` of the columns. `values` [rows][kept] are
+// these, `places` [rows / height][kept] say where in x they stand.
+void t16_vnm(int32_t tier, const void *values, int32_t kind, int64_t rows, int64_t kept, int64_t height, const int32_t *places, const float *x,
+                int64_t columns, int64_t tokens, float *y, int32_t threads);
+
+// t16_dense for small floats. The NaN of E4M3 is taken for 480: whoever loads a matrix has to refuse it.
 void t16_small_floats(int32_t tier, const t16_small *matrix, const float *x, int64_t tokens, float *y, int32_t threads);
 
 // Reads `bytes`, a multiple of 4096, from `data` as fast as this processor can, with so many threads; returns a sum so that it has to.
