@@ -165,7 +165,9 @@ def test_recipes_load_and_fit_the_demonstration_model(path: Path) -> None:
     plan = recipe.check(loaded, layout, path.name)
     if any(isinstance(step, Restructure) for _, step in loaded.instances()):
         after = recipe.expected(loaded, layout)[-1]
-        assert after.checkpoint.nbytes < layout.checkpoint.nbytes or after.text_config["num_experts_per_tok"] < layout.text_config["num_experts_per_tok"]
+        assert (
+            after.checkpoint.nbytes < layout.checkpoint.nbytes or after.text_config["num_experts_per_tok"] < layout.text_config["num_experts_per_tok"]
+        )
     else:
         assert {*plan, *pruned} == layout.linears.keys()
 

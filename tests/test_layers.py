@@ -85,7 +85,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "planning": ("errors", "hardware", "formats", "checkpoint", "layout", "scheme", "passes.base", "recipe", "tradeoff"),
     "tradeoff": ("layout", "scheme", "passes.base", "recipe"),
     "advice": ("errors", "layout", "scheme", "recipe", "planning"),
-    "export": ("errors", "formats", "checkpoint", "layout", "model", "scheme"),
+    "export": ("errors", "formats", "arch.base", "checkpoint", "fused", "layout", "model", "scheme"),
     "export.nm_packed": ("errors", "formats", "checkpoint", "layout", "model", "scheme", "export.compressed_tensors"),
     "evaluate": ("errors", "hardware", "checkpoint", "layout", "data", "model", "recipe", "evaluate"),
     "reopen": ("errors", "hardware", "numerics.sparsity", "checkpoint", "layout", "data", "model", "evaluate"),
