@@ -29,6 +29,7 @@ from compress.formats import branch as branches
 from compress.formats import sparse_residual
 from compress.formats.branch import Branch
 from compress.formats.sparse_residual import Residual
+from compress.fused import Member, joined
 from compress.layout import BlockLayout, Layout
 from compress.numerics.activations import Activations
 from compress.numerics.cache import as_cached
@@ -53,13 +54,14 @@ class Reached(Exception):
 
 @dataclass
 class Experts3D:
-    """Listens to the experts of one block: ``record(expert, token [n], inputs [n, in])`` before or after the gated product.
+    """Listens to the experts of one block: ``record(expert, token [n], inputs [n, in])`` before and after the gated product.
 
-    ``token`` counts through the rows of a batch one after the other.
+    ``token`` counts through the rows of a batch one after the other. What comes after what it hears is computed only if it is not where it `ends`.
     """
 
-    record: Recorder
-    after_gate: bool
+    before: Recorder | None = None
+    after: Recorder | None = None
+    ends: bool = True
 
 
 def experts_forward(self: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -78,34 +80,42 @@ def experts_forward(self: Any, hidden: Tensor, top_k_index: Tensor, top_k_weight
     for expert in range(self.gate_up_proj.shape[0]):
         token, place = torch.where(top_k_index == expert)
         inputs = hidden[token]
-        if listener and not listener.after_gate:
-            listener.record(expert, token, inputs)
-            continue
+        if listener and listener.before:
+            listener.before(expert, token, inputs)
+            if listener.ends:
+                continue
         gated = gated_by(self, expert, inputs)
         if watcher:
             watcher(expert, gated)
         if factors and expert in factors:
             factor, shift = factors[expert]
             gated = gated * factor if shift is None else gated * factor + shift
-        if listener:
-            listener.record(expert, token, gated)
-            continue
+        if listener and listener.after:
+            listener.after(expert, token, gated)
+            if listener.ends:
+                continue
         output = given_by(self, expert, gated) * top_k_weights[token, place, None]
         result.index_add_(0, token, output.to(result.dtype))
-    if listener:
+    if listener and listener.ends:
         raise Reached
     return result
 
 
 def gated_by(experts: Any, expert: int, inputs: Tensor) -> Tensor:
     """What the last linear of an expert is given, [tokens, width], when the expert is given ``inputs`` [tokens, hidden]."""
-    gated: Tensor = experts._apply_gate(nn.functional.linear(inputs, experts.gate_up_proj[expert]))
+    gated: Tensor = experts._apply_gate(_product(experts, "gate_up_proj", expert, inputs))
     return gated
 
 
 def given_by(experts: Any, expert: int, gated: Tensor) -> Tensor:
     """What an expert gives, [tokens, hidden], when its last linear is given ``gated`` [tokens, width]."""
-    return nn.functional.linear(gated, experts.down_proj[expert])
+    return _product(experts, "down_proj", expert, gated)
+
+
+def _product(experts: Any, name: str, expert: int, inputs: Tensor) -> Tensor:
+    weight = getattr(experts, name)[expert]
+    outputs = inputs @ weight if experts.is_transposed else nn.functional.linear(inputs, weight)
+    return outputs + getattr(experts, f"{name}_bias")[expert] if experts.has_bias else outputs
 
 
 @dataclass
@@ -136,19 +146,16 @@ class Cache:
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a tensor on disk lives in memory: a parameter of the block's module, or the rows of one expert in it."""
+    """Where a tensor on disk lives in memory: a parameter or buffer of the block's module, or in what that holds of one expert the `member`."""
 
     parameter: str
     expert: int | None = None
-    half: int | None = None
+    member: Member | None = None
 
     def view(self, module: nn.Module) -> Tensor:
-        data = module.get_parameter(self.parameter).data
-        if self.expert is not None:
-            data = data[self.expert]
-        if self.half is not None:
-            data = data.chunk(2)[self.half]
-        return data
+        owner, _, leaf = self.parameter.rpartition(".")
+        data = cast(Tensor, getattr(module.get_submodule(owner), leaf)).data
+        return data if self.member is None else self.member.view(data[self.expert])
 
 
 class Block:
@@ -447,7 +454,16 @@ class Block:
     @contextmanager
     def listening(self, record: Recorder, *, after_gate: bool) -> Iterator[None]:
         """While inside, a forward ends at the experts, which tell `record` what each is given."""
-        self.experts.listener = Experts3D(record, after_gate)
+        self.experts.listener = Experts3D(after=record) if after_gate else Experts3D(before=record)
+        try:
+            yield
+        finally:
+            self.experts.listener = None
+
+    @contextmanager
+    def overhearing(self, before: Recorder, after: Recorder) -> Iterator[None]:
+        """While inside, the experts tell on the way what each is given, and what its last linear is."""
+        self.experts.listener = Experts3D(before, after, ends=False)
         try:
             yield
         finally:
@@ -496,20 +512,21 @@ class Block:
     def forward_with(self, weights: dict[str, Tensor], hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """`forward` with ``weights`` [out, in] in place of those of some linears, by name; differentiable in them."""
         replaced: dict[str, Tensor] = {}
-        parts: dict[str, dict[tuple[int, int | None], Tensor]] = {}
+        parts: dict[str, dict[Slot, Tensor]] = {}
         for linear, weight in weights.items():
             slot = self._slots[f"{linear}.weight"]
             if slot.expert is None:
                 replaced[slot.parameter] = weight.to(hidden.dtype)
             else:
-                parts.setdefault(slot.parameter, {})[slot.expert, slot.half] = weight.to(hidden.dtype)
-        for slot in self._slots.values():
-            if slot.expert is not None and slot.parameter in parts:
-                parts[slot.parameter].setdefault((slot.expert, slot.half), slot.view(self.module))
-        for parameter, members in parts.items():
-            halves = sorted({half for _, half in members}, key=lambda half: half or 0)
-            experts = sorted({expert for expert, _ in members})
-            replaced[parameter] = torch.stack([torch.cat([members[expert, half] for half in halves]) for expert in experts])
+                parts.setdefault(slot.parameter, {})[slot] = weight.to(hidden.dtype)
+        for parameter, known in parts.items():
+            members: dict[int, dict[int, Tensor]] = {}
+            for slot in self._slots.values():
+                if slot.parameter == parameter and slot.member and slot.expert is not None:
+                    members.setdefault(slot.expert, {})[slot.member.half or 0] = known.get(slot, slot.view(self.module))
+            replaced[parameter] = torch.stack(
+                [joined(self._experts, [halves[half] for half in sorted(halves)]) for _, halves in sorted(members.items())]
+            )
         output = torch.func.functional_call(self.module, replaced, (hidden,), self._arguments(kwargs))
         return cast(Tensor, output[0] if isinstance(output, tuple) else output)
 

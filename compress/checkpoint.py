@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 import os
 import shutil
 import struct
@@ -56,7 +57,10 @@ OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".o
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies: ``dtype`` is the safetensors name, ``begin``/``end`` are byte offsets in ``file``."""
+    """Where one tensor lies: ``dtype`` is the safetensors name, ``begin``/``end`` are byte offsets in ``file``.
+
+    One that is part of another may have ``strides``, in elements; otherwise its elements lie one after the other.
+    """
 
     name: str
     dtype: str
@@ -64,10 +68,11 @@ class TensorInfo:
     file: Path
     begin: int
     end: int
+    strides: tuple[int, ...] | None = None
 
     @property
     def nbytes(self) -> int:
-        return self.end - self.begin
+        return DTYPE_BYTES[self.dtype] * math.prod(self.shape)
 
 
 def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
@@ -288,7 +293,8 @@ def read_tensor(info: TensorInfo) -> torch.Tensor:
 
     if info.dtype not in TORCH_DTYPES:
         raise InputError.one(info.name, f"has dtype {info.dtype}, which this program does not read", f"known are {', '.join(TORCH_DTYPES)}")
-    tensor = torch.empty(info.shape, dtype=getattr(torch, TORCH_DTYPES[info.dtype]))
+    shape = info.shape if info.strides is None else ((info.end - info.begin) // DTYPE_BYTES[info.dtype],)
+    tensor = torch.empty(shape, dtype=getattr(torch, TORCH_DTYPES[info.dtype]))
     if tensor.numel():
         with info.file.open("rb", buffering=0) as file:
             file.seek(info.begin)
@@ -298,7 +304,7 @@ def read_tensor(info: TensorInfo) -> torch.Tensor:
                 if not count:
                     raise InputError.one(info.file.name, "became shorter while it was read", "do not change the model during a run")
                 view = view[count:]
-    return tensor
+    return tensor if info.strides is None else tensor.as_strided(info.shape, info.strides).contiguous()
 
 
 def sha256(path: Path, advance: Callable[[int], None] = lambda nbytes: None) -> str:
@@ -312,13 +318,20 @@ def sha256(path: Path, advance: Callable[[int], None] = lambda nbytes: None) -> 
 
 
 @dataclass(frozen=True)
+class Stacked:
+    """A tensor of which only one piece along its first dimension is in memory at a time: what each of ``pieces`` makes when it is called."""
+
+    pieces: tuple[Callable[[], torch.Tensor], ...]
+
+
+@dataclass(frozen=True)
 class Entry:
-    """One tensor to be written: its bytes come from `source`, one in memory or a stored one, which may be of another float dtype."""
+    """One tensor to be written: its bytes come from `source`, one in memory, piece by piece or a stored one, which may be of another float dtype."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    source: TensorInfo | torch.Tensor
+    source: TensorInfo | torch.Tensor | Stacked
 
     @property
     def nbytes(self) -> int:
@@ -339,7 +352,11 @@ def read_entry(item: Entry) -> torch.Tensor:
     """The tensor that `item` will be when it is written, on the CPU. Raises `InputError` if it has values its dtype cannot hold."""
     import torch
 
-    tensor = read_tensor(item.source) if isinstance(item.source, TensorInfo) else item.source
+    tensor = item.source
+    if isinstance(tensor, TensorInfo):
+        tensor = read_tensor(tensor)
+    elif isinstance(tensor, Stacked):
+        tensor = torch.stack([make() for make in tensor.pieces])
     wanted = getattr(torch, TORCH_DTYPES[item.dtype])
     if tensor.dtype == wanted:
         return tensor
@@ -372,7 +389,12 @@ def write_safetensors(path: Path, entries: Iterable[Entry], metadata: Mapping[st
 
 
 def _chunks(item: Entry) -> Iterator[bytes | memoryview]:
-    if isinstance(item.source, TensorInfo) and item.source.dtype != item.dtype:
+    if isinstance(item.source, Stacked):
+        for make in item.source.pieces:
+            yield from _chunks(replace(item, source=make()))
+    elif isinstance(item.source, TensorInfo) and item.source.strides is not None:
+        yield from _chunks(replace(item, source=read_entry(item)))
+    elif isinstance(item.source, TensorInfo) and item.source.dtype != item.dtype:
         width, count = DTYPE_BYTES[item.source.dtype], item.source.nbytes // DTYPE_BYTES[item.source.dtype]
         for start in range(0, count, CAST_AT_ONCE):
             end = min(start + CAST_AT_ONCE, count)

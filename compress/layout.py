@@ -16,6 +16,7 @@ from typing import Any
 from compress.arch.base import Arch, Fold, InputGroup, Unit, find
 from compress.checkpoint import BRANCHED, FLOATS, PER_LAYER, Checkpoint
 from compress.errors import InputError, Problem, Problems
+from compress.fused import apart
 
 EXPERTS_IN, EXPERTS_OUT = "experts.gate_up", "experts.down"
 OUT, DOWN = "o", "down"
@@ -62,6 +63,7 @@ class Edge:
     consumers: tuple[str, ...]
     heads: bool = False
     expert: int | None = None
+    inner: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,7 @@ class BlockLayout:
     stages: tuple[Stage, ...]
     edges: tuple[Edge, ...]
     units: tuple[Units, ...]
+    writers: tuple[str, ...]
     tensors: tuple[str, ...]
 
     @property
@@ -101,13 +104,20 @@ class BlockLayout:
         """Numbers of the routed experts."""
         return tuple(group.expert for stage in self.stages if stage.name == EXPERTS_OUT for group in stage.groups if group.expert is not None)
 
-    def second(self, linear: str) -> str:
-        """The linear that gives on what `linear` gives: the second of two factors for the first, otherwise itself."""
-        return f"{linear.removesuffix('.0')}.1" if linear.endswith(".0") else linear
 
-
-SIZES = ("hidden_size", "intermediate_size", "moe_intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
+SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "shared_expert_intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+)
 """Numbers of a config that a model cannot be made without, where it has them."""
+PUBLISHED = ("fp8", "mxfp4")
+"""How some models are quantised by those who publish them."""
 
 
 class Layout:
@@ -126,6 +136,7 @@ class Layout:
             size = self.text_config.get(key)
             if size is not None and (type(size) is not int or size < 1):
                 problems.add(f"{checkpoint.folder / 'config.json'}: {key}", f"must be a positive number, got {size!r}", "fetch it again")
+        self.checkpoint = checkpoint.altered(apart(checkpoint.tensors, self.arch, self.text_config.get("hidden_size"), problems), checkpoint.config)
         self.of_blocks = self._of_blocks(problems)
         self.blocks = self._blocks(problems)
         if len(problems) and not self._readable:
@@ -155,6 +166,13 @@ class Layout:
     def kv_heads(self) -> int:
         """Heads of keys and values."""
         return int(self.text_config.get("num_key_value_heads") or self.text_config["num_attention_heads"])
+
+    @property
+    def cached_channels(self) -> int:
+        """Numbers that the cache of one block keeps of a token."""
+        if parts := self.arch.latent:
+            return sum(int(self.text_config[key]) for key in parts)
+        return 2 * self.kv_heads * (self.head_dim or 0)
 
     @property
     def head_dim(self) -> int | None:
@@ -208,6 +226,22 @@ class Layout:
         """Names of all tensors that belong to a block."""
         return frozenset(name for block in self.blocks for name in block.tensors)
 
+    def dropped(self, name: str) -> str | None:
+        """Why a tensor of the source does not go into an artifact, or None if it does."""
+        for rule, reason in self.arch.dropped:
+            if re.fullmatch(rule, name):
+                return reason
+        found = re.match(re.escape(self.arch.blocks) + r"\.(\d+)\.", name)
+        if found and int(found[1]) in self._more_blocks:
+            return "of a block that predicts further tokens (MTP), which no text goes through"
+        return None
+
+    @property
+    def _more_blocks(self) -> range:
+        """Blocks on disk that are not part of the model."""
+        count, more = (self.text_config.get(key or "") for key in ("num_hidden_layers", self.arch.more_blocks))
+        return range(count, count + more) if isinstance(count, int) and isinstance(more, int) else range(0)
+
     def refuse_quantized(self) -> None:
         """Raise `InputError` if the checkpoint is already quantised: codes cannot be calibrated again."""
         self._refuse_declared()
@@ -226,9 +260,10 @@ class Layout:
         config = self.checkpoint.config.get("quantization_config") or self.text_config.get("quantization_config")
         if config:
             method = config.get("quant_method", "?") if isinstance(config, dict) else "?"
-            raise InputError.one(
-                "config.json: quantization_config", f"the model is already quantised ({method})", "start from the original checkpoint"
-            )
+            remedy = "start from the original checkpoint"
+            if method in PUBLISHED:
+                remedy += ", or, where there is none in more bits, from what transformers saves after loading this one with dequantize=True"
+            raise InputError.one("config.json: quantization_config", f"the model is already quantised ({method})", remedy)
 
     def _of_blocks(self, problems: Problems) -> dict[int, dict[str, Any]]:
         """What differs from the rest of the config, by block."""
@@ -247,7 +282,7 @@ class Layout:
         pattern = re.compile(re.escape(self.arch.blocks) + r"\.(\d+)\.(.+)")
         by_block: dict[int, list[str]] = {}
         for name in self.checkpoint.tensors:
-            if (match := pattern.fullmatch(name)) and not any(re.fullmatch(rule, name) for rule, _ in self.arch.dropped):
+            if (match := pattern.fullmatch(name)) and not self.dropped(name):
                 by_block.setdefault(int(match[1]), []).append(match[2])
         count = self.text_config.get("num_hidden_layers")
         if not isinstance(count, int) or count < 1:
@@ -267,7 +302,8 @@ class Layout:
         # Linears that are two, by their local name: the first factor reads what the whole would, the second gives what it would.
         modules = dict.fromkeys(name.rpartition(".")[0] for name in locals_)
         pairs = {name for table in self.arch.groups for name in table.linears if f"{name}.0" in modules}
-        for table in (each for whole in self.arch.groups for each in _with_factors(whole, pairs)):
+        there = [whole for whole in self.arch.groups if not modules.keys() & {whole.unless, f"{whole.unless}.0"}]
+        for table in (each for whole in there for each in _with_factors(whole, pairs)):
             if group := self._group(prefix, table, "", problems):
                 stages.append(Stage(table.name, (group,)))
         if experts := self.arch.experts:
@@ -275,7 +311,7 @@ class Layout:
             numbers = sorted({int(match[1]) for name in locals_ if (match := pattern.match(name))})
             fused = [name for name in locals_ if name.startswith(experts.prefix + ".") and not pattern.match(name)]
             if fused:
-                problems.add(f"{prefix}.{fused[0]}", "holds all experts in one tensor", "save the checkpoint with one tensor per expert")
+                problems.add(f"{prefix}.{fused[0]}", "holds experts in a form that is not known", "save the checkpoint with one tensor per expert")
             for name, parts in ((EXPERTS_IN, (experts.gate, experts.up)), (EXPERTS_OUT, (experts.down,))):
                 groups = [
                     self._group(
@@ -289,10 +325,12 @@ class Layout:
             problems.add(prefix, f"has none of the linears a {self.arch.model_type} has", "is model_type right?")
         wholes = {f"{name}.{factor}": name for name in pairs for factor in (0, 1)}
         owners = list(dict.fromkeys(wholes.get(name, name) for name in modules))
-        edges = tuple(edge for fold in self.arch.folds for edge in _edges(prefix, fold, owners, pairs))
+        folds = [fold for fold in self.arch.folds if fold.unless is None or self.text_config.get(fold.unless) is None]
+        edges = tuple(edge for fold in folds for edge in _edges(prefix, fold, owners, pairs))
+        writers = tuple(f"{prefix}.{_makes(owner, pairs)}" for pattern in self.arch.writers for owner in owners if _fits(pattern, owner))
         linears = {linear.name: linear for stage in stages for group in stage.groups for linear in group.linears}
         units = tuple(found for unit in self.arch.units for found in self._units(prefix, index, unit, linears, pairs))
-        return BlockLayout(index, prefix, tuple(stages), edges, units, tuple(f"{prefix}.{name}" for name in locals_))
+        return BlockLayout(index, prefix, tuple(stages), edges, units, writers, tuple(f"{prefix}.{name}" for name in locals_))
 
     def _units(self, prefix: str, index: int, unit: Unit, linears: dict[str, Linear], pairs: Collection[str]) -> Iterator[Units]:
         """What `unit` is in a block with these linears, by name, of which those of `pairs`, by local name, are two."""
@@ -368,7 +406,7 @@ def _edges(prefix: str, fold: Fold, owners: Collection[str], pairs: Collection[s
     if "*" not in fold.producer:
         consumers = tuple(f"{prefix}.{_reads(owner, pairs)}" for pattern in fold.consumers for owner in owners if _fits(pattern, owner))
         if consumers:
-            yield Edge(f"{prefix}.{fold.name}", fold.name, f"{prefix}.{_makes(fold.producer, pairs)}", consumers, fold.heads)
+            yield Edge(f"{prefix}.{fold.name}", fold.name, f"{prefix}.{_makes(fold.producer, pairs)}", consumers, fold.heads, inner=fold.inner)
         return
     before, _, after = fold.producer.partition("*")
     numbers = sorted(int(owner.removeprefix(before).removesuffix(after)) for owner in owners if _fits(fold.producer, owner))

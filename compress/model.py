@@ -17,8 +17,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
-from compress import declared, hardware
-from compress.arch.base import Experts
+from compress import declared, fused, hardware
 from compress.block import DTYPES, EXACT, Block, Cache, Slot, experts_forward
 from compress.checkpoint import (
     FLOATS,
@@ -98,6 +97,8 @@ class Model:
     def config(self) -> dict[str, Any]:
         """The source's `config.json` with what passes changed of it."""
         changed = self.checkpoint.config | self._settings
+        if (more := self.layout.arch.more_blocks) in changed:
+            changed[more] = 0  # they are left out
         if nested := self.layout.arch.text_config:
             changed[nested] = self.layout.text_config | self._settings
         return changed
@@ -136,7 +137,7 @@ class Model:
         config = transformers_config(self.checkpoint.config)
         text = config.get_text_config()
         config._experts_implementation = text._experts_implementation = EXPERTS_FUNCTION
-        config._attn_implementation = text._attn_implementation = "sdpa"
+        config._attn_implementation = text._attn_implementation = self.layout.arch.kernel
         return config
 
     def _auto_class(self) -> Any:
@@ -154,7 +155,7 @@ class Model:
         try:
             config = self._read_config()
             with torch.device("meta"):
-                whole = auto.from_config(config, dtype=self.dtype, attn_implementation="sdpa", trust_remote_code=False)
+                whole = auto.from_config(config, dtype=self.dtype, attn_implementation=self.layout.arch.kernel, trust_remote_code=False)
                 modules = whole.get_submodule(self.layout.arch.module_blocks)
                 for index, changes in self.layout.of_blocks.items():
                     modules[index] = type(modules[index])(_with(whole.config.get_text_config(), changes), index).to(self.dtype)
@@ -182,7 +183,7 @@ class Model:
         """Have two modules in sequence compute a linear whose factors are on disk."""
         index, _, local = linear.removeprefix(f"{self.layout.arch.blocks}.").partition(".")
         module = modules[int(index)]
-        path = self._slot(local, module).parameter
+        path = self._slot(local).parameter
         whole, rank = module.get_submodule(path), self.layout.linears[f"{linear}.0"].rows
         pair = nn.Linear(whole.in_features, rank, bias=False), nn.Linear(rank, whole.out_features, bias=whole.bias is not None)
         _replace(module, path, nn.Sequential(*pair).to(self.dtype))
@@ -195,7 +196,7 @@ class Model:
         if types is not None:
             text.layer_types = []
         hollow, info = self._auto_class().from_pretrained(
-            self.checkpoint.weights, config=bare, dtype=self.dtype, attn_implementation="sdpa",
+            self.checkpoint.weights, config=bare, dtype=self.dtype, attn_implementation=self.layout.arch.kernel,
             local_files_only=True, trust_remote_code=False, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True,
             **self._generation(),
         )  # fmt: skip
@@ -231,11 +232,11 @@ class Model:
         self._check_cache_scales(problems)
         slots = []
         for block, module in zip(self.blocks, self._modules, strict=True):
-            parameters = dict(module.named_parameters())
-            needed = self._needed(parameters)
+            self._check_experts(module, problems)
+            needed = self._needed(module.state_dict(keep_vars=True))
             found = {}
             for name in dict.fromkeys(_dense_name(name) for name in block.tensors if name not in self.layout.cache_scales):
-                slot = self._slot(name.removeprefix(block.prefix + "."), module)
+                slot = self._slot(name.removeprefix(block.prefix + "."))
                 if slot not in needed:
                     problems.add(name, f"is not accounted for: a {type(module).__name__} has no such weight", "this variant is not supported")
                     continue
@@ -260,38 +261,43 @@ class Model:
             elif info.dtype not in FLOATS or info.shape not in ((1,), (self.layout.kv_heads, 1, 1)):
                 problems.add(name, f"is {info.dtype} {list(info.shape)}, which is no scale of a tensor or of heads", "this variant is not supported")
 
-    def _needed(self, parameters: dict[str, nn.Parameter]) -> dict[Slot, str]:
+    def _needed(self, parameters: Mapping[str, Tensor]) -> dict[Slot, str]:
         """Everything a block must be given: slot to local name on disk."""
         table = self.layout.arch.experts
         needed: dict[Slot, str] = {}
         for name, parameter in parameters.items():
-            if table and name in (f"{table.module}.gate_up_proj", f"{table.module}.down_proj"):
-                parts = {None: table.down} if name.endswith("down_proj") else {0: table.gate, 1: table.up}
-                for number in range(parameter.shape[0]):
-                    needed |= {Slot(name, number, half): f"{table.prefix}.{number}.{part}.weight" for half, part in parts.items()}
+            if table and name.startswith(f"{table.module}.") and (tensor := name.removeprefix(f"{table.module}.")) in fused.names(table):
+                for local, member in fused.members(table, tensor).items():
+                    needed |= {Slot(name, number, member): f"{table.prefix}.{number}.{local}" for number in range(parameter.shape[0])}
             else:
                 old, new = next((rule for rule in self.layout.arch.rename if name.startswith(rule[1])), ("", ""))
                 needed[Slot(name)] = old + name.removeprefix(new)
         return needed
 
-    def _slot(self, local: str, module: nn.Module) -> Slot:
+    def _slot(self, local: str) -> Slot:
         table = self.layout.arch.experts
         if table and local.startswith(table.prefix + "."):
             number, _, part = local.removeprefix(table.prefix + ".").partition(".")
-            return self._expert_slot(table, int(number), part.removesuffix(".weight"), module)
+            for tensor in fused.names(table):
+                if member := fused.members(table, tensor).get(part):
+                    return Slot(f"{table.module}.{tensor}", int(number), member)
         for old, new in self.layout.arch.rename:
             if local.startswith(old):
                 local = new + local.removeprefix(old)
         return Slot(local)
 
-    def _expert_slot(self, table: Experts, number: int, part: str, module: nn.Module) -> Slot:
-        experts: Any = module.get_submodule(table.module)
-        layout = {flag: getattr(experts, flag, None) for flag in ("is_concatenated", "is_transposed", "has_bias", "has_gate")}
-        if layout != {"is_concatenated": True, "is_transposed": False, "has_bias": False, "has_gate": True}:
-            raise InputError.one(f"{self.layout.arch.model_type} experts", f"have a layout that is not supported: {layout}")
-        if part == table.down:
-            return Slot(f"{table.module}.down_proj", number)
-        return Slot(f"{table.module}.gate_up_proj", number, 0 if part == table.gate else 1)
+    def _check_experts(self, module: nn.Module, problems: Problems) -> None:
+        """Compare what transformers says of how it holds the experts of a block with the table."""
+        table = self.layout.arch.experts
+        found = table and dict(module.named_modules()).get(table.module)
+        if not table or found is None:
+            return
+        said = {flag: value for flag, value in vars(found).items() if flag.startswith(("is_", "has_")) and isinstance(value, bool)}
+        known = {"is_concatenated": not table.interleaved, "is_transposed": table.transposed, "has_bias": table.biased, "has_gate": True}
+        differing = [f"{flag}: {said.get(flag)}" for flag in known if said.get(flag) != known[flag]]
+        differing += [f"{flag}: True" for flag, value in said.items() if value and flag not in known]  # what is not so needs no care
+        if differing:
+            problems.add(f"{self.layout.arch.model_type} experts", f"are held in a way that is not supported: {', '.join(differing)}")
 
     # Reading --------------------------------------------------------------------------------------------------------------------
 
@@ -443,10 +449,7 @@ class Model:
         """Block `index` in memory, freed on leaving. With `beside`, one that the model does not run, to be entered before the one it does."""
         layout, slots = self.blocks[index], self._slots[index]
         module = copy.deepcopy(self._modules[index]) if beside else self._modules[index]
-        for name, parameter in list(module.named_parameters()):
-            owner, _, leaf = name.rpartition(".")
-            empty = torch.empty(parameter.shape, dtype=self.dtype, device=self.device)
-            module.get_submodule(owner)._parameters[leaf] = nn.Parameter(empty, requires_grad=False)
+        self._make_room(module, slots.values())
         for name, slot in slots.items():
             linear = name.removesuffix(".weight")
             if linear in self.layout.linears and (linear in self.schemes or self.packed_as(linear)):
@@ -465,6 +468,17 @@ class Model:
             block.release()
             hardware.return_freed_memory()
 
+    def _make_room(self, module: nn.Module, slots: Iterable[Slot]) -> None:
+        """Give a module of transformers memory for what lives in `slots`."""
+        for name in dict.fromkeys(slot.parameter for slot in slots):
+            owner, _, leaf = name.rpartition(".")
+            holder = module.get_submodule(owner)
+            if leaf in holder._buffers:  # what routers choose by, which transformers keeps in float32
+                holder._buffers[leaf] = torch.empty_like(holder.get_buffer(leaf), dtype=torch.float32, device=self.device)
+            else:
+                empty = torch.empty(holder.get_parameter(leaf).shape, dtype=self.dtype, device=self.device)
+                holder._parameters[leaf] = nn.Parameter(empty, requires_grad=False)
+
     def settled(
         self,
         linear: Callable[[str, Tensor | None], nn.Module],
@@ -474,9 +488,9 @@ class Model:
         """The whole model of transformers in memory, to keep; this object is not to be used afterwards.
 
         ``linear`` gives, for the name of a linear that is quantised or `is_compact` and its bias, the module that is to stand for it; ``experts``,
-        for a block whose experts are quantised and the activation of transformers, the one that is to stand for all of them; ``branched``, for a
-        linear with a branch, its module, that branch and how its inputs are rounded, the one of both. Attention with a quantised cache has its
-        scales as buffers and rounds what goes into the cache. Raises `InputError` where only some experts of a block are quantised.
+        for a block whose experts are quantised and the module of transformers, without weights, the one that is to stand for all of them;
+        ``branched``, for a linear with a branch, its module, that branch and how its inputs are rounded, the one of both. Attention with a quantised
+        cache has its scales as buffers and rounds what goes into the cache. Raises `InputError` where only some experts of a block are quantised.
         """
         whole, table = self.skeleton, self.layout.arch.experts
         for layout, module, slots in zip(self.blocks, self._modules, self._slots, strict=True):
@@ -486,18 +500,17 @@ class Model:
             if table and packed.keys() & routed:
                 if missing := [name for name in routed if name not in packed]:
                     raise InputError.one(missing[0], "is not quantised, but other experts of its block are", "open it with transformers")
-                _replace(module, table.module, experts(layout, module.get_submodule(table.module).act_fn))
+                held: Any = module.get_submodule(table.module)
+                held._parameters.clear()
+                _replace(module, table.module, experts(layout, held))
             for name, slot in packed.items():
                 if name not in routed:
                     bias = read_entry(self.final(f"{name}.bias")).to(self.dtype) if f"{name}.bias" in self.tensors else None
                     _replace(module, slot.parameter.removesuffix(".weight"), linear(name, bias))
-            for name, parameter in list(module.named_parameters()):
-                owner, _, leaf = name.rpartition(".")
-                empty = torch.empty(parameter.shape, dtype=self.dtype, device=self.device)
-                module.get_submodule(owner)._parameters[leaf] = nn.Parameter(empty, requires_grad=False)
-            for name, slot in slots.items():
-                if name.removesuffix(".weight") not in packed and name.removesuffix(".bias") not in packed:
-                    slot.view(module).copy_(self._as_stored(name))
+            dense = {name: slot for name, slot in slots.items() if name.rpartition(".")[0] not in packed}
+            self._make_room(module, dense.values())
+            for name, slot in dense.items():
+                slot.view(module).copy_(self._as_stored(name))
             for each in layout.linears:
                 if branch := self.branch(each.name):
                     name = slots[f"{each.name}.weight"].parameter.removesuffix(".weight")

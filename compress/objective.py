@@ -64,5 +64,5 @@ def _loss_of_rows(probe: Probe, edge: Edge, given: list[tuple[Tensor, Tensor]]) 
 
 
 def _total(values: Tensor, weight: Tensor) -> float:
-    """Weighted sum of the squares of ``values`` [..., out]."""
-    return float((values.float().square().sum(-1, dtype=torch.float64) * weight).sum())
+    """Weighted sum of the squares of ``values`` [..., out], whose tokens some modules count in one row and others beside a dimension of one."""
+    return float((values.float().square().sum(-1, dtype=torch.float64).view(weight.shape) * weight).sum())

@@ -412,7 +412,6 @@ class _Run:
 
     def _ledger(self) -> list[dict[str, Any]]:
         """What became of every tensor of the source, and what is new. Raises AssertionError if one is not accounted for: a bug, not a warning."""
-        exporter = export_module(self.recipe.export[0])
         ledger = []
         names: dict[str, list[str]] = {}
         for name, of in sorted(self.origins.items()):
@@ -420,10 +419,12 @@ class _Run:
         for origin, info in sorted(self.source.checkpoint.tensors.items()):
             item: dict[str, Any] = {"name": origin, "shape": list(info.shape), "dtype": info.dtype}
             cut = self.cut.get(origin, {})
-            if origin not in names:
+            if reason := self.source.dropped(origin):
+                item |= {"action": "dropped", "why": reason}
+            elif origin not in names:
                 item |= {"action": "removed", "why": f"by {' and '.join(cut)}"}
             else:
-                fates = {name: self._fate(name, exporter, cut) for name in names[origin]}
+                fates = {name: self._fate(name, cut) for name in names[origin]}
                 alike = len({fate["why"] for fate in fates.values()}) == 1
                 item["action"] = " and ".join(dict.fromkeys(fate["action"] for fate in fates.values()))
                 item["why"] = next(iter(fates.values()))["why"] if alike else "; ".join(f"{name} {fate['why']}" for name, fate in fates.items())
@@ -441,11 +442,9 @@ class _Run:
         ledger += [{"name": name, "action": "dropped", "why": "weights in another format"} for name in self.source.checkpoint.left_behind]
         return ledger
 
-    def _fate(self, name: str, exporter: Any, cut: dict[str, str]) -> dict[str, Any]:
+    def _fate(self, name: str, cut: dict[str, str]) -> dict[str, Any]:
         """What became of a tensor of the model as it is now, which passes `cut` before."""
         linear = name.removesuffix(".weight")
-        if reason := exporter.is_dropped(self.model, name):
-            return {"action": "dropped", "why": reason}
         before = cut | self.rewritten.get(name, {})
         if linear in self.plan and self.model.packed_as(linear):
             by, scheme = self.plan[linear]

@@ -42,9 +42,7 @@ def gradient_bytes(recipe: Recipe, layout: Layout) -> int:
 
 def cache_bytes(layout: Layout, tokens: int, bits: int) -> int:
     """Bytes of the keys and values of one sequence; where attention has a window, of no more tokens than that."""
-    config = layout.text_config
-    size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    return sum(2 * layout.kv_heads * size * bits * min(tokens, window or tokens) // 8 for window in layout.windows)
+    return sum(layout.cached_channels * bits * min(tokens, window or tokens) // 8 for window in layout.windows)
 
 
 def plan(recipe: Recipe, layout: Layout, schemes: dict[str, tuple[str, Scheme]]) -> dict[str, Any]:

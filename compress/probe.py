@@ -96,12 +96,16 @@ class Probe:
                 module = self.block.submodule(group.linears[0].name)
                 stack.callback(module.register_forward_pre_hook(lambda _, arguments, group=group: note(group, arguments[0])).remove)
             if experts:
-                stack.enter_context(self.block.listening(lambda expert, _, inputs: note(experts[EXPERTS_IN][expert], inputs), after_gate=False))
+
+                def before(expert: int, _: Tensor, inputs: Tensor) -> None:
+                    note(experts[EXPERTS_IN][expert], inputs)
+
+                def after(expert: int, _: Tensor, inputs: Tensor) -> None:
+                    note(experts[EXPERTS_OUT][expert], inputs)
+
+                stack.enter_context(self.block.overhearing(before, after))
             for batch in range(len(self.hidden)):
                 self._run(batch)
-        if experts:
-            for batch in range(len(self.hidden)):
-                self.last_inputs_of_experts(batch, lambda expert, _, inputs: note(experts[EXPERTS_OUT][expert], inputs))
 
     def _groups(self) -> tuple[list[Group], dict[str, dict[int, Group]]]:
         """Input groups outside experts, and those of experts by stage and expert."""

@@ -103,7 +103,7 @@ def narrowed(layout: Layout, counts: Mapping[str, int], biased: Collection[str] 
 def _of_shape(info: TensorInfo, shape: Iterable[int]) -> TensorInfo:
     shape = tuple(shape)
     width = info.nbytes // max(1, torch.Size(info.shape).numel())
-    return replace(info, shape=shape, file=Path(), begin=0, end=width * torch.Size(shape).numel())
+    return replace(info, shape=shape, file=Path(), begin=0, end=width * torch.Size(shape).numel(), strides=None)
 
 
 def reshaped(layout: Layout, tensors: Mapping[str, TensorInfo]) -> Layout:
@@ -157,8 +157,11 @@ def without_blocks(layout: Layout, dropped: Collection[int]) -> Layout:
             text[key] = [moved[index] for index in value if index in moved]
         elif isinstance(value, list) and len(value) == len(layout.blocks):
             text[key] = [value[block.index] for block in kept]
-    if isinstance(first := text.get("max_window_layers"), int):
-        text["max_window_layers"] = sum(block.index < first for block in kept)
+    for key in ("max_window_layers", "first_k_dense_replace"):
+        if isinstance(first := text.get(key), int):
+            text[key] = sum(block.index < first for block in kept)
+    if text.get("decoder_sparse_step", 1) != 1:  # counts through all blocks which of them have experts
+        text |= {"decoder_sparse_step": 1, "mlp_only_layers": [moved[block.index] for block in kept if not block.experts]}
     text["num_hidden_layers"] = len(kept)
     _declare(text, {moved[index]: changes for index, changes in layout.of_blocks.items() if index in moved}, len(kept))
     tensors = {name: info for name, info in layout.checkpoint.tensors.items() if not name.startswith(f"{layout.arch.blocks}.")}

@@ -168,12 +168,22 @@ class _Loading:
             return PackedLinear(weight, extras, self._digits)
         return (SmallLinear if SmallLinear.takes(weight) else UnpackedLinear)(weight, extras)
 
-    def _experts(self, block: BlockLayout, activation: Any) -> PackedExperts:
+    def _experts(self, block: BlockLayout, experts: Any) -> PackedExperts:
         from compress.kernels.experts import PackedExperts
         from compress.layout import EXPERTS_IN, EXPERTS_OUT
 
         stages = {stage.name: [tuple(linear.name for linear in group.linears) for group in stage.groups] for stage in block.stages}
-        return PackedExperts(self._stack(stages[EXPERTS_IN]), self._stack(stages[EXPERTS_OUT]), activation)
+        first, last = stages[EXPERTS_IN], stages[EXPERTS_OUT]
+        table = self._model.layout.arch.experts
+        assert table
+        biases = (self._biases(first), self._biases(last)) if table.biased else (None, None)
+        return PackedExperts(self._stack(first), self._stack(last), partial(_gated, experts), interleaved=table.interleaved, biases=biases)
+
+    def _biases(self, experts: list[tuple[str, ...]]) -> Tensor:
+        """[experts, out], as `_stack` has the outputs."""
+        import torch
+
+        return torch.stack([torch.cat([self._model.read(f"{name}.bias") for name in names]) for names in experts]).to(self._model.dtype)
 
     def _stack(self, experts: list[tuple[str, ...]]) -> Stack:
         """Of the linears of each expert that read the same input: they become one, the outputs of one after those of the other."""
@@ -208,6 +218,12 @@ class _Loading:
         if nan or not bool(weight.scale.float().isfinite().all()):
             raise InputError.one(name, "holds NaN or infinity", "the artifact is damaged; fetch it again")
         return weight
+
+
+def _gated(experts: Any, both: Tensor) -> Tensor:
+    """What the last linear of ``experts``, those of transformers, is given: a function that can be pickled, as their bound method cannot."""
+    found: Tensor = experts._apply_gate(both)
+    return found
 
 
 def _narrow(model: Any, stored: Any) -> None:

@@ -90,7 +90,7 @@ def read_bytes(model: Any, layout: Layout) -> int:
             continue
         own = sum(data.nbytes for data in (*module.parameters(recurse=False), *module.buffers(recurse=False)))
         routed = experts is not None and f".{experts.module}." in f"{name}."
-        total += own * (config.num_experts_per_tok / config.num_local_experts if routed else 1)
+        total += own * (getattr(config, experts.active) / getattr(config, experts.counts[0]) if experts and routed else 1)
     return round(total)
 
 

@@ -112,6 +112,10 @@ def exact_norms(monkeypatch: pytest.MonkeyPatch) -> None:
         ("qwen2", "Qwen2"),
         ("qwen3", "Qwen3"),
         ("qwen3_moe", "Qwen3Moe"),
+        ("qwen2_moe", "Qwen2Moe"),
+        ("olmoe", "Olmoe"),
+        ("deepseek_v3", "DeepseekV3"),
+        ("gpt_oss", "GptOss"),
     ):
         module = importlib.import_module(f"transformers.models.{kind}.modeling_{kind}")
         monkeypatch.setattr(getattr(module, f"{name}RMSNorm"), "forward", forward)

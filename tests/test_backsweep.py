@@ -23,7 +23,7 @@ from compress.errors import InputError
 from compress.layout import Layout
 from compress.model import Model
 
-KINDS = ("llama", "llama-tied", "llama-bias", "mistral", "qwen2", "qwen2-sliding", "qwen3", "qwen3_moe", "qwen3_moe-dense-first", "mixtral", "llava")
+KINDS = tiny.KINDS
 
 
 def open_model(folder: Path) -> Model:

@@ -19,7 +19,7 @@ from compress.layout import Group, Layout
 from compress.model import Model
 from compress.numerics.grid import Integer, Quantized
 
-MOE = ("qwen3_moe", "qwen3_moe-dense-first", "mixtral")
+MOE = tiny.ROUTED
 Measured = dict[str, tuple[Tensor, int]]
 
 
@@ -40,7 +40,7 @@ def close(measured: Tensor, expected: Tensor) -> bool:
     return bool(torch.allclose(measured.double(), expected.double(), rtol=1e-4, atol=1e-5 * float(expected.abs().max())))
 
 
-@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "llava"])
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "qwen2_moe", "olmoe", "deepseek_v3", "deepseek_v3-q", "llava"])
 def test_second_moments_equal_those_of_hooks_on_plain_transformers(kind: str, checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     samples = tiny.samples(image=kind == "llava")
     folder = checkpoint(kind)

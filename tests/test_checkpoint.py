@@ -242,7 +242,7 @@ LAYOUT_FAULTS: dict[str, tuple[Damage, str]] = {
     "extra block": (set_config(num_hidden_layers=1), r"model\.layers\.1: is not accounted for: config\.json has 1 blocks"),
     "block with another number": (rename_block(1, 7), r"model\.layers\.1: has no tensors[^$]*\nmodel\.layers\.7: is not accounted for"),
     "no number of blocks": (set_config(num_hidden_layers=None), r"config\.json: num_hidden_layers: must be a positive number, got None"),
-    "unknown model_type": (set_config(model_type="rwkv9"), r"config\.json: model_type: 'rwkv9' is not supported; supported are llama, "),
+    "unknown model_type": (set_config(model_type="rwkv9"), r"config\.json: model_type: 'rwkv9' is not supported; supported are deepseek_v3, "),
     "no model_type": (set_config(model_type=None), r"config\.json: model_type: None is not supported"),
     "model_type of an odd kind": (set_config(model_type=["llama"]), r"config\.json: model_type: \['llama'\] is not supported"),
     "model_type of the table's own base": (set_config(model_type="base"), r"config\.json: model_type: 'base' is not supported"),
@@ -260,13 +260,20 @@ def test_blocks_that_do_not_fit_the_config_are_refused_with_the_place(fault: str
         Layout(Checkpoint(folder))
 
 
-def test_experts_in_one_tensor_are_refused_with_a_way_out(copy: Callable[..., Path]) -> None:
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        ("gate_up_proj", r"holds what model\.layers\.0\.block_sparse_moe\.experts\.0\.w1\.weight holds too"),
+        ("both_proj", "holds experts in a form that is not known; save the checkpoint with one tensor per expert"),
+    ],
+)
+def test_experts_that_are_there_twice_or_in_a_form_of_their_own_are_refused(tensor: str, message: str, copy: Callable[..., Path]) -> None:
     folder = copy("mixtral")
     path = shards(folder)[0]
-    fused = "model.layers.0.block_sparse_moe.experts.gate_up_proj"
+    fused = f"model.layers.0.block_sparse_moe.experts.{tensor}"
     edit_weights(path, lambda tensors: tensors.update({fused: torch.zeros(4, 192, 64)}))
     edit_json(folder / INDEX, lambda plain: plain["weight_map"].update({fused: path.name}))
-    with pytest.raises(InputError, match=f"{fused}: holds all experts in one tensor"):
+    with pytest.raises(InputError, match=f"{fused}: {message}"):
         Layout(Checkpoint(folder))
 
 

@@ -246,8 +246,8 @@ def test_a_share_that_the_first_multiple_exceeds_is_refused() -> None:
 
 
 QUICK: dict[str, Any] = {"calibration": {"samples": 4, "length": 48}, "evaluate": None}
-WITHOUT_EXPERTS = {"mixtral": ["*experts*"], "qwen3_moe": ["*experts*"], "qwen3_moe-dense-first": ["*experts*"]}
-KINDS = ("llama", "llama-tied", "llama-bias", "mistral", "qwen2", "qwen2-sliding", "qwen3", "qwen3_moe", "qwen3_moe-dense-first", "mixtral", "llava")
+WITHOUT_EXPERTS = {kind: ["*.experts.*"] for kind in tiny.ROUTED}
+KINDS = tiny.KINDS
 RTN = {"rtn": {"bits": 8, "group_size": 32}}
 
 

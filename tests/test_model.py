@@ -18,7 +18,7 @@ from compress.layout import Layout
 from compress.model import Model
 from compress.numerics.grid import Integer, minmax_scales, quantized, round_to_nearest
 
-KINDS = ("llama", "llama-tied", "llama-bias", "mistral", "qwen2", "qwen2-sliding", "qwen3", "qwen3_moe", "qwen3_moe-dense-first", "mixtral", "llava")
+KINDS = tiny.KINDS
 
 
 def open_model(folder: Path) -> Model:

@@ -137,6 +137,11 @@ def test_inputs_in_float8_are_rounded() -> None:
 EXPERTS, HIDDEN, INNER = 6, 64, 48
 
 
+def swiglu(both: Tensor) -> Tensor:
+    gate, up = both.chunk(2, -1)
+    return nn.functional.silu(gate) * up
+
+
 def stacks(name: str, with_residuals: bool = False) -> tuple[PackedExperts, Tensor, Tensor]:
     """Experts and their weights, gate and up one below the other [experts, 2 * inner, hidden] and down [experts, hidden, inner]."""
     made, weights = [], []
@@ -160,7 +165,7 @@ def stacks(name: str, with_residuals: bool = False) -> tuple[PackedExperts, Tens
                 dense[-1] = torch.cat([each.add_to(half) for each, half in zip(own, dense[-1].chunk(halves), strict=True)])
         made.append(Stack(members, Residuals(extra, rows * halves) if with_residuals else None))
         weights.append(torch.stack(dense))
-    return PackedExperts(made[0], made[1], nn.SiLU()), weights[0], weights[1]
+    return PackedExperts(made[0], made[1], swiglu), weights[0], weights[1]
 
 
 def by_token(hidden: Tensor, index: Tensor, factors: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:

@@ -33,6 +33,10 @@ KINDS = {
     "mixtral": ("kv_group", "query_head", "expert_channel"),
     "qwen3_moe": ("kv_group", "query_head", "expert_channel"),
     "qwen3_moe-dense-first": ("ffn_channel", "expert_channel"),
+    "qwen2_moe": ("kv_group", "query_head", "shared_channel", "expert_channel"),
+    "olmoe": ("expert_channel",),
+    "deepseek_v3": ("ffn_channel",),
+    "gpt_oss": ("expert_channel",),
 }
 METHODS = ("magnitude", "random", "wanda_sp", "flap", "taylor")
 
@@ -57,15 +61,13 @@ def masked(folder: Path, out: Path, found: list[dict[str, Any]], target: Path) -
     shutil.copytree(folder, target)
     layout = Layout(Checkpoint(folder))
     units = {units.name: units for block in layout.blocks for units in block.units}
-    for path in target.glob("*.safetensors"):
-        tensors = load_file(path)
-        for record in found:
-            name = f"{units[record['name']].columns}.weight"
-            if name in tensors:
-                keep = torch.zeros(record["before"], dtype=torch.bool)
-                keep[indices(record["kept"])] = True
-                tensors[name] *= keep.repeat_interleave(tensors[name].shape[1] // record["before"])
-        save_file(tensors, path, {"format": "pt"})
+    tensors = tiny.weights(target)
+    for record in found:
+        name = f"{units[record['name']].columns}.weight"
+        keep = torch.zeros(record["before"], dtype=torch.bool)
+        keep[indices(record["kept"])] = True
+        tensors[name] *= keep.repeat_interleave(tensors[name].shape[1] // record["before"])
+    tiny.write(tensors, target)
     return target
 
 

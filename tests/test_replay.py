@@ -18,7 +18,7 @@ from compress.layout import Layout
 from compress.model import Model
 from compress.numerics.grid import Integer, minmax_scales, quantized, round_to_nearest
 
-KINDS = ("llama", "llama-bias", "mistral", "qwen2-sliding", "qwen3", "qwen3_moe-dense-first", "mixtral")
+KINDS = ("llama", "llama-bias", "mistral", "qwen2-sliding", "qwen3", "qwen3_moe-dense-first", "mixtral", "qwen2_moe", "olmoe", "deepseek_v3")
 GRID = Integer(3, False)
 
 

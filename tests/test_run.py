@@ -97,9 +97,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], tu
 # What comes out ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["llama", "llama-bias", "mistral", "qwen2", "qwen3", "qwen3_moe", "qwen3_moe-dense-first", "mixtral", "llava"])
+@pytest.mark.parametrize("kind", tiny.KINDS)
 def test_every_architecture_makes_an_artifact_that_plain_transformers_opens(kind: str, checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    result = compress(with_pass("gptq") | {"verify": "full"}, checkpoint(kind), tmp_path / "out")
+    options = {"exclude": ["*.experts.*"]} if kind == "gpt_oss" else {}  # whose experts it reads in no other form than together
+    result = compress(with_pass("gptq", **options) | {"verify": "full"}, checkpoint(kind), tmp_path / "out")
     assert result["accepted"] and result["verification"]["logits_max_difference"] < 1e-3
 
 

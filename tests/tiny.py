@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from oracles import fused
+from safetensors.torch import load_file, save_file
 
 from compress import demo
 from compress.data import Sample, Samples
@@ -14,6 +16,21 @@ from compress.data import Sample, Samples
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 VOCABULARY = 4096
 IMAGE_TOKEN = 3
+DENSE = ("llama", "llama-tied", "llama-bias", "mistral", "qwen2", "qwen2-sliding", "qwen3", "llava")
+ROUTED = (
+    "qwen3_moe",
+    "qwen3_moe-dense-first",
+    "mixtral",
+    "qwen2_moe",
+    "qwen2_moe-60",
+    "olmoe",
+    "olmoe-clipped",
+    "deepseek_v3",
+    "deepseek_v3-q",
+    "gpt_oss",
+)
+"""Kinds with experts, whose routers transformers has compute in float32."""
+KINDS = DENSE + ROUTED
 
 
 class Silent:
@@ -63,6 +80,22 @@ def config(kind: str) -> Any:
             return hf.Qwen3MoeConfig(**_text(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=32, mlp_only_layers=[0]))
         case "mixtral":
             return hf.MixtralConfig(**_text(num_local_experts=4, num_experts_per_tok=2))
+        case "qwen2_moe" | "qwen2_moe-60":
+            experts = 60 if kind.endswith("60") else 8
+            widths = {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 64}
+            return hf.Qwen2MoeConfig(**_text(num_experts=experts, num_experts_per_tok=2, mlp_only_layers=[], **widths))
+        case "olmoe" | "olmoe-clipped":
+            clip = 1.0 if kind.endswith("clipped") else None
+            return hf.OlmoeConfig(**_text(num_experts=8, num_experts_per_tok=2, intermediate_size=32, clip_qkv=clip))
+        case "deepseek_v3" | "deepseek_v3-q":
+            latent = {"q_lora_rank": None if kind.endswith("q") else 32, "kv_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16}
+            routing = {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "n_shared_experts": 1}
+            return hf.DeepseekV3Config(
+                **_text(num_key_value_heads=4, head_dim=8, moe_intermediate_size=32, first_k_dense_replace=1, v_head_dim=16, **latent, **routing)
+            )
+        case "gpt_oss":
+            rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 10000.0}
+            return hf.GptOssConfig(**_text(num_local_experts=4, num_experts_per_tok=2, intermediate_size=32, sliding_window=8, rope_parameters=rope))
         case "llava":
             vision = {
                 "hidden_size": 32,
@@ -80,8 +113,11 @@ def config(kind: str) -> Any:
     raise ValueError(kind)
 
 
-def save(kind: str, dtype: torch.dtype, folder: Path) -> Path:
-    """Write a random model of a kind with a tokenizer beside it; biases and norms are random too, so that forgetting one shows."""
+def save(kind: str, dtype: torch.dtype, folder: Path, **options: Any) -> Path:
+    """Write a random model of a kind with a tokenizer beside it; biases and norms are random too, so that forgetting one shows.
+
+    `options` are those of transformers' `save_pretrained`.
+    """
     import transformers as hf
 
     torch.manual_seed(1)
@@ -93,10 +129,28 @@ def save(kind: str, dtype: torch.dtype, folder: Path) -> Path:
                 parameter += 0.2 * torch.randn_like(parameter)
             elif "embed" not in name:
                 parameter.normal_(std=parameter.shape[-1] ** -0.5)
-    model.to(dtype).save_pretrained(folder, max_shard_size="300KB")
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer += 0.2 * torch.randn_like(buffer)
+    model.to(dtype).save_pretrained(folder, max_shard_size="300KB", **options)
     for name in TOKENIZER:
         shutil.copy(demo.path("dense") / name, folder / name)
     return folder
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint, those of experts one by one."""
+    tensors = {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+    return fused.apart(tensors) if "gpt_oss" in (folder / "config.json").read_text() else tensors
+
+
+def write(tensors: dict[str, torch.Tensor], folder: Path) -> None:
+    """All tensors in one file, as transformers reads them, beside the config."""
+    if "gpt_oss" in (folder / "config.json").read_text():
+        tensors = fused.together(tensors)
+    for path in folder.glob("*.safetensors*"):
+        path.unlink()
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
 
 
 def plain(folder: Path, dtype: torch.dtype = torch.float32) -> Any:

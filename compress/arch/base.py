@@ -16,10 +16,14 @@ from compress.errors import InputError
 
 @dataclass(frozen=True)
 class InputGroup:
-    """Linears of one block that read the same tensor; serving engines fuse them, so they share one scheme."""
+    """Linears of one block that read the same tensor; serving engines fuse them, so they share one scheme.
+
+    A block that has the linear ``unless`` does it in another way, and has no such group.
+    """
 
     name: str
     linears: tuple[str, ...]
+    unless: str | None = None
 
 
 @dataclass(frozen=True)
@@ -30,15 +34,17 @@ class Fold:
     stands between the two. ``producer`` is a norm, whose weight is divided, or a linear, whose rows (and bias) are; the columns of
     ``consumers`` are multiplied, and these are **all** that read the channels, routers too. ``*`` stands for each expert; in the producer
     it makes one edge per expert. With ``heads`` the channels are those of attention heads, and where the consumer has more columns than
-    the producer rows, each group of query heads reads one head.
+    the producer rows, each group of query heads reads one head. Where the config sets the key ``unless``, more than a product stands between.
 
-    Norms give what they read of the residual stream, and whoever reads another linear's channels writes to the stream.
+    A norm gives what it reads of the residual stream, unless it is ``inner``: then of what a linear gives.
     """
 
     name: str
     producer: str
     consumers: tuple[str, ...]
     heads: bool = False
+    inner: bool = False
+    unless: str | None = None
 
 
 @dataclass(frozen=True)
@@ -79,6 +85,10 @@ class Experts:
     The ``router`` has a row for each of them, in its weight and in whatever else is named after it. `counts` are the keys by which a config may
     say how many experts there are, `active` says how many of them a token goes to. Where `groups` are keys, tokens choose first: of so many
     groups of equal size so many.
+
+    The two parameters are [experts, 2 x width, hidden], gates first, and [experts, hidden, width]; ``transposed`` ones have their last two dimensions
+    the other way round, in ``interleaved`` ones each gate stands before what it is multiplied with, and beside ``biased`` ones there are biases.
+    With `fused`, transformers reads them from disk in this form alone.
     """
 
     prefix: str
@@ -90,6 +100,10 @@ class Experts:
     counts: tuple[str, ...]
     active: str = "num_experts_per_tok"
     groups: tuple[str, str] | None = None
+    transposed: bool = False
+    interleaved: bool = False
+    biased: bool = False
+    fused: bool = False
 
 
 @dataclass(frozen=True)
@@ -98,9 +112,12 @@ class Arch:
 
     `groups` are in the order in which data flows through a block, so that each is measured with everything before it already
     compressed. A group none of whose linears a block has is skipped (dense and sparse blocks may alternate), and so is an edge of `folds`
-    without consumers. ``scores`` are the linears behind attention scores, where an error is raised to an exponent.
-    `biases` are keys of the config that give all of some linears a bias each. `units` are what structured pruning takes out; with ``whole_heads``
-    transformers refuses numbers of heads that do not divide the hidden size. `attention` is the module that has a cache of keys and values.
+    without consumers. ``writers`` are the linears whose outputs are added to the residual stream, ``scores`` those behind attention scores, where an
+    error is raised to an exponent. `biases` are keys of the config that give all of some linears a bias each. `units` are what structured pruning
+    takes out; with ``whole_heads`` transformers refuses numbers of heads that do not divide the hidden size. `attention` is the module that has a
+    cache of keys and values, computed by what transformers calls its implementation `kernel`. Where it keeps one ``latent`` vector for all heads
+    instead, these keys of the config are the widths of its parts. Blocks beyond those that a text goes through, as many as the config says under the
+    key ``more_blocks``, are not part of the model.
     """
 
     model_type: str
@@ -108,11 +125,15 @@ class Arch:
     folds: tuple[Fold, ...] = ()
     units: tuple[Unit, ...] = ()
     outside: Outside = Outside()
+    writers: tuple[str, ...] = ("self_attn.o_proj", "mlp.down_proj")
     scores: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj")
     blocks: str = "model.layers"
     module_blocks: str = "model.layers"
     text_config: str | None = None
     attention: str = "self_attn"
+    kernel: str = "sdpa"
+    latent: tuple[str, ...] = ()
+    more_blocks: str | None = None
     experts: Experts | None = None
     rename: tuple[tuple[str, str], ...] = ()
     image: bool = False

@@ -14,6 +14,7 @@ ARCH = Arch(
         ),
         Fold("experts.down", "block_sparse_moe.experts.*.w3", ("block_sparse_moe.experts.*.w2",)),
     ),
+    writers=("self_attn.o_proj", "block_sparse_moe.experts.*.w2"),
     units=(
         *ATTENTION_UNITS,
         Unit(

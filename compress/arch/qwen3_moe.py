@@ -23,6 +23,7 @@ ARCH = Arch(
         Fold("experts.gate_up", "post_attention_layernorm", ("mlp.gate", "mlp.experts.*.gate_proj", "mlp.experts.*.up_proj")),
         Fold("experts.down", "mlp.experts.*.up_proj", ("mlp.experts.*.down_proj",)),
     ),
+    writers=("self_attn.o_proj", "mlp.down_proj", "mlp.experts.*.down_proj"),
     units=(
         *ATTENTION_UNITS,
         *GATED_MLP_UNITS,

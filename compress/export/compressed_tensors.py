@@ -8,16 +8,21 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.checkpoint import BRANCHED, BRANCHES, INDEX, RESIDUALS, SINGLE, Entry, entry, wrapped, write_safetensors, write_text
+from compress import fused
+from compress.arch.base import Experts
+from compress.checkpoint import BRANCHED, BRANCHES, INDEX, RESIDUALS, SINGLE, Entry, Stacked, entry, wrapped, write_safetensors, write_text
 from compress.errors import InputError, Problems
 from compress.formats.base import BESIDE_PARTS, BRANCH_PARTS, RESIDUAL_PARTS
-from compress.layout import Layout
+from compress.layout import BlockLayout, Layout
 from compress.scheme import CacheScheme, Scheme
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from compress.model import Model
 
 SHARD_BYTES = 5_000_000_000
@@ -47,7 +52,7 @@ def check(place: str, layout: Layout, plan: dict[str, Scheme], problems: Problem
             problems.add(place, f"the experts of {block.prefix} get different schemes", "engines hold them in one tensor: treat them alike")
         if any(kind and not kind[0].symmetric for kind in schemes):
             problems.add(place, f"the experts of {block.prefix} are asymmetric; transformers ignores zero points of experts", "set symmetric: true")
-        if kinds and schemes == {None}:
+        if kinds and schemes == {None} and not _reads_joined(layout):
             dense.append(block.prefix)
         of_experts.append(schemes)
     if dense:
@@ -102,6 +107,8 @@ def _weight_verdicts(layout: Layout, plan: dict[str, Scheme]) -> dict[str, str]:
         vllm, sglang = f"GPU only: {odd}-bit needs the Humming kernels", f"refuses {odd}-bit: only 4 and 8"
     elif floats:
         vllm = sglang = f"GPU only: {', '.join(floats)}" + (" (unproven)" if any(name.startswith("mx") for name in floats) else "")
+    elif layout.of_experts & plan.keys() and _reads_joined(layout):
+        vllm = sglang = f"unproven: experts of a {layout.arch.model_type} one by one"
     elif narrow:
         vllm = "GPU only: its CPU kernel wants widths divisible by 32"
     return {"transformers": _transformers(layout, plan), "vLLM": vllm, "SGLang": sglang}
@@ -114,12 +121,20 @@ def _transformers(layout: Layout, plan: dict[str, Scheme]) -> str:
     compressed-tensors makes room for zero points in their unpacked shape, so transformers could not load packed ones (seen with 0.20.0 under
     5.23.0). Unpacking while loading is sound, but it knows only one scheme.
     """
-    unread = sorted({plan[name].format for name in layout.of_experts & plan.keys()} - EXPERT_FORMATS)
+    of_experts = layout.of_experts & plan.keys()
+    if of_experts and _reads_joined(layout):
+        return f"refuses quantised experts of a {layout.arch.model_type}: it reads them in two dense tensors alone"
+    unread = sorted({plan[name].format for name in of_experts} - EXPERT_FORMATS)
     if unread:
         return f"refuses experts in {unread[0]}: unpacks them wrongly or not at all"
     if all(scheme.symmetric and scheme.layout not in BFLOAT16_ONLY for scheme in plan.values()):
         return "loads, decompresses on first use"
     return WHILE_LOADING if len(set(_kinds(layout, plan).values())) == 1 else "loads in bfloat16, decompresses on first use"
+
+
+def _reads_joined(layout: Layout) -> bool:
+    """Whether transformers reads the experts of a block together alone."""
+    return layout.arch.experts is not None and layout.arch.experts.fused
 
 
 def quantization_config(layout: Layout, plan: dict[str, Scheme], cache: CacheScheme | None = None) -> dict[str, Any]:
@@ -264,8 +279,7 @@ def _shards(model: Model) -> Iterator[list[Entry]]:
 
     entries: list[Entry] = []
     size = 0
-    for name in sorted((name for name in model.tensors if not is_dropped(model, name) and not name.endswith(BESIDE_PARTS)), key=position):
-        item = model.final(name)
+    for item in sorted(_entries(model), key=lambda item: position(item.name)):
         if entries and size + item.nbytes > SHARD_BYTES:
             yield entries
             entries, size = [], 0
@@ -274,9 +288,35 @@ def _shards(model: Model) -> Iterator[list[Entry]]:
     yield entries
 
 
-def is_dropped(model: Model, name: str) -> str | None:
-    """Why a source tensor is not written, or None if it is."""
-    return next((reason for rule, reason in model.layout.arch.dropped if re.fullmatch(rule, name)), None)
+def _entries(model: Model) -> Iterator[Entry]:
+    """Everything that goes into the shards, experts one by one or, where transformers reads them in no other form, together."""
+    table, joined = model.layout.arch.experts, set()
+    if table and table.fused:
+        for block in model.blocks:
+            if block.experts and not any(model.packed_as(name) for name in _of_experts(block)):
+                for tensor in fused.names(table):
+                    yield _joined(model, table, f"{block.prefix}.{table.prefix}", tensor, len(block.experts))
+                joined |= {f"{name}.{part}" for name in _of_experts(block) for part in ("weight", "bias")}
+    for name in model.tensors:
+        if name not in joined and not model.layout.dropped(name) and not name.endswith(BESIDE_PARTS):
+            yield model.final(name)
+
+
+def _of_experts(block: BlockLayout) -> list[str]:
+    return [linear.name for stage in block.stages for group in stage.groups if group.expert is not None for linear in group.linears]
+
+
+def _joined(model: Model, table: Experts, prefix: str, tensor: str, count: int) -> Entry:
+    """One of the tensors that hold all experts, made one expert at a time."""
+    from compress.checkpoint import read_entry
+
+    def one(expert: int) -> Tensor:
+        return fused.joined(table, [read_entry(model.final(f"{prefix}.{expert}.{local}")) for local in fused.members(table, tensor)])
+
+    of_first = [model.final(f"{prefix}.0.{local}") for local in fused.members(table, tensor)]
+    shape = (sum(item.shape[0] for item in of_first), *of_first[0].shape[1:])
+    pieces = tuple(partial(one, expert) for expert in range(count))
+    return Entry(f"{prefix}.{tensor}", of_first[0].dtype, (count, *(shape[::-1] if table.transposed else shape)), Stacked(pieces))
 
 
 def compare(model: Model, folder: Path) -> int:
@@ -290,8 +330,8 @@ def compare(model: Model, folder: Path) -> int:
 
     from compress.checkpoint import Checkpoint, read_entry, read_tensor
 
-    written = Checkpoint(folder)
-    expected = {name for name in model.tensors if not is_dropped(model, name)}
+    written = Layout(Checkpoint(folder)).checkpoint
+    expected = {name for name in model.tensors if not model.layout.dropped(name)}
     if set(written.tensors) != expected:
         raise InputError.one(str(folder), f"tensors differ from those meant: {sorted(set(written.tensors) ^ expected)[:3]}", "report this")
     config = written.config.get("quantization_config", {"config_groups": {}})

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from compress.checkpoint import INDEX, PACKED, Entry, entry, read_entry, write_safetensors, write_text
 from compress.errors import InputError, Problems
 from compress.export import compressed_tensors
-from compress.export.compressed_tensors import bits, is_dropped
+from compress.export.compressed_tensors import bits
 from compress.formats.base import BRANCH_PARTS
 from compress.layout import Layout
 from compress.scheme import CacheScheme, Scheme
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from compress.model import Model
 
-__all__ = ["check", "compare", "is_dropped", "verdicts", "write"]
+__all__ = ["check", "compare", "verdicts", "write"]
 ALONE = "refuses: only compress reads nm-packed"
 
 
@@ -64,7 +64,7 @@ def _shards(model: Model) -> Iterator[list[Entry]]:
     by_block: dict[int, list[str]] = {index: [] for index in (-1, *(block.index for block in model.blocks))}
     prefix = model.layout.arch.blocks + "."
     for name in sorted(model.tensors):
-        if not is_dropped(model, name):
+        if not model.layout.dropped(name):
             by_block[int(name.removeprefix(prefix).partition(".")[0]) if name.startswith(prefix) else -1].append(name)
     for names in by_block.values():
         entries = []

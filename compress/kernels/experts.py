@@ -104,16 +104,38 @@ class Stack(Kept):
 class PackedExperts(nn.Module):
     """Stands for the experts of transformers, which hold all weights in two parameters."""
 
-    def __init__(self, gate_up: Stack, down: Stack, activation: Callable[[Tensor], Tensor]) -> None:
-        """``gate_up`` gives the gate's outputs, to which `activation` is applied, and after them those that are multiplied with it."""
+    gate_up_bias: Tensor | None
+    down_bias: Tensor | None
+
+    def __init__(
+        self,
+        gate_up: Stack,
+        down: Stack,
+        gate: Callable[[Tensor], Tensor],
+        *,
+        interleaved: bool = False,
+        biases: tuple[Tensor | None, Tensor | None] = (None, None),
+    ) -> None:
+        """``gate_up`` gives gates and after them what they are multiplied with, [tokens, 2 x width], of which `gate` makes what ``down`` is given.
+
+        An `interleaved` one wants each gate before what it is multiplied with. ``biases`` [experts, out] are added to what the two stacks give.
+        """
         super().__init__()
-        self.gate_up, self.down, self.activation = gate_up, down, activation
+        self.gate_up, self.down, self.gate, self.interleaved = gate_up, down, gate, interleaved
+        for name, bias in zip(("gate_up_bias", "down_bias"), biases, strict=True):
+            self.register_buffer(name, bias)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """``hidden_states`` [tokens, hidden]; ``top_k_index`` int64 and ``top_k_weights`` [tokens, k]."""
         tokens, several = top_k_index.shape
         experts, order = top_k_index.flatten().sort(stable=True)
         ends = torch.searchsorted(experts, torch.arange(len(self.down.codes), device=experts.device), right=True)
-        gate, up = self.gate_up(hidden_states[order // several], ends).chunk(2, -1)
-        outputs = self.down(self.activation(gate) * up, ends) * top_k_weights.flatten()[order, None]
+        both = _biased(self.gate_up(hidden_states[order // several], ends), self.gate_up_bias, experts)
+        if self.interleaved:
+            both = both.view(len(both), 2, -1).transpose(1, 2).flatten(1)
+        outputs = _biased(self.down(self.gate(both), ends), self.down_bias, experts) * top_k_weights.flatten()[order, None]
         return torch.empty_like(outputs).index_copy_(0, order, outputs).view(tokens, several, self.down.out_features).sum(1).to(hidden_states.dtype)
+
+
+def _biased(outputs: Tensor, bias: Tensor | None, experts: Tensor) -> Tensor:
+    return outputs if bias is None else outputs + bias[experts]

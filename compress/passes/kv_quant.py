@@ -39,7 +39,9 @@ class Pass(BaseModel):
     )
 
     def check(self, place: str, layout: Layout, problems: Problems) -> None:
-        """Every architecture has keys and values; there is nothing to refuse."""
+        if layout.arch.latent:
+            reason = f"a {layout.arch.model_type} caches one latent vector for all heads, neither keys nor values"
+            problems.add(place, reason, "leave kv_quant out")
 
     def plan(self, layout: Layout) -> dict[str, Scheme]:
         return {}

@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 
     Scores = dict[str, Tensor]
 
-Kind = Literal["kv_group", "query_head", "ffn_channel", "expert_channel"]
+Kind = Literal["kv_group", "query_head", "ffn_channel", "shared_channel", "expert_channel"]
 Share = Annotated[float, Field(gt=0, le=1)]
-DEFAULT_KINDS = ("kv_group", "ffn_channel", "expert_channel")
+DEFAULT_KINDS = ("kv_group", "ffn_channel", "shared_channel", "expert_channel")
 WITHOUT_DATA = ("magnitude", "random")
 COMPENSATING = ("flap", "ddp")
 KEPT, GATES, SCALES = "kept.safetensors", "gates.safetensors", "scales.safetensors"
@@ -54,7 +54,8 @@ class Pass(Restructure):
     keep: Share | dict[Kind, Share] = Field(
         default=0.8,
         description="share of the units that stay, of all kinds alike but query heads, or by kind: `kv_group`, a head of keys and values with its "
-        "query heads; `query_head`, equally many of each such group; `ffn_channel`; `expert_channel`",
+        "query heads; `query_head`, equally many of each such group; `ffn_channel`; `shared_channel` of experts that all tokens go to; "
+        "`expert_channel`",
     )
     multiple_of: int = Field(default=128, ge=1, description="widths of MLPs and experts are rounded to multiples of this")
     widths: Literal["uniform", "per_layer"] = Field(

@@ -60,6 +60,9 @@ class Pass(Transform):
 
     def check(self, place: str, layout: Layout, problems: Problems) -> None:
         super().check(place, layout, problems)
+        if self.r2 and not any(edge.heads for block in layout.blocks for edge in block.edges):
+            reason = f"nothing scales or turns the values of a {layout.arch.model_type}'s heads without changing what it computes"
+            problems.add(f"{place}: r2", reason, "set r2: false")
         if not self.r1:
             return
         tensors, outside, size = layout.checkpoint.tensors, layout.arch.outside, layout.text_config.get("hidden_size")
@@ -107,6 +110,8 @@ def turn_block(layout: BlockLayout, read: Read, write: Write, stream: Rotation |
     import torch
 
     for edge in layout.edges:
+        if edge.inner:
+            continue
         produced, read_by = f"{edge.producer}.weight", [f"{linear}.weight" for linear in edge.consumers]
         weight = read(produced)
         if weight.ndim == 1:
@@ -121,9 +126,9 @@ def turn_block(layout: BlockLayout, read: Read, write: Write, stream: Rotation |
                 write(f"{edge.producer}.bias", _per_head(read(f"{edge.producer}.bias"), heads))
             for name in read_by:
                 write(name, _per_head(read(name), heads))
-        if stream:
-            for linear in edge.consumers:
-                _turn_writer(layout.second(linear), layout.tensors, read, write, stream)
+    if stream:
+        for linear in layout.writers:
+            _turn_writer(linear, layout.tensors, read, write, stream)
 
 
 def turn_outside(outside: Outside, tied: bool, names: Collection[str], read: Read, stream: Rotation) -> dict[str, Tensor]:

@@ -34,8 +34,11 @@ def weights(model: Any, layout: Layout) -> dict[str, Tensor]:
         block, _, rest = local.partition(f".{table.prefix}.")
         number, _, part = rest.partition(".")
         experts = model.get_submodule(f"{block}.{table.module}")
-        both = experts.gate_up_proj[int(number)].chunk(2)
-        found[name] = {table.gate: both[0], table.up: both[1], table.down: experts.down_proj[int(number)]}[part]
+        both, down = experts.gate_up_proj[int(number)], experts.down_proj[int(number)]
+        if experts.is_transposed:
+            both, down = both.T, down.T
+        gate, up = both.chunk(2) if experts.is_concatenated else (both[::2], both[1::2])
+        found[name] = {table.gate: gate, table.up: up, table.down: down}[part]
     return found
 
 

@@ -70,6 +70,7 @@ def relative_error(before: list[Tensor], after: list[Tensor], counted: list[list
     """Squared difference of the counted tokens as a share of their squares, token by token."""
     lost = energy = 0.0
     for one, other, weights in zip(before, after, counted, strict=True):
+        one, other = (each.reshape(len(weights), len(weights[0]), -1) for each in (one, other))
         for row, row_weights in enumerate(weights):
             for token, weight in enumerate(row_weights):
                 lost += weight * float((one[row, token] - other[row, token]).double().square().sum())

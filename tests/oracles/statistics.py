@@ -68,13 +68,14 @@ def inputs_of_experts(model: Any, module: str, batches: list[dict[str, Tensor]])
     for batch in batches:
         model(**batch, use_cache=False)
     handle.remove()
-    count, width = experts.gate_up_proj.shape[0], experts.gate_up_proj.shape[1] // 2
+    count, across, biased = experts.gate_up_proj.shape[0], experts.is_transposed, experts.has_bias
     first: list[list[Tensor]] = [[] for _ in range(count)]
     second: list[list[Tensor]] = [[] for _ in range(count)]
     for hidden, chosen in calls:
         for token, numbers in zip(hidden, chosen.tolist(), strict=True):
             for expert in numbers:
-                both = experts.gate_up_proj[expert] @ token
+                weight = experts.gate_up_proj[expert]
+                both = (weight.T if across else weight) @ token + (experts.gate_up_proj_bias[expert] if biased else 0)
                 first[expert].append(token)
-                second[expert].append(nn.functional.silu(both[:width]) * both[width:])
+                second[expert].append(experts._apply_gate(both))
     return first, second
