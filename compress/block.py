@@ -30,7 +30,7 @@ from compress.formats import sparse_residual
 from compress.formats.branch import Branch
 from compress.formats.sparse_residual import Residual
 from compress.fused import Member, joined
-from compress.layout import BlockLayout, Layout
+from compress.layout import BlockLayout
 from compress.numerics.activations import Activations
 from compress.numerics.cache import as_cached
 from compress.numerics.grid import Quantized
@@ -196,11 +196,6 @@ class Block:
     def experts(self) -> Any:
         """The module that holds all experts."""
         return self.module.get_submodule(self._experts.module)
-
-    @property
-    def model_layout(self) -> Layout:
-        """The layout of the whole model."""
-        return self._model.layout
 
     @property
     def router(self) -> Any:

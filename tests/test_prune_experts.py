@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import scipy.cluster.hierarchy
@@ -283,4 +283,5 @@ def test_routing_among_fewer_is_undone(checkpoint: Callable[..., Path]) -> None:
 
 
 def test_the_pass_names_every_method_that_is_scored() -> None:
-    assert set(numerics.SCORES) < set(prune_experts.Method.__args__)
+    assert set(numerics.SCORES) == set(prune_experts.SCORED) < set(get_args(prune_experts.Method))
+    assert {name for name, score in numerics.SCORES.items() if score.mean} == set(prune_experts.MEANS)

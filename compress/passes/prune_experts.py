@@ -36,6 +36,7 @@ Method = Literal[
     "reap", "frequency", "routing_mass", "ean", "gated_ean", "man", "msan", "naee", "stun", "hc_smoe", "m_smoe", "random"
 ]  # fmt: skip
 MEANS = ("reap", "man", "msan")
+SCORED = (*MEANS, "frequency", "routing_mass", "ean", "gated_ean")
 MERGING = ("hc_smoe", "m_smoe")
 CHOSEN = "experts.safetensors"
 
@@ -51,7 +52,9 @@ class Pass(FewerExperts):
         ge=0,
         description="of scores that are means: how many times the mean number of tokens an expert must see to count half of what it says",
     )
-    protect: bool = Field(default=True, description="keep super experts, whose outputs are larger by far than all others (arXiv 2507.23279)")
+    protect: bool = Field(
+        default=True, description="of scores: keep super experts, whose outputs are larger by far than all others (arXiv 2507.23279)"
+    )
     most: int = Field(default=2000, ge=1, description="`naee`: try every choice of experts if there are at most so many, otherwise drop one by one")
     coactivation: float = Field(default=1.0, ge=0, description="`stun`: weight of how often two experts serve the same token")
     align: bool = Field(default=True, description="`hc_smoe`, `m_smoe`: match the neurons of experts before they are averaged")
@@ -66,7 +69,7 @@ class Pass(FewerExperts):
 
     def check_more(self, place: str, layout: Layout, problems: Problems) -> None:
         for name, methods in (
-            ("guard", MEANS), ("most", ("naee",)), ("coactivation", ("stun",)), ("align", MERGING), ("seed", ("random",)),
+            ("guard", MEANS), ("protect", SCORED), ("most", ("naee",)), ("coactivation", ("stun",)), ("align", MERGING), ("seed", ("random",)),
         ):  # fmt: skip
             if name in self.model_fields_set and self.method not in methods:
                 problems.add(f"{place}: {name}", f"is an option of {', '.join(methods)}, which {self.method} does not read", "leave it out")
@@ -103,9 +106,12 @@ class Pass(FewerExperts):
                     members = torch.nonzero(cluster == cluster[first]).flatten().tolist()
                     for name, tensor in merged(block, members, tokens, first, align=self.align).items():
                         block.restructure(name, tensor)
-            block.add_record(f"{block.layout.prefix}.experts", self._record(block.layout, kept, cluster, tokens, found.get(f"{index}.score")))
+            measured = {what: found.get(f"{index}.{what}") for what in ("tokens", "score", "protected")}
+            block.add_record(f"{block.layout.prefix}.experts", self._record(block.layout, kept, cluster, **measured))
 
-    def _record(self, layout: BlockLayout, kept: Tensor, cluster: Tensor | None, tokens: Tensor | None, score: Tensor | None) -> dict[str, Any]:
+    def _record(
+        self, layout: BlockLayout, kept: Tensor, cluster: Tensor | None, tokens: Tensor | None, score: Tensor | None, protected: Tensor | None
+    ) -> dict[str, Any]:
         record: dict[str, Any] = {"pass": "prune_experts", "kind": "expert", "method": self.method}
         record |= {"before": len(layout.experts), "after": len(kept), "kept": kept.tolist()}
         if self.active is not None:
@@ -116,6 +122,8 @@ class Pass(FewerExperts):
             record["tokens"] = [int(count) for count in tokens]
         if score is not None:
             record["scores"] = [float(f"{each:.6g}") for each in score]
+        if protected is not None:
+            record["super_experts"] = protected.nonzero().flatten().tolist()
         return record
 
     def _choose(self, model: Model, samples: Samples, workspace: Workspace) -> dict[str, Tensor]:
@@ -134,7 +142,8 @@ class Pass(FewerExperts):
             block = probe.block
             if block.layout.experts:
                 tallies[block.layout.index] = measured = tally(probe)
-                found |= {f"{block.layout.index}{part}": tensor.cpu() for part, tensor in self._of_block(probe, measured).items()}
+                decided = self._of_block(probe, measured, self.kept(model.layout), self.sectors(model.layout))
+                found |= {f"{block.layout.index}{part}": tensor.cpu() for part, tensor in decided.items()}
         if self.protect:
             for index, protected in zip(tallies, super_experts([one.peaks for one in tallies.values()]), strict=True):
                 if f"{index}.score" in found:
@@ -160,18 +169,15 @@ class Pass(FewerExperts):
 
         return best(score, self.kept(layout), self.sectors(layout), protected)
 
-    def _of_block(self, probe: Probe, measured: Tally) -> dict[str, Tensor]:
-        """What decides: a score of each expert, or which stay, and in what clusters."""
+    def _of_block(self, probe: Probe, measured: Tally, count: int, groups: int) -> dict[str, Tensor]:
+        """What decides which `count` stay, of each of so many `groups` equally many: a score of each, or which they are, and in what clusters."""
         from compress.experts import Reconstruction
         from compress.numerics.experts import SCORES, subset
 
-        block, layout = probe.block, probe.block.layout
-        model_layout = block.model_layout
-        count, groups = self.kept(model_layout), self.sectors(model_layout)
         if self.method in SCORES:
             return {".score": measured.score(SCORES[self.method], self.guard)}
         if self.method == "naee":
-            kept, _ = subset(len(layout.experts), count, groups, Reconstruction(probe, self.active).error, self.most)
+            kept, _ = subset(len(probe.block.layout.experts), count, groups, Reconstruction(probe, self.active).error, self.most)
             return {"": kept}
         return self._clustered(probe, measured, count, groups)
 
