@@ -31,9 +31,17 @@ FOLDERS = {what: f"`{path.partition('/')[0]}/`" for what, path in (("residuals",
 
 
 def write(
-    model: str, recipe: Recipe, schemes: dict[str, Scheme], patterns: Mapping[str, Pattern], left_out: Sequence[str] = (), factored: int = 0
+    model: str,
+    recipe: Recipe,
+    schemes: dict[str, Scheme],
+    patterns: Mapping[str, Pattern],
+    left_out: Sequence[str],
+    factored: int,
+    unquantized: int,
+    opens: bool,
 ) -> str:
-    """README.md of the artifact, in which so many linears are `factored` into two; ``left_out`` says what of it engines do not read."""
+    """README.md of the artifact, in which so many linears are `factored` into two and so many not quantised; ``left_out`` says what of it engines do
+    not read, `opens` whether transformers opens it."""
     kinds = sorted({scheme.text for scheme in schemes.values()})
     cache = cache_scheme(recipe)
     of_cache = f" Keys and values are cached as {cache.text}." if cache else ""
@@ -41,26 +49,33 @@ def write(
     pruned = f" Linears were pruned, {kept}: so many weights are left of every M inputs." if patterns else ""
     passes = ", ".join(name for name, _ in recipe.instances())
     remark = LEFT_OUT.format(" and ".join(FOLDERS[what] for what in left_out)) if left_out else ""
+    gone = (
+        " Parts of the model were taken out: `report.html` says which."
+        if any(isinstance(step, Restructure) for _, step in recipe.instances())
+        else ""
+    )
     rest = "Other tensors were rewritten without changing what the model computes, and rounded to the dtype they had."
     steps = [step for _, step in recipe.instances()]
-    if any(isinstance(step, Restructure) or (isinstance(step, Rewrite) and not isinstance(step, Transform)) for step in steps):
-        rest = "Other tensors were pruned or trained, and rounded to the dtype they had: the model computes something else than the source."
+    if any(isinstance(step, Restructure | Prunes) or (isinstance(step, Rewrite) and not isinstance(step, Transform)) for step in steps):
+        rest = "What is not quantised may have been pruned or trained, in the dtype it had: the model computes something else than the source."
     elif all(not isinstance(step, Transform) for step in steps):
         rest = "All other values are as in the source."
     if all(not isinstance(step, Rewrite | Prunes | Restructure) for step in steps):
         rest = "Everything else is as in the source, byte for byte."
+    made = [f"{len(schemes)} linears are {'; '.join(kinds)}"] if schemes else []
+    made += [f"{unquantized} linears are not quantised"] if unquantized else []
     of_rank = f"{factored} linears became two of low rank, which only compress opens. " if factored else ""
     return f"""---
-library_name: {"compress" if factored else "transformers"}
+library_name: {"transformers" if opens else "compress"}
 tags: [compress, compressed-tensors]
 ---
 
 # {model}, compressed
 
-{of_rank}{len(schemes)} linears are {"; ".join(kinds) or "unchanged"} ({passes}).{of_cache}{pruned} {rest}
+{of_rank}{"; ".join(made)} ({passes}).{of_cache}{pruned}{gone} {rest}
 
 ```python
-{(OPENED_HERE if factored else OPENED_BY_TRANSFORMERS).strip()}
+{(OPENED_BY_TRANSFORMERS if opens else OPENED_HERE).strip()}
 ```
 {remark}
 What was lost is in `report.html`; hashes of all other files are in `manifest.json`.

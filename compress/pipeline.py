@@ -90,6 +90,9 @@ def run(request: Request, progress: Progress) -> dict[str, Any]:
     _check_target(request, layout)
     _check_disk(request, expected(request.recipe, layout), {name: scheme for name, (_, scheme) in plan.items()})
     with _no_space_is_an_input_error(request), _alone(request.work):
+        if request.work.stat().st_dev != request.out.absolute().parent.stat().st_dev:
+            what = f"is on another disk than {request.out}, to which the finished artifact moves in one step"
+            raise InputError.one(str(request.work), what, "choose a --work on the disk of --out")
         return _Run(request, layout, plan, progress, began).go()
 
 
@@ -132,7 +135,12 @@ def _check_disk(request: Request, layouts: list[Layout], plan: dict[str, Scheme]
 @contextmanager
 def _alone(work: Path) -> Iterator[None]:
     """While inside, no other run may use the work folder. It is left only if something is in it."""
-    work.mkdir(parents=True, exist_ok=True)
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError.one(str(work), f"cannot be made ({error.strerror})", "choose another --work") from error
+    if not os.access(work, os.W_OK):
+        raise InputError.one(str(work), "is not writable", "choose another --work")
     descriptor = os.open(work, os.O_RDONLY)
     try:
         try:
@@ -476,7 +484,9 @@ class _Run:
         from compress import card
 
         factored = len(self.layout.factored)
-        text = card.write(self.request.model, self.recipe, self.schemes, self.model.patterns, self.model.left_out, factored)
+        opens = not verdicts(self.recipe, self.layout, self.schemes)["transformers"].startswith("refuses")
+        kept = sum(name not in self.schemes for name in self.layout.linears)
+        text = card.write(self.request.model, self.recipe, self.schemes, self.model.patterns, self.model.left_out, factored, kept, opens)
         write_text(staging / "README.md", text)
         files = {
             str(path.relative_to(staging)): sha256(path) for path in sorted(staging.rglob("*")) if path.is_file() and path.name not in NOT_IN_MANIFEST

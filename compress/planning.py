@@ -92,6 +92,7 @@ def plan(recipe: Recipe, layout: Layout, schemes: dict[str, tuple[str, Scheme]])
             times, allocating = trying
             allocating["seconds"] += times * passes[-1]["seconds"]
             allocating["disk_bytes"] += times * passes[-1]["disk_bytes"]
+    estimated = any(isinstance(step, Restructure) and step.estimated for _, step in recipe.instances())
     after_bytes = output_bytes(layout, per_linear, cache_scheme(recipe)) + added_bytes(recipe, layout)
     return {
         "passes": passes,
@@ -100,7 +101,7 @@ def plan(recipe: Recipe, layout: Layout, schemes: dict[str, tuple[str, Scheme]])
             "before_bytes": source.checkpoint.nbytes,
             "after_bytes": after_bytes,
             "bits_per_weight": 8 * stored / weights if weights else None,
-            "at_most": mixed != per_linear or recipe.export[0] == "nm-packed" or keeps_branches(recipe),
+            "at_most": mixed != per_linear or recipe.export[0] == "nm-packed" or keeps_branches(recipe) or estimated,
         },
         "engines": verdicts(recipe, layout, mixed),
     }

@@ -316,10 +316,7 @@ def check(recipe: Recipe, layout: Layout, place: str, *, done: int = 0) -> dict[
     """
     problems = Problems()
     plan: dict[str, tuple[str, Scheme]] = {}
-    try:
-        layout.refuse_quantized()
-    except InputError as error:
-        problems.absorb(error)
+    layout.refuse_quantized()  # of a model that cannot be compressed nothing else can be known
     of_cache = [index for index, (_, step) in enumerate(recipe.instances()) if isinstance(step, QuantizesCache)]
     for index in of_cache[1:]:
         problems.add(f"{place}: passes[{index}]", f"the cache is already quantised by passes[{of_cache[0]}]", "keep one of them")

@@ -442,3 +442,24 @@ def test_second_order_scores_are_those_of_the_gram_matrix_of_gradients(model: st
 def test_second_order_scores_are_of_channels(checkpoint: Callable[..., Path]) -> None:
     with pytest.raises(InputError, match="heapr judges channels, not kv_group"):
         recipe.check(recipe.validate(pruning(method="heapr", keep=0.5), "r.yaml"), Layout(Checkpoint(checkpoint("llama"))), "r.yaml")
+
+
+@pytest.mark.parametrize("step", [{"prune_structured": {"keep": {"ffn_channel": 0.5}, "method": "magnitude"}}, {"low_rank": {"keep": 0.5}}])
+def test_a_quantised_source_is_refused(step: dict[str, Any], checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    compress(QUICK | {"passes": [{"rtn": {"group_size": 32}}]}, checkpoint("llama"), tmp_path / "w4")
+    with pytest.raises(InputError, match="already quantised"):
+        compress(QUICK | {"passes": [step]}, tmp_path / "w4", tmp_path / "out")
+
+
+def test_gates_have_nothing_to_learn_where_all_stays(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    compress(pruning(method="ddp", keep=1.0, steps=4), checkpoint("llama"), tmp_path / "out")
+    before, after = weights(checkpoint("llama")), weights(tmp_path / "out")
+    assert before.keys() == after.keys() and all(before[name].equal(after[name]) for name in before)
+
+
+def test_the_card_of_what_only_compress_opens_says_so(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    compress(pruning(method="magnitude", keep={"ffn_channel": 0.75}, widths="per_layer"), checkpoint("llama"), tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    widths = Layout(Checkpoint(tmp_path / "out")).of_blocks
+    assert ("compress.load" in card) == bool(widths) and ("AutoModelForCausalLM" in card) != bool(widths)
+    assert "14 linears are not quantised" in card and "Parts of the model were taken out" in card

@@ -570,3 +570,17 @@ def test_the_codes_of_an_artifact_are_the_weights_the_model_computes_with(checkp
         computed = block.submodule(linear).weight.clone()
     state = {name: tensor for name, tensor in stored.items() if name.startswith(linear + ".")}
     assert torch.equal(computed, pack_quantized.unpack(linear, state).dequantize())
+
+
+def test_a_work_folder_that_cannot_serve_is_refused_before_anything_is_done(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "out").mkdir()
+    shared = Path("/dev/shm")
+    places = [tmp_path / "file", tmp_path / "file" / "in"]
+    if shared.is_dir() and shared.stat().st_dev != tmp_path.stat().st_dev:
+        places.append(shared / tmp_path.name)
+    for work in places:
+        request = pipeline.Request(recipe.validate(with_pass("rtn"), "r.yaml"), "r.yaml", str(checkpoint("llama")), tmp_path / "out", work, True)
+        with pytest.raises(InputError, match=r"choose (another|a) --work"):
+            pipeline.run(request, tiny.Silent())
+    assert (tmp_path / "out").is_dir() and not (shared / tmp_path.name).exists()

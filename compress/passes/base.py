@@ -307,6 +307,11 @@ class Restructure(BaseModel):
     def check(self, place: str, layout: Layout, problems: Problems) -> None:
         """Report everything that can be known before weights load."""
 
+    @property
+    def estimated(self) -> bool:
+        """Whether what it makes may be smaller than `expected` says, as far as headers tell."""
+        return False
+
     @abstractmethod
     def expected(self, layout: Layout) -> Layout:
         """What it will make of a checkpoint, as far as headers tell; its tensors cannot be read."""

@@ -62,6 +62,10 @@ class Pass(Restructure, Selecting):
     def sweeps(self, samples: int, length: int) -> float:
         return 5.0 if self.ranks == "water_filling" else 2.5
 
+    @property
+    def estimated(self) -> bool:
+        return self.ranks == "water_filling" and self.store == "factors"
+
     def takes(self, layout: Layout) -> dict[str, Linear]:
         """The linears this pass replaces, by name, but for those that no rank makes smaller."""
         return {name: linear for name, linear in layout.linears.items() if self.wants(name)}
@@ -96,7 +100,9 @@ class Pass(Restructure, Selecting):
             return layout
         ranks = {name: rank for name, linear in self.takes(layout).items() if (rank := self._uniform(linear))}
         if self.ranks == "water_filling":
-            ranks[next(iter(ranks))] = self.multiple_of  # whatever comes out, ranks are multiples, and may be as low as this
+            # Whatever comes out, ranks are multiples, and may be as low as one; what that one leaves over goes to others.
+            ranks = {name: rank + self.multiple_of for name, rank in ranks.items()}
+            ranks[next(iter(ranks))] = self.multiple_of
         return with_factors(layout, in_two(layout, ranks))
 
     def outcome(self, layout: Layout, workspace: Workspace) -> Layout:

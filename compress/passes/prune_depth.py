@@ -66,7 +66,8 @@ class Pass(Restructure):
             dropped |= {index: influence[index] for index in order[: 1 if self.iterative else self.drop]}
         for index, value in sorted(dropped.items()):
             prefix = model.blocks[index].prefix
-            records.append({"name": prefix, "block": index, "pass": "prune_depth", "kind": f"block of influence {value:.4f}", "influence": value})
+            record = {"pass": "prune_depth", "method": f"influence {value:.4f}", "kind": f"block {index}", "before": 1, "after": 0}
+            records.append({"name": prefix, "block": index, **record, "influence": value})
         model.write_outside(workspace.outside_file, {}, {}, records)
 
 

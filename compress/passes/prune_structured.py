@@ -198,10 +198,11 @@ class Pass(Restructure):
 
         path = workspace.folder / KEPT
         if not path.exists():
-            scores = self._scores(model, samples, workspace)
-            kept = self._choose(model.layout, scores)
+            removes = any(share < 1 for share in self._shares(model.layout).values())
+            scores = self._scores(model, samples, workspace) if removes else {}
+            kept = self._choose(model.layout, scores) if removes else {}
             entries = [entry(name, indices) for name, indices in kept.items()]
-            if self.method == "ddp":
+            if self.method == "ddp" and removes:
                 entries += [entry(f"{name}{SCALE}", scale) for name, scale in self._settled(model, samples, workspace, scores, kept).items()]
             entries += [entry(name, scores[name].float()) for name in scores if name.endswith(MEAN)]
             write_safetensors(path, entries, {})
