@@ -17,7 +17,7 @@ from compress.block import Block, gated_by, given_by
 from compress.numerics.experts import Tally, aligned, average
 from compress.probe import Probe
 
-OUTPUT_BYTES = 256 << 20
+OUTPUT_BYTES = 64 << 20
 """What all experts give for all tokens of a sample, held at once."""
 
 

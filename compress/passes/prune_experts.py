@@ -55,7 +55,7 @@ class Pass(FewerExperts):
     protect: bool = Field(
         default=True, description="of scores: keep super experts, whose outputs are larger by far than all others (arXiv 2507.23279)"
     )
-    most: int = Field(default=2000, ge=1, description="`naee`: try every choice of experts if there are at most so many, otherwise drop one by one")
+    most: int = Field(default=200, ge=1, description="`naee`: try every choice of experts if there are at most so many, otherwise drop one by one")
     coactivation: float = Field(default=1.0, ge=0, description="`stun`: weight of how often two experts serve the same token")
     align: bool = Field(default=True, description="`hc_smoe`, `m_smoe`: match the neurons of experts before they are averaged")
     seed: int = Field(default=0, ge=0, description="of what is random")
