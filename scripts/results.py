@@ -95,16 +95,17 @@ TABLES = {
 
 def pruning(document: dict[str, Any]) -> Rows:
     """One row per table: excess loss by method, the least first; methods that are random are one."""
-    rows = []
+    rows, most = [], max(map(len, document["results"].values()))
     for table, label in TABLES.items():
         found: dict[str, list[float]] = {}
         for name, runs in document["results"].items():
-            if name.startswith(f"{table}/"):
+            if name.startswith(f"{table}/") and not name[-3:].replace(":", "").isdigit():  # other patterns are another table's
                 method = name.partition("/")[2].partition("-")[0]
                 found.setdefault(method, []).extend(run["excess_loss"] for run in runs if "error" not in run)
         means = {method: statistics.mean(values) for method, values in found.items() if values}
         if means:
-            shown = ", ".join(f"{value:.3f} ({method})" for method, value in sorted(means.items(), key=lambda item: item[1]))
+            fewer = {method: "*" * (len(found[method]) < most) for method in means}
+            shown = ", ".join(f"{value:.3f}{fewer[method]} ({method})" for method, value in sorted(means.items(), key=lambda item: item[1]))
             rows.append((f"{label}, excess loss", {OURS: shown}))
     return rows
 
@@ -244,7 +245,8 @@ def notes(documents: list[tuple[str, dict[str, Any]]], shown: Iterable[str]) -> 
             protocol, most = document["protocol"], max(map(len, document["results"].values()))
             yield (
                 f"Pruning: nats above `{protocol['model']}` on {protocol['windows']} windows of {protocol['length']} tokens of demo:heldout, "
-                f"calibrated on {protocol['samples']} x {protocol['length']} tokens of demo:text, mean of {most} draw{'s' if most > 1 else ''}."
+                f"calibrated on {protocol['samples']} x {protocol['length']} tokens of demo:text, mean of {most} draw{'s' if most > 1 else ''} "
+                "(where marked *, of fewer)."
             )
         if name == "gemv":
             yield (
