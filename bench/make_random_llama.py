@@ -1,4 +1,4 @@
-"""Write a random-weight Llama checkpoint of a real model's shape, one block at a time, for measuring time and memory.
+"""Write a random-weight Llama or Qwen3-MoE checkpoint of a real model's shape, one block at a time, for measuring time and memory.
 
     python bench/make_random_llama.py --preset 3b --tokenizer DIR --out DIR
 
@@ -25,7 +25,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes that make a Llama."""
+    """The sizes that make a Llama or, with so many ``experts`` of the width `ffn` of which ``active`` serve a token, a Qwen3-MoE."""
 
     hidden: int
     layers: int
@@ -35,13 +35,17 @@ class Shape:
     ffn: int
     vocab: int
     tied: bool
+    experts: int = 0
+    active: int = 0
 
 
 PRESETS = {
     "0.9b": Shape(hidden=2048, layers=16, heads=32, kv_heads=32, head_dim=64, ffn=5632, vocab=32000, tied=True),
     "3b": Shape(hidden=3072, layers=28, heads=24, kv_heads=8, head_dim=128, ffn=8192, vocab=32000, tied=False),
+    "moe": Shape(hidden=2048, layers=48, heads=32, kv_heads=4, head_dim=128, ffn=768, vocab=32000, tied=True, experts=128, active=8),
 }
-"""0.9b: attention without grouping. 3b: the shape of Llama 3.2 3B, untied so that 32,000 tokens still make 3.0e9 parameters."""
+"""0.9b: attention without grouping. moe: the shape of Qwen3-30B-A3B, whose experts of one block are 6.0e8 parameters.
+3b: the shape of Llama 3.2 3B, untied so that 32,000 tokens still make 3.0e9 parameters."""
 
 
 def block(shape: Shape, generator: torch.Generator) -> dict[str, torch.Tensor]:
@@ -52,13 +56,16 @@ def block(shape: Shape, generator: torch.Generator) -> dict[str, torch.Tensor]:
         "self_attn.k_proj": (kv, shape.hidden),
         "self_attn.v_proj": (kv, shape.hidden),
         "self_attn.o_proj": (shape.hidden, attention),
-        "mlp.gate_proj": (shape.ffn, shape.hidden),
-        "mlp.up_proj": (shape.ffn, shape.hidden),
-        "mlp.down_proj": (shape.hidden, shape.ffn),
     }
-    norms = ("input_layernorm", "post_attention_layernorm")
+    for place in [f"mlp.experts.{expert}" for expert in range(shape.experts)] or ["mlp"]:
+        linears |= {f"{place}.gate_proj": (shape.ffn, shape.hidden), f"{place}.up_proj": (shape.ffn, shape.hidden)}
+        linears[f"{place}.down_proj"] = shape.hidden, shape.ffn
+    norms = {"input_layernorm": shape.hidden, "post_attention_layernorm": shape.hidden}
+    if shape.experts:
+        linears["mlp.gate"] = shape.experts, shape.hidden
+        norms |= {"self_attn.q_norm": shape.head_dim, "self_attn.k_norm": shape.head_dim}
     return {f"{name}.weight": random_weight(size, generator) for name, size in linears.items()} | {
-        f"{name}.weight": torch.ones(shape.hidden, dtype=torch.bfloat16) for name in norms
+        f"{name}.weight": torch.ones(size, dtype=torch.bfloat16) for name, size in norms.items()
     }
 
 
@@ -80,9 +87,17 @@ def shards(shape: Shape, seed: int) -> Iterator[dict[str, torch.Tensor]]:
 
 def config(shape: Shape) -> dict[str, object]:
     """The config.json of the checkpoint."""
+    routed = {
+        "num_experts": shape.experts,
+        "num_experts_per_tok": shape.active,
+        "moe_intermediate_size": shape.ffn,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    }
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": ["Qwen3MoeForCausalLM" if shape.experts else "LlamaForCausalLM"],
+        "model_type": "qwen3_moe" if shape.experts else "llama",
         "dtype": "bfloat16",
         "hidden_size": shape.hidden,
         "num_hidden_layers": shape.layers,
@@ -100,7 +115,7 @@ def config(shape: Shape) -> dict[str, object]:
         "bos_token_id": 0,
         "eos_token_id": 0,
         "attention_bias": False,
-        "mlp_bias": False,
+        **(routed if shape.experts else {"mlp_bias": False}),
     }
 
 
@@ -123,7 +138,7 @@ def make(shape: Shape, tokenizer: Path, out: Path, seed: int = 0) -> int:
     return size
 
 
-def add_shape_arguments(parser: argparse.ArgumentParser, preset: str) -> None:
+def add_shape_arguments(parser: argparse.ArgumentParser, preset: str | None) -> None:
     """Let a command line choose a preset and override any of its sizes."""
     parser.add_argument("--preset", choices=list(PRESETS), default=preset)
     for field in dataclasses.fields(Shape):

@@ -1,6 +1,7 @@
-"""Marginal cost of one more block, beside the rivals: GPTQ of a random-weight Llama, wall and CPU seconds.
+"""Marginal cost of one more block, beside the rivals: GPTQ of a random-weight Llama, or of a mixture of experts, wall and CPU seconds.
 
     python bench/speed.py --tokenizer DIR --venvs DIR --json speed.json
+    python bench/speed.py moe --tokenizer DIR --venvs DIR --json speed-moe.json --layers-of 1 2
 
 The cost of a block is the difference of two runs of unlike depth over the difference in blocks, each run a process of its own, so
 that imports, loading and saving what every model has fall out. The sides take turns, so that a machine that slows down slows down
@@ -30,12 +31,14 @@ from rich.table import Table
 from rivals.protocol import GRIDS, INTEGER, METHODS
 
 OURS = "ours"
+PRESETS = {"dense": "0.9b", "moe": "moe"}
 RIVALS = [tool for tool, methods in METHODS.items() if "gptq" in methods]
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_shape_arguments(parser, preset="0.9b")
+    parser.add_argument("kind", nargs="?", choices=PRESETS, default="dense", help="chooses the preset")
+    add_shape_arguments(parser, preset=None)
     parser.add_argument("--venvs", type=Path, default=os.environ.get("COMPRESS_RIVALS"), help="the rivals' environments (or $COMPRESS_RIVALS)")
     parser.add_argument("--json", type=Path, required=True, help="where the numbers go")
     parser.add_argument("--rivals", nargs="*", default=RIVALS, choices=RIVALS)
@@ -46,7 +49,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--layers-of", type=int, nargs=2, default=(2, 4), metavar=("FEW", "MANY"), help="blocks of the two runs")
     parser.add_argument("--rival-dtype", choices=("auto", "float32"), default="auto", help="what the rivals compute in")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    arguments.preset = arguments.preset or PRESETS[arguments.kind]
+    return arguments
 
 
 def commands(arguments: argparse.Namespace, pythons: dict[str, Path | None], work: Path) -> dict[str, Any]:

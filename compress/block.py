@@ -519,9 +519,9 @@ class Block:
             for slot in self._slots.values():
                 if slot.parameter == parameter and slot.member and slot.expert is not None:
                     members.setdefault(slot.expert, {})[slot.member.half or 0] = known.get(slot, slot.view(self.module))
-            replaced[parameter] = torch.stack(
-                [joined(self._experts, [halves[half] for half in sorted(halves)]) for _, halves in sorted(members.items())]
-            )
+            stacked = parameter.rpartition(".")[2]
+            experts = [[halves[half] for half in sorted(halves)] for _, halves in sorted(members.items())]
+            replaced[parameter] = torch.stack([joined(self._experts, stacked, parts_) for parts_ in experts])
         output = torch.func.functional_call(self.module, replaced, (hidden,), self._arguments(kwargs))
         return cast(Tensor, output[0] if isinstance(output, tuple) else output)
 

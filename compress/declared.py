@@ -18,6 +18,7 @@ PLACE = "config.json: quantization_config"
 REMEDY = "do config.json and the weights belong together?"
 PACKED = "pack-quantized"
 NM_PACKED = "nm-packed"
+MXFP4 = "mxfp4-pack-quantized"
 FIXED: dict[str, tuple[int, int | None]] = {
     "int-quantized": (8, None), "float-quantized": (8, None), "mxfp8-quantized": (8, 32), "mxfp4-pack-quantized": (4, 32),
     "nvfp4-pack-quantized": (4, 16),
@@ -101,7 +102,9 @@ def fits(target: str, name: str) -> bool:
 
 
 def _groups(config: Any, problems: Problems) -> list[tuple[list[str], Weights]]:
-    """The targets of each of `config_groups` and what it says of them."""
+    """The targets of each of `config_groups` and what it says of them; or of what the experts of gpt-oss are published as, in a word."""
+    if isinstance(config, dict) and config.get("quant_method") == "mxfp4":
+        return [([r"re:.*\.experts\..*"], Weights("mxfp4", MXFP4, "float", 4, True, 1, 32))]
     if not isinstance(config, dict) or not isinstance(groups := config.get("config_groups", {}), dict):
         problems.add(PLACE, "is not what compressed-tensors writes: config_groups must hold a mapping", "fetch it again")
         return []

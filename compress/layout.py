@@ -152,7 +152,8 @@ class Layout:
     def _readable(self) -> bool:
         """Whether weights, if they are quantised, go by names that this program knows."""
         declared = self.checkpoint.config.get("quantization_config")
-        return isinstance(declared, dict) and declared.get("quant_method") in ("compressed-tensors", "compress")
+        known = ("compressed-tensors", "compress", *(["mxfp4"] if self.arch.experts and self.arch.experts.mxfp4 else ()))
+        return isinstance(declared, dict) and declared.get("quant_method") in known
 
     @cached_property
     def cache_scales(self) -> frozenset[str]:

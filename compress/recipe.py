@@ -18,7 +18,21 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from compress.errors import InputError, Problems
 from compress.layout import Layout
 from compress.numerics.pattern import Pattern
-from compress.passes.base import STAGES, WHY, Allocator, Branching, Pass, Prunes, Quantize, QuantizesCache, Refining, Restructure, Rewrite, Transform
+from compress.passes.base import (
+    STAGES,
+    WHY,
+    Allocator,
+    Branching,
+    LearnsFromPairs,
+    Pass,
+    Prunes,
+    Quantize,
+    QuantizesCache,
+    Refining,
+    Restructure,
+    Rewrite,
+    Transform,
+)
 from compress.scheme import CacheScheme, Scheme
 
 
@@ -52,6 +66,7 @@ class Evaluation(Section):
     context: int = Field(default=512, ge=2, description="tokens per window; windows do not overlap")
     windows: int | None = Field(default=100, ge=1, description="at most this many windows; `null` for all")
     pairs: str | None = Field(default=None, min_length=1, description="minimal pairs (`.jsonl` of `good` and `bad`, or `demo:pairs`) for `accuracy`")
+    skip_pairs: int = Field(default=0, ge=0, description="leave out so many of the pairs, from the first on: those that a pass has learnt from")
     tasks: tuple[str, ...] = Field(default=(), description="lm-eval tasks: names, or paths of task files; the whole model is loaded for these")
 
 
@@ -462,6 +477,19 @@ def cache_scheme(recipe: Recipe) -> CacheScheme | None:
     return next((step.cache() for _, step in recipe.instances() if isinstance(step, QuantizesCache)), None)
 
 
+def _check_pairs(recipe: Recipe, evaluation: Evaluation, place: str, problems: Problems) -> None:
+    """Nothing is judged by what it was chosen by."""
+    if evaluation.skip_pairs and not evaluation.pairs:
+        problems.add(f"{place}: evaluate.skip_pairs", "is an option of pairs", "leave it out")
+    for name, step in recipe.instances():
+        if not isinstance(step, LearnsFromPairs) or step.pairs is None or step.pairs != evaluation.pairs:
+            continue
+        if step.first is None:
+            problems.add(f"{place}: evaluate.pairs", f"{name} learns from all pairs of {step.pairs}", f"set {name}.first, and skip_pairs to as many")
+        elif evaluation.skip_pairs < step.first:
+            problems.add(f"{place}: evaluate.skip_pairs", f"{name} learns from the first {step.first} pairs", f"set it to {step.first} or more")
+
+
 def _check_data(recipe: Recipe, layout: Layout, place: str, problems: Problems) -> None:
     from compress.source import DEMO, HUB_ID, demo_data
 
@@ -473,6 +501,7 @@ def _check_data(recipe: Recipe, layout: Layout, place: str, problems: Problems) 
         names["evaluate.data"] = recipe.evaluate.data
         if recipe.evaluate.pairs:
             names["evaluate.pairs"] = recipe.evaluate.pairs
+        _check_pairs(recipe, recipe.evaluate, place, problems)
     for key, tokens in wanted.items():
         if isinstance(longest, int) and tokens > longest:
             problems.add(f"{place}: {key}", f"{tokens} tokens exceed the model's {longest}", f"set it to {longest} or less")

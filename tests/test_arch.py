@@ -214,7 +214,9 @@ def test_experts_across_what_the_table_says_are_refused_by_name(joined: Callable
         Layout(Checkpoint(folder))
 
 
-def test_experts_in_a_packed_form_of_their_publisher_are_refused_with_a_way_out(copy: Callable[..., Path], edit_config: Callable[..., None]) -> None:
+def test_experts_in_a_packed_form_of_their_publisher_are_refused_with_a_way_out(
+    copy: Callable[..., Path], edit_config: Callable[..., None], tmp_path: Path
+) -> None:
     folder = copy("gpt_oss")
 
     def pack(tensors: dict[str, torch.Tensor]) -> None:
@@ -225,7 +227,7 @@ def test_experts_in_a_packed_form_of_their_publisher_are_refused_with_a_way_out(
     rewrite(folder, pack)
     edit_config(folder, quantization_config={"quant_method": "mxfp4"})
     with pytest.raises(InputError, match=r"already quantised \(mxfp4\); start from .* dequantize=True"):
-        Layout(Checkpoint(folder))
+        compress(QUICK | {"passes": [RTN]}, folder, tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -257,14 +259,96 @@ def test_a_layout_that_the_table_does_not_say_is_refused_by_name(
 def test_half_of_the_experts_in_four_bits_are_all_accounted_for_and_open_in_plain_transformers(
     kind: str, experts: int, checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Which of a gpt-oss reads dense experts only."""
-    dense = kind == "gpt_oss"
-    rounding = {"rtn": RTN["rtn"] | {"exclude": ["*.experts.*"]}} if dense else RTN
+    """Those of a gpt-oss in the form in which it is published."""
+    joined = kind == "gpt_oss"
+    rounding = {"rtn": {"format": "mxfp4", "include": ["*.experts.*"]}} if joined else RTN
     steps = [{"prune_experts": {"method": "reap", "keep": 0.5}}, rounding]
-    result = compress(QUICK | {"passes": steps, "verify": "full"}, checkpoint(kind), tmp_path / "out")
+    recipe = QUICK | {"passes": steps, "verify": "full", "export": ["mxfp4" if joined else "compressed-tensors"]}
+    result = compress(recipe, checkpoint(kind, torch.bfloat16), tmp_path / "out")
     assert result["verification"]["mode"] == "full"
     actions = [item["action"] for item in result["ledger"] if ".experts." in item["name"] and item["name"].endswith(".weight")]
     blocks = 2 if kind != "deepseek_v3" else 1
     total = 3 * blocks * (experts if kind in ("qwen2_moe-60", "deepseek_v3") else experts // 2)
-    assert sorted(set(actions)) == sorted({"removed", "kept" if dense else "quantized"})
+    assert set(actions) == {"removed", "quantized"}
     assert len(actions) == total and actions.count("removed") == total // 2
+
+
+# Experts in MXFP4 as gpt-oss is published ------------------------------------------------------------------------------------------
+
+MXFP4: dict[str, Any] = QUICK | {"passes": [{"rtn": {"format": "mxfp4", "include": ["*.experts.*"]}}], "export": ["mxfp4"]}
+
+
+@pytest.fixture(scope="session")
+def published(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny gpt-oss with experts in blocks and scales, never to be changed."""
+    out = tmp_path_factory.mktemp("mxfp4") / "out"
+    compress(MXFP4 | {"verify": "full"}, checkpoint("gpt_oss", torch.bfloat16), out)
+    return out
+
+
+def test_experts_in_mxfp4_lie_as_published_and_are_read_as_a_loop_does(published: Path, checkpoint: Callable[..., Path]) -> None:
+    stored, meant = weights(published), tiny.weights(checkpoint("gpt_oss", torch.bfloat16))
+    config = json.loads((published / "config.json").read_text())["quantization_config"]
+    assert config["quant_method"] == "mxfp4" and "model.layers.*.self_attn" in config["modules_to_not_convert"]
+    blocks = stored["model.layers.1.mlp.experts.gate_up_proj_blocks"]
+    assert blocks.dtype == torch.uint8 and blocks.shape == (4, 64, 2, 16)
+    assert stored["model.layers.1.mlp.experts.down_proj_scales"].shape == (4, 64, 1)
+    values = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+    model = Model(Layout(Checkpoint(published)))
+    for name in ("gate_up_proj", "down_proj"):
+        blocks, scales = (stored[f"model.layers.1.mlp.experts.{name}_{kind}"] for kind in ("blocks", "scales"))
+        for expert, (rows, exponents) in enumerate(zip(blocks, scales, strict=True)):
+            for row in range(len(rows)):
+                found = torch.tensor([
+                    (-1 if nibble & 8 else 1) * values[nibble & 7] * 2.0 ** (int(exponents[row, group]) - 127)
+                    for group, run in enumerate(rows[row].tolist()) for byte in run for nibble in (byte & 15, byte >> 4)
+                ])  # fmt: skip
+                linear = "down_proj" if name == "down_proj" else ("gate_proj", "up_proj")[row % 2]
+                place = row if name == "down_proj" else row // 2
+                local = f"model.layers.1.mlp.experts.{expert}.{linear}"
+                assert torch.equal(model.dense(local)[place], found), (local, place)
+                exact = meant[f"{local}.weight"][place].float()
+                assert float((found - exact).abs().max()) < 0.3 * float(exact.abs().max())
+
+
+def test_experts_in_mxfp4_compute_packed_what_transformers_computes(published: Path) -> None:
+    sample = tiny.samples().items[0].ids[None]
+    with torch.no_grad():
+        ours, theirs = runtime.load(published)(input_ids=sample).logits, tiny.plain(published)(input_ids=sample).logits
+    assert float((ours - theirs).abs().max() / theirs.abs().max()) < 5e-4
+
+
+@pytest.mark.parametrize(
+    ("kind", "passes", "message"),
+    [
+        ("qwen3_moe", MXFP4["passes"], r"no engine looks for MXFP4 in a qwen3_moe under these names"),
+        ("gpt_oss", [{"rtn": {"format": "mxfp4"}}], r"mxfp4 holds quantised experts alone, not model\.layers\.0\.self_attn\.k_proj"),
+        ("gpt_oss", [{"rtn": RTN["rtn"] | {"include": ["*.experts.*"]}}], r"mxfp4 holds nothing in int"),
+        ("gpt_oss", [{"rtn": {"format": "mxfp4", "include": ["*.1.mlp.experts.*"]}}], r"layers\.0\.mlp\.experts\.0\.down_proj is not quantised"),
+    ],
+)
+def test_what_mxfp4_cannot_hold_is_refused(
+    kind: str, passes: list[dict[str, Any]], message: str, checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=message):
+        compress(MXFP4 | {"passes": passes}, checkpoint(kind), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("gate_up_proj_blocks", lambda tensor: tensor[..., :8].contiguous(), r"is U8 \[4, 64, 2, 8\], where bytes \[experts, .*, 16\]"),
+        ("gate_up_proj_blocks", lambda tensor: tensor[:, :, :1].contiguous(), r"is \[4, 64, 1, 16\], where inputs must be the 64 channels"),
+        ("gate_up_proj_scales", lambda tensor: tensor[:, :63].contiguous(), r"is \[4, 63, 2\], where half of dimension 1 must be gates"),
+        ("down_proj_scales", lambda tensor: tensor[:, :32].contiguous(), r"is \[4, 32, 1\], where outputs must be the 64 channels"),
+        ("down_proj_scales", lambda tensor: tensor.short(), r"is I16 \[4, 64, 1\], where bytes"),
+    ],
+)
+def test_damaged_experts_in_mxfp4_are_refused_by_name(
+    name: str, change: Callable[[torch.Tensor], torch.Tensor], message: str, published: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(published, tmp_path / "model"))
+    tensor = f"model.layers.1.mlp.experts.{name}"
+    rewrite(folder, lambda tensors: tensors.update({tensor: change(tensors[tensor])}))
+    with pytest.raises(InputError, match=rf"experts\.{name}: {message}"):
+        Layout(Checkpoint(folder))

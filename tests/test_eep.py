@@ -189,3 +189,31 @@ def test_what_cannot_be_is_refused(options: dict[str, Any], message: str, checkp
     with pytest.raises(InputError) as caught:
         recipe.check(recipe.validate(searching(**options), "r.yaml"), Layout(Checkpoint(checkpoint("qwen3_moe"))), "r.yaml")
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("first", "evaluation", "message"),
+    [
+        (None, {}, "evaluate.pairs: eep learns from all pairs of"),
+        (6, {}, "evaluate.skip_pairs: eep learns from the first 6 pairs; set it to 6 or more"),
+        (6, {"skip_pairs": 5}, "evaluate.skip_pairs: eep learns from the first 6 pairs; set it to 6 or more"),
+        (6, {"skip_pairs": 8}, "evaluate: skip_pairs: leaves none of the 8 pairs of"),
+        (6, {"skip_pairs": 2, "pairs": None}, "evaluate.skip_pairs: is an option of pairs"),
+    ],
+)
+def test_a_search_is_not_judged_by_what_it_has_seen(
+    first: int | None, evaluation: dict[str, Any], message: str, checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    pairs = str(pairs_file(tmp_path / "pairs.jsonl"))
+    steps = searching(fitness="margin", pairs=pairs, **({"first": first} if first else {}))
+    judged = {"data": "demo:heldout", "context": 64, "windows": 2, "pairs": pairs}
+    with pytest.raises(InputError) as caught:
+        compress(steps | {"evaluate": judged | evaluation}, checkpoint("qwen3_moe"), tmp_path / "out")
+    assert message in str(caught.value)
+
+
+def test_it_is_judged_by_the_pairs_that_are_left(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    pairs = str(pairs_file(tmp_path / "pairs.jsonl"))
+    evaluation = {"data": "demo:heldout", "context": 64, "windows": 2, "pairs": pairs, "skip_pairs": 6}
+    result = compress(searching(fitness="margin", pairs=pairs, first=6) | {"evaluate": evaluation}, checkpoint("qwen3_moe"), tmp_path / "out")
+    assert result["evaluation"]["protocol"]["accuracy"].startswith(f"share of the 2 pairs of {pairs} from number 7 on")

@@ -86,6 +86,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "tradeoff": ("layout", "scheme", "passes.base", "recipe"),
     "advice": ("errors", "layout", "scheme", "recipe", "planning"),
     "export": ("errors", "formats", "arch.base", "checkpoint", "fused", "layout", "model", "scheme"),
+    "export.mxfp4": ("errors", "fused", "checkpoint", "layout", "model", "scheme", "export.compressed_tensors"),
     "export.nm_packed": ("errors", "formats", "checkpoint", "layout", "model", "scheme", "export.compressed_tensors"),
     "evaluate": ("errors", "hardware", "checkpoint", "layout", "data", "model", "recipe", "evaluate"),
     "reopen": ("errors", "hardware", "numerics.sparsity", "checkpoint", "layout", "data", "model", "evaluate"),

@@ -88,7 +88,7 @@ class Experts:
 
     The two parameters are [experts, 2 x width, hidden], gates first, and [experts, hidden, width]; ``transposed`` ones have their last two dimensions
     the other way round, in ``interleaved`` ones each gate stands before what it is multiplied with, and beside ``biased`` ones there are biases.
-    With `fused`, transformers reads them from disk in this form alone.
+    With `fused`, transformers reads them from disk in this form alone, or, with `mxfp4`, in what `compress.fused` says of that.
     """
 
     prefix: str
@@ -104,6 +104,7 @@ class Experts:
     interleaved: bool = False
     biased: bool = False
     fused: bool = False
+    mxfp4: bool = False
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ ARCH = Arch(
         interleaved=True,
         biased=True,
         fused=True,
+        mxfp4=True,
     ),
     unquantized=("mlp.router",),
 )

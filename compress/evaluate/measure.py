@@ -28,6 +28,10 @@ def read(options: Evaluation, tokenizer: Tokenizer) -> tuple[Samples, Samples | 
     """The text and the pairs to measure on. Raises `InputError` for whatever is wrong with them or with the names of tasks."""
     samples = windows(options.data, options.context, options.windows, tokenizer, "evaluate: data")
     pairs = sentence_pairs(options.pairs, tokenizer) if options.pairs else None
+    if pairs and options.skip_pairs:
+        if 2 * options.skip_pairs >= len(pairs.items):
+            raise InputError.one("evaluate: skip_pairs", f"leaves none of the {len(pairs.items) // 2} pairs of {pairs.source}", "set it lower")
+        pairs = Samples(f"{pairs.source} from number {options.skip_pairs + 1} on", pairs.items[2 * options.skip_pairs :])
     if options.tasks:
         tasks.find(options.tasks)
     return samples, pairs

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -243,17 +243,7 @@ def _renamed(layout: Layout, local: str) -> str:
 
 def write(model: Model, plan: dict[str, Scheme], cache: CacheScheme | None, folder: Path) -> None:
     """Write weights and config.json into `folder`; tensors stream from where they lie."""
-    shards = list(_shards(model))
-    if len(shards) == 1:
-        write_safetensors(folder / SINGLE, shards[0], {"format": "pt"})
-    else:
-        weight_map: dict[str, str] = {}
-        for number, entries in enumerate(shards, 1):
-            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            write_safetensors(folder / file, entries, {"format": "pt"})
-            weight_map |= {item.name: file for item in entries}
-        total = sum(item.nbytes for entries in shards for item in entries)
-        write_text(folder / INDEX, json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n")
+    write_shards(model, _entries(model), folder)
     config = model.config
     if plan or cache:
         config["quantization_config"] = quantization_config(model.layout, plan, cache)
@@ -268,7 +258,22 @@ def write(model: Model, plan: dict[str, Scheme], cache: CacheScheme | None, fold
     write_text(folder / "config.json", json.dumps(wrapped(config) if model.layout.factored else config, indent=2) + "\n")
 
 
-def _shards(model: Model) -> Iterator[list[Entry]]:
+def write_shards(model: Model, entries: Iterable[Entry], folder: Path) -> None:
+    """Write tensors under the names that transformers looks for, with an index where one file would be too large."""
+    shards = list(_shards(model, entries))
+    if len(shards) == 1:
+        write_safetensors(folder / SINGLE, shards[0], {"format": "pt"})
+    else:
+        weight_map: dict[str, str] = {}
+        for number, entries in enumerate(shards, 1):
+            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            write_safetensors(folder / file, entries, {"format": "pt"})
+            weight_map |= {item.name: file for item in entries}
+        total = sum(item.nbytes for entries in shards for item in entries)
+        write_text(folder / INDEX, json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n")
+
+
+def _shards(model: Model, entries: Iterable[Entry]) -> Iterator[list[Entry]]:
     """Everything outside the blocks first, then block by block."""
     prefix = model.layout.arch.blocks + "."
 
@@ -277,33 +282,37 @@ def _shards(model: Model) -> Iterator[list[Entry]]:
             return -1, name
         return int(name.removeprefix(prefix).partition(".")[0]), name
 
-    entries: list[Entry] = []
+    shard: list[Entry] = []
     size = 0
-    for item in sorted(_entries(model), key=lambda item: position(item.name)):
-        if entries and size + item.nbytes > SHARD_BYTES:
-            yield entries
-            entries, size = [], 0
-        entries.append(item)
+    for item in sorted(entries, key=lambda item: position(item.name)):
+        if shard and size + item.nbytes > SHARD_BYTES:
+            yield shard
+            shard, size = [], 0
+        shard.append(item)
         size += item.nbytes
-    yield entries
+    yield shard
 
 
 def _entries(model: Model) -> Iterator[Entry]:
     """Everything that goes into the shards, experts one by one or, where transformers reads them in no other form, together."""
-    table, joined = model.layout.arch.experts, set()
-    if table and table.fused:
-        for block in model.blocks:
-            if block.experts and not any(model.packed_as(name) for name in _of_experts(block)):
-                for tensor in fused.names(table):
-                    yield _joined(model, table, f"{block.prefix}.{table.prefix}", tensor, len(block.experts))
-                joined |= {f"{name}.{part}" for name in _of_experts(block) for part in ("weight", "bias")}
+    table = model.layout.arch.experts
+    blocks = [block for block in model.blocks if block.experts and not any(model.packed_as(name) for name in of_experts(block))]
+    together = joined(model, table, blocks, fused.names(table)) if table and table.fused else []
+    yield from together
+    apart = {f"{name}.{part}" for block in blocks for name in of_experts(block) for part in ("weight", "bias")} if together else set()
     for name in model.tensors:
-        if name not in joined and not model.layout.dropped(name) and not name.endswith(BESIDE_PARTS):
+        if name not in apart and not model.layout.dropped(name) and not name.endswith(BESIDE_PARTS):
             yield model.final(name)
 
 
-def _of_experts(block: BlockLayout) -> list[str]:
+def of_experts(block: BlockLayout) -> list[str]:
+    """Names of the linears of the routed experts of a block."""
     return [linear.name for stage in block.stages for group in stage.groups if group.expert is not None for linear in group.linears]
+
+
+def joined(model: Model, table: Experts, blocks: Iterable[BlockLayout], tensors: Iterable[str]) -> list[Entry]:
+    """Of each of `blocks`, the `tensors` that hold its experts together."""
+    return [_joined(model, table, f"{block.prefix}.{table.prefix}", tensor, len(block.experts)) for block in blocks for tensor in tensors]
 
 
 def _joined(model: Model, table: Experts, prefix: str, tensor: str, count: int) -> Entry:
@@ -311,12 +320,10 @@ def _joined(model: Model, table: Experts, prefix: str, tensor: str, count: int) 
     from compress.checkpoint import read_entry
 
     def one(expert: int) -> Tensor:
-        return fused.joined(table, [read_entry(model.final(f"{prefix}.{expert}.{local}")) for local in fused.members(table, tensor)])
+        return fused.joined(table, tensor, [read_entry(model.final(f"{prefix}.{expert}.{local}")) for local in fused.members(table, tensor)])
 
-    of_first = [model.final(f"{prefix}.0.{local}") for local in fused.members(table, tensor)]
-    shape = (sum(item.shape[0] for item in of_first), *of_first[0].shape[1:])
-    pieces = tuple(partial(one, expert) for expert in range(count))
-    return Entry(f"{prefix}.{tensor}", of_first[0].dtype, (count, *(shape[::-1] if table.transposed else shape)), Stacked(pieces))
+    dtype = model.final(f"{prefix}.0.{next(iter(fused.members(table, tensor)))}").dtype
+    return Entry(f"{prefix}.{tensor}", dtype, (count, *one(0).shape), Stacked(tuple(partial(one, expert) for expert in range(count))))
 
 
 def compare(model: Model, folder: Path) -> int:

@@ -105,6 +105,16 @@ class Prunes(Protocol):
 
 
 @runtime_checkable
+class LearnsFromPairs(Protocol):
+    """A pass that may choose by minimal pairs, by which the result must not be judged then."""
+
+    pairs: str | None
+    """Where they are, None for no pairs."""
+    first: int | None
+    """How many of them, from the first on, None for all."""
+
+
+@runtime_checkable
 class Branching(Protocol):
     """A pass that may put branches beside linears that were pruned."""
 
