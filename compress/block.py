@@ -30,12 +30,13 @@ from compress.formats import sparse_residual
 from compress.formats.branch import Branch
 from compress.formats.sparse_residual import Residual
 from compress.fused import Member, joined
-from compress.layout import BlockLayout
+from compress.layout import MAP, BlockLayout
 from compress.numerics.activations import Activations
 from compress.numerics.cache import as_cached
 from compress.numerics.grid import Quantized
 from compress.numerics.pattern import Pattern
 from compress.numerics.sparsity import violations
+from compress.routing import MappedRouter
 
 if TYPE_CHECKING:
     from compress.model import Model
@@ -202,6 +203,18 @@ class Block:
         """The module that says which experts a token goes to."""
         return self.submodule(f"{self.layout.prefix}.{self._experts.router}")
 
+    @contextmanager
+    def mapped_router(self, routes: Tensor, active: int | None) -> Iterator[nn.Module]:
+        """While inside, the router has the map ``routes`` [n, experts], and sends a token to `active` experts, or as many as before."""
+        name = f"{self.layout.prefix}.{self._experts.router}"
+        holder, leaf, router = self.parent(name), self._slots[f"{name}.weight"].parameter.split(".")[-2], self.router
+        mapped = MappedRouter(router.weight, routes, active or router.top_k, renormalise=self._model.layout.renormalises)
+        setattr(holder, leaf, mapped)
+        try:
+            yield mapped
+        finally:
+            setattr(holder, leaf, router)
+
     def expert_tensors(self, expert: int) -> dict[str, str]:
         """Local names of the tensors of an expert, by what they are: ``gate.weight``, ``up.weight``, ``down.weight``, and biases if it has them."""
         table, found = self._experts, {}
@@ -272,6 +285,10 @@ class Block:
         known = self._model.checkpoint.tensors
         dtype = known[name if name in known else f"{name.rpartition('.')[0]}.weight"].dtype  # a bias may be new
         self._changed[name] = read_entry(Entry(name, dtype, tuple(tensor.shape), tensor))
+
+    def add_map(self, routes: Tensor) -> None:
+        """From the end of the pass on the router has the map ``routes`` [experts that stay, experts], float32."""
+        self._changed[f"{self.layout.prefix}.{self._experts.router}.{MAP}"] = routes.float().cpu()
 
     def is_pruned(self, linear: str) -> bool:
         """Whether a pass before this one removed weights of a linear."""

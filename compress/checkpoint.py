@@ -49,9 +49,10 @@ CAST_AT_ONCE = 1 << 20
 """Elements of a tensor that is written in another dtype than it is stored in, held at a time."""
 PER_LAYER = "per_layer_config"
 """Where a config of transformers says what differs by block. Its model classes do not read it yet, and fail."""
-LOW_RANK = "compress_low_rank"
-"""The `model_type` of a checkpoint in which linears are two. Its real config is inside, under ``original``: engines, which would make up numbers
-for the whole linears with no more than a warning, know no such type and refuse it."""
+LOW_RANK, MAPPED = "compress_low_rank", "compress_mapped_routers"
+WRAPPED = (LOW_RANK, MAPPED)
+"""The `model_type` of a checkpoint in which linears are two, or routers have maps. Its real config is inside, under ``original``: engines, which
+would make up numbers for what they do not find, and leave out what they do not know, with no more than a warning, know no such type and refuse it."""
 OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".pkl", ".safetensors")
 
 
@@ -256,14 +257,14 @@ class Checkpoint:
         return {path.name: digest for path, digest in hashes.items()}
 
 
-def wrapped(config: dict[str, Any]) -> dict[str, Any]:
-    """config.json for linears that are two, so that only those open the checkpoint who know what that means."""
-    return {"model_type": LOW_RANK, "original": config}
+def wrapped(config: dict[str, Any], kind: str) -> dict[str, Any]:
+    """config.json for what is one of `WRAPPED`, so that only those open the checkpoint who know what that means."""
+    return {"model_type": kind, "original": config}
 
 
 def unwrapped(config: Any) -> Any:
     """What config.json says of the model: all of it, or what `wrapped` put inside."""
-    return config.get("original") if isinstance(config, dict) and config.get("model_type") == LOW_RANK else config
+    return config.get("original") if isinstance(config, dict) and config.get("model_type") in WRAPPED else config
 
 
 def transformers_config(plain: Mapping[str, Any]) -> Any:

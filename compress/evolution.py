@@ -11,8 +11,9 @@ import json
 import os
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 PRUNING, MERGING = "prune", "merge"
 FRONT, FROM_FRONT = 6, 0.6
@@ -25,16 +26,21 @@ TOUCHED, WIDTH, RESCALED = 0.25, 0.065, 0.1
 """How often a coefficient changes, by how much, and how often rows are made to sum to one again. All these are the paper's."""
 
 
+Matrix = tuple[tuple[float, ...], ...]
+
+
 @dataclass(frozen=True)
 class Gene:
-    """Of a group of blocks: the experts that are ``kept``, ascending, and the ``mix`` [kept, experts] that each of them becomes, if it is one."""
+    """Of a group of blocks: the experts that are ``kept``, ascending, the ``mix`` [kept, experts] that each of them becomes, if it is one, and the
+    map ``routes`` [kept, experts] of their routers, if they have one that gives not just to each its own."""
 
     kept: tuple[int, ...]
-    mix: tuple[tuple[float, ...], ...] | None = None
+    mix: Matrix | None = None
+    routes: Matrix | None = None
 
-    def mixed(self, experts: int) -> tuple[tuple[float, ...], ...]:
-        """``mix``, or what says that each expert is itself."""
-        return self.mix or tuple(tuple(float(one == kept) for one in range(experts)) for kept in self.kept)
+    def themselves(self, experts: int) -> Matrix:
+        """What says that each expert is itself, or keeps its own probability."""
+        return tuple(tuple(float(one == kept) for one in range(experts)) for kept in self.kept)
 
 
 Individual = tuple[Gene, ...]
@@ -52,7 +58,7 @@ class Found:
 @dataclass(frozen=True)
 class Options:
     """`experts` of which `count` stay, in each of `sectors` equally many; how many generations of each phase; fitness within which a parent is as
-    good as the best, for changes and for crossing; ``seed``."""
+    good as the best, for changes and for crossing; ``seed``; whether routers are `mapped`, whose maps vary as mixtures do."""
 
     experts: int
     count: int
@@ -61,6 +67,7 @@ class Options:
     merge: int
     near: tuple[float, float]
     seed: int
+    mapped: bool = False
 
 
 class Search:
@@ -110,11 +117,12 @@ class Search:
                 return tuple(rng.choice(pair) for pair in zip(one, other, strict=True))
         parents = self._parents(change)
         parent = rng.choice(parents[:FRONT] if rng.random() < FROM_FRONT else parents)
-        vary = self._replaced if phase == PRUNING else self._mixed
-        while True:
-            child = tuple(vary(gene, rng) if rng.random() < CHANGED else gene for gene in parent)
-            if child != parent:
-                return child
+        changes = [self._replaced] if phase == PRUNING else [self._mixed, self._rerouted] if self._options.mapped else [self._mixed]
+        child = parent
+        while child == parent:
+            for vary in changes:
+                child = tuple(vary(gene, rng) if rng.random() < CHANGED else gene for gene in child)
+        return child
 
     def _replaced(self, gene: Gene, rng: random.Random) -> Gene:
         size = self._options.experts // self._options.sectors
@@ -126,10 +134,17 @@ class Search:
         return Gene(tuple(sorted(kept)))
 
     def _mixed(self, gene: Gene, rng: random.Random) -> Gene:
-        rows = [[value + rng.gauss(0, WIDTH) if rng.random() < TOUCHED else value for value in row] for row in gene.mixed(self._options.experts)]
+        rows = _touched(gene.mix or gene.themselves(self._options.experts), rng)
         if rng.random() < RESCALED:
-            rows = [[value / sum(row) for value in row] if abs(sum(row)) > 0.1 else row for row in rows]
-        return Gene(gene.kept, tuple(map(tuple, rows)))
+            rows = tuple(tuple(value / sum(row) for value in row) if abs(sum(row)) > 0.1 else row for row in rows)
+        return replace(gene, mix=rows)
+
+    def _rerouted(self, gene: Gene, rng: random.Random) -> Gene:
+        return replace(gene, routes=_touched(gene.routes or gene.themselves(self._options.experts), rng))
+
+
+def _touched(matrix: Matrix, rng: random.Random) -> Matrix:
+    return tuple(tuple(value + rng.gauss(0, WIDTH) if rng.random() < TOUCHED else value for value in row) for row in matrix)
 
 
 def arbitrary(options: Options, genes: int, number: int) -> Individual:
@@ -143,9 +158,22 @@ def arbitrary(options: Options, genes: int, number: int) -> Individual:
     return tuple(gene() for _ in range(genes))
 
 
+def plain(individual: Individual) -> list[dict[str, Any]]:
+    """An individual as JSON has it."""
+    return [asdict(gene) for gene in individual]
+
+
+def parsed(genes: list[dict[str, Any]]) -> Individual:
+    """The inverse of `plain`."""
+    return tuple(Gene(tuple(gene["kept"]), _matrix(gene["mix"]), _matrix(gene["routes"])) for gene in genes)
+
+
+def _matrix(rows: list[list[float]] | None) -> Matrix | None:
+    return None if rows is None else tuple(map(tuple, rows))
+
+
 def _line(found: Found) -> str:
-    genes = [{"kept": gene.kept, "mix": gene.mix} for gene in found.individual]
-    return json.dumps({"phase": found.phase, "fitness": found.fitness, "genes": genes}) + "\n"
+    return json.dumps({"phase": found.phase, "fitness": found.fitness, "genes": plain(found.individual)}) + "\n"
 
 
 def _read(journal: Path) -> list[Found]:
@@ -156,8 +184,7 @@ def _read(journal: Path) -> list[Found]:
     found = []
     for line in whole.splitlines():
         said = json.loads(line)
-        genes = tuple(Gene(tuple(gene["kept"]), gene["mix"] and tuple(map(tuple, gene["mix"]))) for gene in said["genes"])
-        found.append(Found(genes, said["fitness"], said["phase"]))
+        found.append(Found(parsed(said["genes"]), said["fitness"], said["phase"]))
     with journal.open("r+", encoding="utf-8") as file:
         file.truncate(len((whole + "\n").encode()) if whole else 0)
     return found

@@ -58,11 +58,17 @@ def tally(probe: Probe) -> Tally:
 
 
 @contextmanager
-def restricted(block: Block, kept: Tensor | None = None, active: int | None = None) -> Iterator[None]:
+def restricted(block: Block, kept: Tensor | None = None, active: int | None = None, routes: Tensor | None = None) -> Iterator[None]:
     """While inside, tokens are routed as in a checkpoint with only the experts ``kept`` [n] int64, ascending, of which `active` serve a token.
 
-    Experts keep their numbers.
+    Experts keep their numbers. With ``routes`` [n, experts], routers have these maps, and all rows.
     """
+    if routes is not None:
+        assert kept is not None
+        with block.mapped_router(routes, active) as mapped:
+            mapped.register_forward_hook(lambda _, __, found: (*found[:2], kept[found[2]]))
+            yield
+        return
     router = block.router
     before = router.num_experts, router.top_k
     parameters, buffers = dict(router._parameters), dict(router._buffers)

@@ -24,10 +24,11 @@ Measure = Callable[["Mixture", Samples], float]
 
 
 class Mixture:
-    """The model ``whole`` as an individual would make it; ``groups`` are the numbers of blocks by gene, `active` how many experts serve a token."""
+    """The model ``whole`` as an individual would make it; ``groups`` are the numbers of blocks by gene, `active` how many experts serve a token, and
+    `mapped` says whether routers keep all their rows and have maps."""
 
-    def __init__(self, whole: Whole, groups: Sequence[Sequence[int]], active: int | None) -> None:
-        self.whole, self._groups, self._active = whole, groups, active
+    def __init__(self, whole: Whole, groups: Sequence[Sequence[int]], active: int | None, *, mapped: bool = False) -> None:
+        self.whole, self._groups, self._active, self._mapped = whole, groups, active, mapped
         self._exact = {index: _stacks(whole.blocks[index]) for group in groups for index in group}
         self._held: dict[int, object] = {}
         self._given: dict[int, list[tuple[Batch, Tensor, list[dict[str, Any]]]]] = {}
@@ -40,7 +41,9 @@ class Mixture:
                 for index in group:
                     block = self.whole.blocks[index]
                     self._hold(block, gene.kept, gene.mix)
-                    stack.enter_context(restricted(block, torch.tensor(gene.kept, device=block.router.weight.device), self._active))
+                    device = block.router.weight.device
+                    routes = torch.tensor(gene.routes or gene.themselves(len(block.layout.experts)), device=device) if self._mapped else None
+                    stack.enter_context(restricted(block, torch.tensor(gene.kept, device=device), self._active, routes))
             if individual is None:
                 for group in self._groups:
                     for index in group:

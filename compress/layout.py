@@ -14,10 +14,12 @@ from functools import cached_property
 from typing import Any
 
 from compress.arch.base import Arch, Fold, InputGroup, Unit, find
-from compress.checkpoint import BRANCHED, FLOATS, PER_LAYER, Checkpoint
+from compress.checkpoint import BRANCHED, FLOATS, LOW_RANK, MAPPED, PER_LAYER, Checkpoint
 from compress.errors import InputError, Problem, Problems
 from compress.fused import apart
 
+MAP = "map"
+"""What follows the name of a router that has one."""
 EXPERTS_IN, EXPERTS_OUT = "experts.gate_up", "experts.down"
 OUT, DOWN = "o", "down"
 """Stages that end a submodule, attention or a dense MLP."""
@@ -215,6 +217,26 @@ class Layout:
     def factored(self) -> frozenset[str]:
         """Names of the linears that are the product of two, ``{name}.1`` after ``{name}.0``; of these `linears` has both."""
         return frozenset(name.removesuffix(".0") for name in self.linears if name.endswith(".0"))
+
+    @cached_property
+    def mapped(self) -> frozenset[str]:
+        """Names of the routers whose probabilities pass through a map."""
+        return frozenset(name.removesuffix(f".{MAP}") for block in self.blocks for name in block.tensors if name.endswith(f".{MAP}"))
+
+    @property
+    def renormalises(self) -> bool:
+        """Whether the weights of the experts that serve a token sum to one. Raises `InputError` for routers that take no softmax over all."""
+        key = self.arch.experts.renormalise if self.arch.experts else None
+        if key is None:
+            raise InputError.one(
+                f"{self.arch.model_type} routers", "have no softmax over all experts that could pass through a map", "fetch it again"
+            )
+        return bool(key if isinstance(key, bool) else self.text_config.get(key))
+
+    @property
+    def wrapped_as(self) -> str | None:
+        """What config.json has to call the model so that no engine opens it that would compute something else, None if any may."""
+        return LOW_RANK if self.factored else MAPPED if self.mapped else None
 
     def unfactored(self, name: str) -> str:
         """What a tensor was called before its linear became two; of others their own name."""

@@ -38,10 +38,11 @@ from compress.formats import nm_packed, sparse_residual
 from compress.formats.branch import Branch
 from compress.formats.nm_packed import Compact
 from compress.formats.sparse_residual import Residual
-from compress.layout import BlockLayout, Layout
+from compress.layout import MAP, BlockLayout, Layout
 from compress.numerics.activations import Activations
 from compress.numerics.grid import Quantized
 from compress.numerics.pattern import Pattern
+from compress.routing import MappedRouter
 from compress.scheme import Scheme
 
 EXPERTS_FUNCTION = "compress"
@@ -161,6 +162,8 @@ class Model:
                     modules[index] = type(modules[index])(_with(whole.config.get_text_config(), changes), index).to(self.dtype)
                 for linear in self.layout.factored:
                     self._factor(linear, modules)
+                for router in self.layout.mapped:
+                    self._map(router, modules)
         except CONFIG_ERRORS as error:
             reason = " ".join(f"{type(error).__name__} {error}".split())[:300]
             raise InputError.one(
@@ -187,6 +190,18 @@ class Model:
         whole, rank = module.get_submodule(path), self.layout.linears[f"{linear}.0"].rows
         pair = nn.Linear(whole.in_features, rank, bias=False), nn.Linear(rank, whole.out_features, bias=whole.bias is not None)
         _replace(module, path, nn.Sequential(*pair).to(self.dtype))
+
+    def _map(self, router: str, modules: Any) -> None:
+        """Have a router's probabilities pass through the map that is on disk."""
+        index, _, local = router.removeprefix(f"{self.layout.arch.blocks}.").partition(".")
+        path, shape = self._slot(f"{local}.weight").parameter.removesuffix(".weight"), self.tensors[f"{router}.{MAP}"].shape
+        count = len(self.blocks[int(index)].experts)
+        if len(shape) != 2 or shape[0] != count:
+            raise InputError.one(f"{router}.{MAP}", f"is {list(shape)}, no map to the {count} experts of its block", "fetch it again")
+        module = modules[int(index)]
+        old = module.get_submodule(path)
+        weight = torch.empty(shape[1], old.weight.shape[1], dtype=self.dtype)
+        _replace(module, path, MappedRouter(weight, torch.empty(shape), old.top_k, renormalise=self.layout.renormalises))
 
     def _hollow(self) -> Any:
         bare = copy.deepcopy(self._config)

@@ -458,7 +458,7 @@ def _check_export(recipe: Recipe, layout: Layout, place: str, plan: dict[str, Sc
             verdict = exporter.verdicts(layout, schemes)["transformers"]
             if recipe.verify == "full" and verdict.startswith("refuses"):
                 found.add(f"{place}: verify", f"full opens the artifact with transformers, which {verdict}", "take auto, or streamed")
-            if layout.factored and recipe.evaluate and recipe.evaluate.tasks:
+            if layout.wrapped_as and recipe.evaluate and recipe.evaluate.tasks:
                 found.add(f"{place}: evaluate.tasks", f"lm-eval runs the artifact in transformers, which {verdict}", "drop the tasks")
     if len(found):
         problems.absorb(InputError(dict.fromkeys(found)))  # each is told once

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from compress.arch.base import Unit
 from compress.checkpoint import PER_LAYER, Checkpoint, TensorInfo
-from compress.layout import BlockLayout, Layout, Units
+from compress.layout import MAP, BlockLayout, Layout, Units
 
 
 def taken_from(units: Units, kept: Tensor, scale: Tensor | None, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -203,6 +203,14 @@ def routers(layout: Layout, count: int) -> dict[str, TensorInfo]:
     assert table
     starts = tuple(f"{block.prefix}.{table.router}." for block in layout.blocks if block.experts)
     return {name: _of_shape(info, (count, *info.shape[1:])) for name, info in layout.checkpoint.tensors.items() if name.startswith(starts)}
+
+
+def maps(layout: Layout, count: int) -> dict[str, TensorInfo]:
+    """The maps of routers to so many experts. There is nothing to read yet where they say they lie."""
+    table = layout.arch.experts
+    assert table
+    names = {f"{block.prefix}.{table.router}": len(block.experts) for block in layout.blocks if block.experts}
+    return {f"{name}.{MAP}": TensorInfo(f"{name}.{MAP}", "F32", (count, experts), Path(), 0, 4 * count * experts) for name, experts in names.items()}
 
 
 def in_two(layout: Layout, ranks: Mapping[str, int]) -> dict[str, TensorInfo]:

@@ -78,12 +78,14 @@ def test_dead_experts_are_found_as_by_trying_everything(dead: tuple[int, int], c
         assert search.best().fitness == max(every.values()) > -1e-4
 
 
+@pytest.mark.parametrize("mapped", [False, True])
 @pytest.mark.parametrize("stop", [0, 1, 7, 30])
-def test_a_search_that_was_cut_short_goes_on_to_the_same_end(stop: int, tmp_path: Path) -> None:
+def test_a_search_that_was_cut_short_goes_on_to_the_same_end(stop: int, mapped: bool, tmp_path: Path) -> None:
     def fitness(individual: tuple[Gene, ...]) -> float:
-        return -sum(abs(sum(gene.kept) - 11) + sum(abs(1 - sum(row)) for row in gene.mixed(8)) for gene in individual)
+        matrices = [matrix or gene.themselves(8) for gene in individual for matrix in (gene.mix, gene.routes)]
+        return -sum(abs(sum(gene.kept) - 11) for gene in individual) - sum(abs(1 - sum(row)) for matrix in matrices for row in matrix)
 
-    options = Options(8, 4, 2, 20, 20, NEAR, 5)
+    options = Options(8, 4, 2, 20, 20, NEAR, 5, mapped)
     seeds = [arbitrary(options, 3, number) for number in range(3)]
     whole = Search(options, fitness, seeds, tmp_path / "whole").go(lambda found: None)
 
@@ -97,6 +99,7 @@ def test_a_search_that_was_cut_short_goes_on_to_the_same_end(stop: int, tmp_path
     with (tmp_path / "part").open("a") as journal:
         journal.write('{"phase": "prune", "fitn')  # as if the machine had stopped in the middle of a line
     assert Search(options, fitness, seeds, tmp_path / "part").go(lambda found: None) == whole
+    assert any(gene.routes for found in whole for gene in found.individual) == mapped
     assert (tmp_path / "part").read_bytes() == (tmp_path / "whole").read_bytes()
 
 
@@ -165,12 +168,12 @@ def test_a_task_is_searched_for(checkpoint: Callable[..., Path], tmp_path: Path)
     assert {tuple(record["kept"]) for record in records(tmp_path / "out")} == {tuple(records(tmp_path / "out")[0]["kept"])}
 
 
-@pytest.mark.parametrize("reports", [0, 1, 3, 9, 20, 23])
-def test_a_killed_run_goes_on_to_the_same_bytes(reports: int, checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    compress(searching(), checkpoint("qwen3_moe"), tmp_path / "undisturbed")
+@pytest.mark.parametrize(("mode", "reports"), [*(("foldable", number) for number in (0, 1, 3, 9, 20, 23)), ("full", 9), ("full", 20)])
+def test_a_killed_run_goes_on_to_the_same_bytes(mode: str, reports: int, checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    compress(searching(mode=mode), checkpoint("qwen3_moe"), tmp_path / "undisturbed")
     with pytest.raises(Killed):
-        compress(searching(), checkpoint("qwen3_moe"), tmp_path / "out", KillAfter(reports))
-    compress(searching(), checkpoint("qwen3_moe"), tmp_path / "out")
+        compress(searching(mode=mode), checkpoint("qwen3_moe"), tmp_path / "out", KillAfter(reports))
+    compress(searching(mode=mode), checkpoint("qwen3_moe"), tmp_path / "out")
     assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
 
 

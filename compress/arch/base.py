@@ -89,6 +89,9 @@ class Experts:
     The two parameters are [experts, 2 x width, hidden], gates first, and [experts, hidden, width]; ``transposed`` ones have their last two dimensions
     the other way round, in ``interleaved`` ones each gate stands before what it is multiplied with, and beside ``biased`` ones there are biases.
     With `fused`, transformers reads them from disk in this form alone, or, with `mxfp4`, in what `compress.fused` says of that.
+
+    Of a router that takes the largest of a softmax over all experts, `renormalise` says whether these are then made to sum to one, or which key of
+    the config does; None for other routers.
     """
 
     prefix: str
@@ -105,6 +108,7 @@ class Experts:
     biased: bool = False
     fused: bool = False
     mxfp4: bool = False
+    renormalise: str | bool | None = None
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ ARCH = Arch(
         down="w2",
         router="block_sparse_moe.gate",
         counts=("num_local_experts",),
+        renormalise=True,
     ),
     rename=(("block_sparse_moe.", "mlp."),),
     unquantized=("block_sparse_moe.gate",),

@@ -21,6 +21,7 @@ ARCH = Arch(
         down="down_proj",
         router="mlp.gate",
         counts=("num_experts", "num_local_experts"),
+        renormalise="norm_topk_prob",
     ),
     unquantized=("mlp.gate",),
 )

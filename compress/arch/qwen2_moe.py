@@ -60,6 +60,7 @@ ARCH = Arch(
         down="down_proj",
         router="mlp.gate",
         counts=("num_experts",),
+        renormalise="norm_topk_prob",
     ),
     unquantized=("mlp.gate", "mlp.shared_expert_gate"),
 )

@@ -58,7 +58,7 @@ def alone(layout: Layout, options: Evaluation, tokenizer: Tokenizer, progress: P
     if options.tasks and model.left_out:
         left_out = " and ".join(model.left_out)
         raise InputError.one("tasks", f"lm-eval runs the model in transformers, which leaves its {left_out} out", "leave the tasks out")
-    if options.tasks and layout.factored:
+    if options.tasks and layout.wrapped_as:
         raise InputError.one("tasks", "lm-eval runs the model in transformers, which refuses linears that are two of low rank", "leave the tasks out")
     both = _measure(model, model, options, tokenizer, progress)
     model.release()

@@ -70,6 +70,8 @@ def check(place: str, layout: Layout, plan: dict[str, Scheme], problems: Problem
 
 def verdicts(layout: Layout, plan: dict[str, Scheme], cache: CacheScheme | None = None) -> dict[str, str]:
     """For each serving engine, whether and how it reads the artifact, as far as its loader's rules tell."""
+    if layout.mapped:
+        return {"compress": "loads"} | dict.fromkeys(("transformers", "vLLM", "SGLang"), "refuses routers with maps")
     if layout.factored:
         return {"compress": "loads"} | dict.fromkeys(("transformers", "vLLM", "SGLang"), "refuses linears that are two of low rank")
     if layout.of_blocks:
@@ -255,7 +257,8 @@ def write(model: Model, plan: dict[str, Scheme], cache: CacheScheme | None, fold
         config["quantization_config"]["residuals"] = RESIDUALS
     if "branch" in model.left_out:
         config[BRANCHED] = BRANCHES
-    write_text(folder / "config.json", json.dumps(wrapped(config) if model.layout.factored else config, indent=2) + "\n")
+    apart = model.layout.wrapped_as
+    write_text(folder / "config.json", json.dumps(wrapped(config, apart) if apart else config, indent=2) + "\n")
 
 
 def write_shards(model: Model, entries: Iterable[Entry], folder: Path) -> None:

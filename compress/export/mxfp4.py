@@ -40,7 +40,7 @@ def check(place: str, layout: Layout, plan: dict[str, Scheme], problems: Problem
         problems.add(place, what, "quantise it too, or choose compressed-tensors")
     if any(scheme.residuals for scheme in plan.values()):
         problems.add(place, "mxfp4 has no place for residuals", "choose compressed-tensors, or leave out detach")
-    if layout.factored or layout.of_blocks:
+    if layout.wrapped_as or layout.of_blocks:
         problems.add(place, "mxfp4 is for engines that open no such linears or widths", "choose compressed-tensors")
 
 

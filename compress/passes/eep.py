@@ -1,9 +1,10 @@
 """Search for the experts that stay, and for what they become, by how well the model then does (EEP, arXiv 2407.00945).
 
-First choices of experts are varied, starting from those of one-shot scores; then each that stays may become a mixture of all, while its router row
-stays its own. What is searched is what stock engines will run: routers with fewer rows, experts of the same shape, fewer of them per token if
-the recipe says so. Fitness is the likelihood of text, or how often good sentences of minimal pairs are preferred; the fittest are judged again on
-a part of the data that the search has not seen, and the best there is taken. The whole model is held in memory, its experts twice.
+First choices of experts are varied, starting from those of one-shot scores; then each that stays may become a mixture of all. What is searched is
+what will run: with ``mode: foldable`` in stock engines, routers with fewer rows, experts of the same shape, fewer of them per token if the recipe
+says so; with ``mode: full`` in `compress.load` alone, routers with all rows, whose probabilities a matrix shares out among the experts that stay.
+Fitness is the likelihood of text, or how often good sentences of minimal pairs are preferred; the fittest are judged again on a part of the data that
+the search has not seen, and the best there is taken. The whole model is held in memory, its experts twice.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
     from compress.calibrate import Workspace
     from compress.data import Samples
-    from compress.evolution import Found, Individual, Options
+    from compress.evolution import Found, Gene, Individual, Options
     from compress.model import Model
 
 JOURNAL, CHOSEN = "search.jsonl", "chosen.json"
@@ -44,6 +45,10 @@ class Pass(FewerExperts):
     pairs: str | None = Field(default=None, min_length=1, description="minimal pairs, a `.jsonl` of `good` and `bad`, or `demo:pairs`")
     first: int | None = Field(
         default=None, ge=4, description="so many of the pairs, from the first on, leaving the others to evaluate by; all by default"
+    )
+    mode: Literal["foldable", "full"] = Field(
+        default="foldable",
+        description="`foldable`: routers stay stock ones; `full`: they keep all rows and have a map, which only `compress.load` knows",
     )
     groups: int | None = Field(default=None, ge=1, description="blocks are put into so many groups that share a choice; each has its own by default")
     start: int = Field(default=10, ge=0, description="choices by chance to begin with, beside those of one-shot scores")
@@ -68,6 +73,9 @@ class Pass(FewerExperts):
         sparse = sum(bool(block.experts) for block in layout.blocks)
         if self.groups is not None and self.groups > sparse:
             problems.add(f"{place}: groups", f"{self.groups} of {sparse} blocks with experts", "set it lower")
+        if self.mode == "full" and layout.arch.experts and layout.arch.experts.renormalise is None:
+            what = f"routers of a {layout.arch.model_type} take no softmax over all experts, which a map could share out"
+            problems.add(f"{place}: mode", what, "set mode: foldable")
         if self.keep == 1 and "prune" in self.model_fields_set:
             problems.add(f"{place}: prune", "there is nothing to choose where all experts stay", "leave it out")
         if self.keep == 1 and not self.merge:
@@ -76,6 +84,14 @@ class Pass(FewerExperts):
     def chosen(self, layout: Layout, workspace: Workspace) -> dict[int, Sequence[int]]:
         individual, _ = self._chosen(workspace)
         return {index: gene.kept for gene, group in zip(individual, self._grouped(layout), strict=True) for index in group}
+
+    def expected(self, layout: Layout) -> Layout:
+        from compress.reshape import fewer_experts, maps
+
+        if self.mode == "foldable":
+            return super().expected(layout)
+        kept = self.kept(layout)
+        return fewer_experts(layout, {block.index: range(kept) for block in layout.blocks if block.experts}, self.active, maps(layout, kept))
 
     def _grouped(self, layout: Layout) -> list[list[int]]:
         """Numbers of the blocks with experts, by group, in order of depth."""
@@ -96,33 +112,34 @@ class Pass(FewerExperts):
         for block in walk(model, workspace):
             if (gene := genes.get(block.layout.index)) is None:
                 continue
-            if len(gene.kept) < len(block.layout.experts):
+            if self.mode == "full":
+                block.add_map(torch.tensor(gene.routes or gene.themselves(len(block.layout.experts))))
+            elif len(gene.kept) < len(block.layout.experts):
                 for name, rows in block.router_tensors().items():
                     block.restructure(name, rows[list(gene.kept)])
             if gene.mix:
                 for name, tensor in mixed(block, gene.kept, torch.tensor(gene.mix)).items():
                     block.restructure(name, tensor)
-            block.add_record(f"{block.layout.prefix}.experts", self._record(block.layout, gene.kept, gene.mix is not None, said))
+            block.add_record(f"{block.layout.prefix}.experts", self._record(block.layout, gene, said))
 
-    def _record(self, layout: BlockLayout, kept: tuple[int, ...], mixed: bool, said: dict[str, Any]) -> dict[str, Any]:
-        record: dict[str, Any] = {"pass": "eep", "kind": "expert", "method": self.fitness, "before": len(layout.experts), "after": len(kept)}
-        record |= {"kept": list(kept), "mixed": mixed} | said
+    def _record(self, layout: BlockLayout, gene: Gene, said: dict[str, Any]) -> dict[str, Any]:
+        record: dict[str, Any] = {"pass": "eep", "kind": "expert", "method": self.fitness, "before": len(layout.experts), "after": len(gene.kept)}
+        record |= {"kept": list(gene.kept), "mixed": gene.mix is not None, "mapped": gene.routes is not None} | said
         return record if self.active is None else record | {"active": self.active}
 
     def _chosen(self, workspace: Workspace) -> tuple[Individual, dict[str, Any]]:
         import json
 
-        from compress.evolution import Gene
+        from compress.evolution import parsed
 
         said = json.loads((workspace.folder / CHOSEN).read_text(encoding="utf-8"))
-        genes = said.pop("genes")
-        return tuple(Gene(tuple(gene["kept"]), gene["mix"] and tuple(map(tuple, gene["mix"]))) for gene in genes), said
+        return parsed(said.pop("genes")), said
 
     def _search(self, model: Model, samples: Samples, workspace: Workspace) -> None:
         import json
 
         from compress.checkpoint import write_text
-        from compress.evolution import Search
+        from compress.evolution import Search, plain
         from compress.fitness import KINDS, Mixture
         from compress.whole import opened
 
@@ -131,7 +148,7 @@ class Pass(FewerExperts):
         kind = KINDS[self.fitness]
         groups = self._grouped(model.layout)
         with opened(model) as whole:
-            mixture = Mixture(whole, groups, self.active)
+            mixture = Mixture(whole, groups, self.active, mapped=self.mode == "full")
             options = self._options(model.layout, kind.near)
             search = Search(
                 options, lambda individual: mixture.fitness(individual, seen, kind.measure), list(seeds.values()), workspace.folder / JOURNAL
@@ -160,7 +177,7 @@ class Pass(FewerExperts):
                 },
                 "held_out": {"before": mixture.fitness(None, held, kind.measure), "after": held_out},
                 "evaluated": len({found.individual for found in archive}),
-                "genes": [{"kept": gene.kept, "mix": gene.mix} for gene in chosen.individual],
+                "genes": plain(chosen.individual),
             }
         model.release()
         write_text(workspace.folder / CHOSEN, json.dumps(said))
@@ -169,7 +186,8 @@ class Pass(FewerExperts):
         from compress.evolution import Options
 
         count, kept = self.experts(layout), self.kept(layout)
-        return Options(count, kept, self.sectors(layout), self.prune if kept < count else 0, self.merge, near, self.seed)
+        prune = self.prune if kept < count else 0
+        return Options(count, kept, self.sectors(layout), prune, self.merge, near, self.seed, self.mode == "full")
 
     def _data(self, model: Model, samples: Samples) -> tuple[Samples, Samples]:
         """What the search sees, and what it does not."""
