@@ -44,6 +44,7 @@ ROWS: dict[str, Passes] = {
     },
     "half/naee, all choices": experts("naee", 0.5, most=13_000),
     "half/eep": searched(0.5),
+    "half/eep, full": searched(0.5, mode="full"),
     "half/eep for pairs": searched(0.5, fitness="margin", pairs="demo:pairs"),
     "half/heapr": channels("heapr", 0.5),
     "half/taylor, channels": channels("taylor", 0.5),

@@ -14,11 +14,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from compress.checkpoint import write_text
 from compress.errors import InputError
 from compress.numerics.knapsack import Knapsack
+from compress.options import Options
 
 FILE = "plan.json"
 POINTS = 200
@@ -42,10 +43,8 @@ def _bytes(value: object) -> object:
 Size = Annotated[int, BeforeValidator(_bytes, json_schema_input_type=int | str), Field(gt=0)]
 
 
-class Budget(BaseModel):
+class Budget(Options):
     """How much room a choice may take: at most one of the four kinds."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     average_bits: float | None = Field(
         default=None, gt=0, description="budget: bits of a code, averaged over the weights; 3.0 takes the room of `bits: 3` everywhere"
@@ -74,10 +73,8 @@ class Budget(BaseModel):
         return next((key for key in KINDS if getattr(self, key) is not None), None)
 
 
-class Plain(BaseModel):
+class Plain(Options):
     """A part of a plan."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Unit(Plain):

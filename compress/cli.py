@@ -78,11 +78,12 @@ def run(
 def check(recipe: RecipeArgument, model: ModelArgument, as_json: JsonOption = False) -> None:
     """Everything that can be known before weights load; all mistakes at once."""
     with _errors(as_json):
-        _, _, layout, plan = _planned(recipe, model)
+        chosen, _, layout, plan = _planned(recipe, model)
         if as_json:
             typer.echo(json.dumps({"ok": True, "linears": len(layout.linears), "quantized": len(plan)}))
         else:
-            typer.echo(f"ok: {len(plan)} of {len(layout.linears)} linears in {len(layout.blocks)} blocks will be quantised")
+            steps = ", ".join(name for name, _ in chosen.instances())
+            typer.echo(f"ok: {steps}; {len(plan)} of {len(layout.linears)} linears in {len(layout.blocks)} blocks will be quantised")
 
 
 @app.command()

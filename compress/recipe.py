@@ -13,11 +13,12 @@ from types import ModuleType
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from compress.errors import InputError, Problems
 from compress.layout import Layout
 from compress.numerics.pattern import Pattern
+from compress.options import Options
 from compress.passes.base import (
     STAGES,
     WHY,
@@ -36,10 +37,8 @@ from compress.passes.base import (
 from compress.scheme import CacheScheme, Scheme
 
 
-class Section(BaseModel):
+class Section(Options):
     """A part of a recipe: immutable, unknown keys refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Calibration(Section):
@@ -451,6 +450,10 @@ def _check_export(recipe: Recipe, layout: Layout, place: str, plan: dict[str, Sc
     for target in recipe.export:
         if target == "nm-packed" and not any(isinstance(step, Prunes) for _, step in recipe.instances()):
             found.add(f"{place}: export", "nothing is pruned that nm-packed could pack", "add a pass such as prune_nm, or take compressed-tensors")
+        if target == "nm-packed" and any(isinstance(step, Branching) and step.branch and not step.keeps_branches for _, step in recipe.instances()):
+            found.add(
+                f"{place}: export", "branches that are merged fill what was removed, so that nm-packed packs nothing", "keep them, or drop them"
+            )
         for bits in examples:
             schemes = plan | {name: plan[name].model_copy(update={"bits": bits[name]}) for name in plan.keys() & bits.keys()}
             exporter = export_module(target)

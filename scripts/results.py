@@ -91,23 +91,45 @@ TABLES = {
     "low_rank": "four fifths of the parameters at low rank",
 }
 """What a table of bench/pruning.py is called here."""
+EXPERT_TABLES = {
+    "three quarters": "three quarters of the experts, or of their channels",
+    "half": "half of the experts, or of their channels",
+    "active": "two experts to a token instead of four",
+    "quantised": "half of the experts, the rest in 4 bits",
+}
+"""The same of bench/experts.py."""
 
 
 def pruning(document: dict[str, Any]) -> Rows:
     """One row per table: excess loss by method, the least first; methods that are random are one."""
-    rows, most = [], max(map(len, document["results"].values()))
-    for table, label in TABLES.items():
-        found: dict[str, list[float]] = {}
-        for name, runs in document["results"].items():
-            if name.startswith(f"{table}/") and not name[-3:].replace(":", "").isdigit():  # other patterns are another table's
-                method = name.partition("/")[2].partition("-")[0]
-                found.setdefault(method, []).extend(run["excess_loss"] for run in runs if "error" not in run)
-        means = {method: statistics.mean(values) for method, values in found.items() if values}
-        if means:
-            fewer = {method: "*" * (len(found[method]) < most) for method in means}
-            shown = ", ".join(f"{value:.3f}{fewer[method]} ({method})" for method, value in sorted(means.items(), key=lambda item: item[1]))
-            rows.append((f"{label}, excess loss", {OURS: shown}))
+    return _losses(document, TABLES)
+
+
+def experts(document: dict[str, Any]) -> Rows:
+    """The same of experts, and what is lost of a task, in percent of its items."""
+    rows = _losses(document, EXPERT_TABLES)
+    if shown := _by_method(document, "half", "accuracy_drop", 100):
+        rows.append(("half of the experts, points of accuracy lost on minimal pairs", {OURS: shown}))
     return rows
+
+
+def _losses(document: dict[str, Any], tables: dict[str, str]) -> Rows:
+    shown = {label: _by_method(document, table, "excess_loss") for table, label in tables.items()}
+    return [(f"{label}, excess loss", {OURS: text}) for label, text in shown.items() if text]
+
+
+def _by_method(document: dict[str, Any], table: str, key: str, times: float = 1) -> str:
+    """The mean of a figure for each method of a table, the least first."""
+    most = max(map(len, document["results"].values()))
+    found: dict[str, list[float]] = {}
+    for name, runs in document["results"].items():
+        if name.startswith(f"{table}/") and not name[-3:].replace(":", "").isdigit():  # other patterns are another table's
+            method = name.partition("/")[2].partition("-")[0]
+            found.setdefault(method, []).extend(times * run[key] for run in runs if "error" not in run)
+    means = {method: statistics.mean(values) for method, values in found.items() if values}
+    fewer = {method: "*" * (len(found[method]) < most) for method in means}
+    places = 3 if times == 1 else 1
+    return ", ".join(f"{value:.{places}f}{fewer[method]} ({method})" for method, value in sorted(means.items(), key=lambda item: item[1]))
 
 
 def speed(document: dict[str, Any]) -> Rows:
@@ -115,7 +137,8 @@ def speed(document: dict[str, Any]) -> Rows:
     shape, rows = document["protocol"]["shape"], []
     for key, name in (("cpu_seconds", "CPU seconds"), ("seconds", "wall seconds")):
         shown = {tool: f"{side[key]['median']:.1f}" if side.get(key) else brief(side["status"]) for tool, side in document["sides"].items()}
-        rows.append((f"GPTQ of one Llama block ({shape['hidden']} wide, MLP {shape['ffn']}), {name}", shown))
+        mlp = f"{experts} experts of {shape['ffn']}" if (experts := shape.get("experts")) else f"MLP {shape['ffn']}"
+        rows.append((f"GPTQ of one {'Qwen3-MoE' if experts else 'Llama'} block ({shape['hidden']} wide, {mlp}), {name}", shown))
     return rows
 
 
@@ -192,8 +215,20 @@ TITLES = {
     "llamacpp": "llama.cpp",
     "torch": "torch",
 }
-ROWS = {"quality": quality, "pruning": pruning, "speed": speed, "memory": memory, "kill": kill, "gemv": gemv, "decode": decode, "sass": sass}
+ROWS = {
+    "quality": quality,
+    "pruning": pruning,
+    "experts": experts,
+    "speed": speed,
+    "memory": memory,
+    "kill": kill,
+    "gemv": gemv,
+    "decode": decode,
+    "sass": sass,
+}
 """What makes rows of a result, in the order in which they are shown."""
+LOSSES = ("quality", "pruning", "experts")
+"""Those that say what was lost."""
 
 
 def which(document: dict[str, Any]) -> str:
@@ -212,9 +247,7 @@ def render(documents: list[tuple[str, dict[str, Any]]]) -> str:
     if not documents:
         return "*No results yet: see [bench/](bench/README.md).*"
     # What was lost, and what it cost: few tools are in both.
-    halves = [
-        [row for name, document in documents if (name in ("quality", "pruning")) is lost for row in ROWS[name](document)] for lost in (True, False)
-    ]
+    halves = [[row for name, document in documents if (name in LOSSES) is lost for row in ROWS[name](document)] for lost in (True, False)]
     tools = {tool for rows in halves for _, cells in rows for tool in cells}
     return "\n\n".join([*(table(rows) for rows in halves if rows), " ".join(notes(documents, tools))])
 
@@ -241,10 +274,11 @@ def notes(documents: list[tuple[str, dict[str, Any]]], shown: Iterable[str]) -> 
                 f"calibrated on {calibration['samples']} x {calibration['length']} tokens, mean of {most} draw{'s' if most > 1 else ''} "
                 "(where marked *, of fewer); of each tool's methods the best."
             )
-        if name == "pruning":
+        if name in ("pruning", "experts"):
             protocol, most = document["protocol"], max(map(len, document["results"].values()))
             yield (
-                f"Pruning: nats above `{protocol['model']}` on {protocol['windows']} windows of {protocol['length']} tokens of demo:heldout, "
+                f"{name.capitalize()}: "
+                f"nats above `{protocol['model']}` on {protocol['windows']} windows of {protocol['length']} tokens of demo:heldout, "
                 f"calibrated on {protocol['samples']} x {protocol['length']} tokens of demo:text, mean of {most} draw{'s' if most > 1 else ''} "
                 "(where marked *, of fewer)."
             )

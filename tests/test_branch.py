@@ -267,6 +267,7 @@ def test_residuals_and_a_branch_go_together(checkpoint: Callable[..., Path], tmp
         (branched({"heal": {"tokens": 8, "branch": 8}}), "or add more"),
         (branched({"heal": {"tokens": 8, "branch": 8}}, branch_after="merge"), "no linear has an N:M pattern"),
         (branched() | {"evaluate": {"tasks": ["arc_easy"]}}, "leaves branches out"),
+        (branched(branch_after="merge") | {"export": ["nm-packed"]}, "branches that are merged fill what was removed"),
     ],
 )
 def test_what_does_not_fit_together_is_refused(plain: dict[str, Any], message: str, checkpoint: Callable[..., Path]) -> None:

@@ -15,6 +15,7 @@ HEAVY = ("torch", "transformers", "compressed_tensors", "datasets", "lm_eval", "
 
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "errors": (),
+    "options": (),
     "demo": (),
     "hardware": ("errors",),
     "numerics": ("errors", "hardware", "numerics"),
@@ -51,10 +52,11 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "gating": ("calibrate", "data", "layout", "block", "model", "numerics", "whole"),
     "branching": ("checkpoint", "calibrate", "data", "formats.branch", "layout", "model", "numerics"),
     "healing": ("errors", "checkpoint", "backsweep", "branching", "calibrate", "data", "formats.branch", "block", "model", "numerics", "whole"),
-    "allocation": ("errors", "numerics.knapsack", "checkpoint"),
+    "allocation": ("errors", "options", "numerics.knapsack", "checkpoint"),
     "sensitivity": ("errors", "checkpoint", "backsweep", "data", "layout", "block", "model"),
     "attribution": ("numerics", "checkpoint", "data", "block", "model", "backsweep"),
     "passes": (
+        "options",
         "errors",
         "arch.base",
         "checkpoint",
@@ -82,7 +84,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "scheme",
         "passes.base",
     ),
-    "recipe": ("errors", "source", "layout", "scheme", "numerics.pattern", "passes.base"),
+    "recipe": ("errors", "options", "source", "layout", "scheme", "numerics.pattern", "passes.base"),
     "planning": ("errors", "hardware", "formats", "checkpoint", "layout", "scheme", "passes.base", "recipe", "tradeoff"),
     "tradeoff": ("layout", "scheme", "passes.base", "recipe"),
     "advice": ("errors", "layout", "scheme", "recipe", "planning"),
@@ -104,6 +106,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 TOP = ("pipeline", "cli", "__main__")
 LIGHT = (
     "errors",
+    "options",
     "numerics.knapsack",
     "numerics.pattern",
     "numerics.ranks",

@@ -335,3 +335,19 @@ def test_images_are_refused_for_a_model_that_reads_text_only() -> None:
     plain = {"calibration": {"data": "demo:shapes-train"}, "passes": [{"gptq": {}}], "evaluate": None}
     with pytest.raises(InputError, match="reads text only"):
         recipe.check(recipe.validate(plain, "r"), layout, "r")
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [
+        ("rtn: {bits: true}", "bits: must be a whole number or 'allocated', got True"),
+        ("rtn: {group_size: '32'}", "group_size: must be a whole number or 'channel', got '32'"),
+        ("rtn: {symmetric: 1}", "symmetric: must be true or false, got 1"),
+        ("prune_depth: {drop: yes}", "drop: must be a whole number"),
+        ("prune_nm: {pattern: !!binary Mjo0}", "pattern: must be text, not binary"),
+    ],
+)
+def test_a_value_of_another_kind_is_not_taken_for_one(step: str, message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        recipe.validate(yaml.safe_load(f"passes: [{{{step}}}]"), "r.yaml")
+    assert message in str(caught.value)

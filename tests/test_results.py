@@ -118,3 +118,15 @@ def test_pruning_is_a_row_per_table_with_the_least_loss_first(results: Any) -> N
     rows = dict(results.pruning({"results": found}))
     assert rows["a fifth of each block's parameters taken out of MLPs, excess loss"] == {"ours": "0.060 (ddp), 0.500 (random)"}
     assert list(rows.values())[1] == {"ours": "0.120* (alps)"} and len(rows) == 2
+
+
+def test_experts_have_rows_of_loss_and_of_the_task(results: Any) -> None:
+    found = {
+        "half/reap": [{"excess_loss": 0.2, "accuracy_drop": 0.01}],
+        "half/eep for pairs": [{"excess_loss": 0.3, "accuracy_drop": -0.05}],
+        "active/2 of 4": [{"excess_loss": 0.1, "accuracy_drop": 0.0}],
+    }
+    rows = dict(results.experts({"results": found}))
+    assert rows["half of the experts, or of their channels, excess loss"] == {"ours": "0.200 (reap), 0.300 (eep for pairs)"}
+    assert rows["half of the experts, points of accuracy lost on minimal pairs"] == {"ours": "-5.0 (eep for pairs), 1.0 (reap)"}
+    assert rows["two experts to a token instead of four, excess loss"] == {"ours": "0.100 (2 of 4)"} and len(rows) == 3

@@ -60,3 +60,19 @@ def test_a_task_file_named_otherwise_than_its_task_is_an_error(checkpoint: Calla
     path = task_file(tmp_path).rename(tmp_path / "other.yaml")
     with pytest.raises(InputError, match="knows no task 'other'"):
         tasks.run(checkpoint("llama"), (str(path),))
+
+
+def test_data_that_cannot_be_read_are_told_of_and_not_traced(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    path = task_file(tmp_path)
+    (tmp_path / "rows.jsonl").unlink()
+    with pytest.raises(InputError, match=r"evaluate: tasks: lm-eval cannot read the data of which_is_better \(FileNotFoundError"):
+        tasks.run(checkpoint("llama"), (str(path),))
+
+
+def test_data_of_the_hub_that_cannot_be_reached_are_told_of(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    path = task_file(tmp_path)
+    plain = yaml.safe_load(path.read_text()) | {"dataset_path": "nobody/no-such-data"}
+    del plain["dataset_kwargs"]
+    path.write_text(yaml.safe_dump(plain))
+    with pytest.raises(InputError, match=r"evaluate: tasks: lm-eval cannot read the data of which_is_better"):
+        tasks.run(checkpoint("llama"), (str(path),))

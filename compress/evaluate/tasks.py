@@ -36,7 +36,13 @@ def run(folder: Path, tasks: tuple[str, ...], limit: int | None = None) -> dict[
     from lm_eval.models.huggingface import HFLM
 
     model = HFLM(pretrained=str(folder), device=str(device()), batch_size=8)
-    results: dict[str, Any] = simple_evaluate(model=model, tasks=names, task_manager=manager, limit=limit, bootstrap_iters=0)["results"]
+    try:
+        results: dict[str, Any] = simple_evaluate(model=model, tasks=names, task_manager=manager, limit=limit, bootstrap_iters=0)["results"]
+    except OSError as error:  # what datasets and hub raise, without a network too
+        reason = " ".join(f"{type(error).__name__} {error}".split())[:300]
+        raise InputError.one(
+            "evaluate: tasks", f"lm-eval cannot read the data of {', '.join(names)} ({reason})", "is there a network, and the data set?"
+        ) from error
     return {
         task: {
             metric.partition(",")[0]: float(value)

@@ -10,10 +10,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, Self, runtime_checkable
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
+from pydantic import BaseModel, Field, PrivateAttr, field_validator, model_validator
 
 from compress.errors import InputError, Problems
 from compress.layout import Group, Layout, Linear
+from compress.options import Options
 from compress.scheme import FLOAT_FORMATS, CacheScheme, Scheme
 
 if TYPE_CHECKING:
@@ -129,10 +130,8 @@ class Branching(Protocol):
 Bits = Annotated[int, Field(ge=2, le=8)]
 
 
-class Selecting(BaseModel):
+class Selecting(Options):
     """Options of every pass that takes some of the linears."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     include: tuple[str, ...] = Field(default=(), description="take only linears that match: shell patterns, or `re:` and a regular expression")
     exclude: tuple[str, ...] = Field(default=(), description="leave out linears that match, same patterns")
@@ -294,10 +293,9 @@ class Refining(Protocol):
         """What becomes of the linears quantised so far, where that changes."""
 
 
-class Restructure(BaseModel):
+class Restructure(Options):
     """Options of every pass after which tensors have other shapes: it turns one checkpoint into another, which is all that later passes see."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     stage: ClassVar[str] = "restructure"
     verb: ClassVar[str]
     """What the ledger says it did to a tensor."""
@@ -407,10 +405,9 @@ class FewerExperts(Restructure):
         """The experts it kept, by block."""
 
 
-class Rewrite(BaseModel):
+class Rewrite(Options):
     """Options of every pass that changes weights, but neither shapes nor how they are stored."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     stage: ClassVar[str]
     verb: ClassVar[str]
     """What the ledger says it did to a tensor."""

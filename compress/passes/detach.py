@@ -16,10 +16,11 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from compress.errors import Problems
 from compress.layout import Layout
+from compress.options import Options
 from compress.scheme import Scheme
 
 if TYPE_CHECKING:
@@ -65,10 +66,9 @@ class Choice:
         return (score.abs() >= self.threshold) & (score != 0)
 
 
-class Pass(BaseModel):
+class Pass(Options):
     """Store residuals for the weights whose rounding costs most."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     stage: ClassVar[str] = "quantize"
 
     share: float = Field(

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from compress.errors import InputError, Problems
 from compress.layout import Layout
+from compress.options import Options
 from compress.scheme import CacheScheme, Scheme
 
 if TYPE_CHECKING:
@@ -23,10 +24,9 @@ if TYPE_CHECKING:
     from compress.probe import Probe
 
 
-class Pass(BaseModel):
+class Pass(Options):
     """Give every block one scale for its keys and one for its values, or one for each head."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     stage: ClassVar[str] = "cache"
     needs_data: ClassVar[bool] = True
 
