@@ -427,7 +427,7 @@ def curvature(folder: Path, samples: Any) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("model", ["llama", "qwen3_moe"])
+@pytest.mark.parametrize("model", ["llama", "qwen3_moe", "qwen2_moe", "olmoe"])
 def test_second_order_scores_are_those_of_the_gram_matrix_of_gradients(model: str, checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     keep = {"expert_channel" if "moe" in model else "ffn_channel": 0.5}
     compress(pruning(method="heapr", keep=keep), checkpoint(model), tmp_path / "out")
