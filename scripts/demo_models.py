@@ -66,7 +66,7 @@ def build_text_model(kind: str) -> PreTrainedModel:
         num_experts_per_tok=4,
         moe_intermediate_size=128,
         norm_topk_prob=True,
-        router_aux_loss_coef=0.1,
+        router_aux_loss_coef=0.0,
     )
     return Qwen3MoeForCausalLM(config)
 

@@ -64,7 +64,15 @@ from transformers import (
 DEMO = Path(__file__).resolve().parent.parent / "compress" / "demo"
 MAX_SHARD = "8600KB"  # with the header, every file stays below 9,000,000 bytes
 
+# Without the instructions for it, bfloat16 takes twenty times as long as float32.
+COMPUTE = torch.bfloat16 if "AVX512" in torch.backends.cpu.get_cpu_capability() else torch.float32
+
 ModelT = TypeVar("ModelT", bound=torch.nn.Module)
+
+
+def mixed_precision() -> torch.autocast:
+    """Autocast to bfloat16 where the processor has it."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=COMPUTE is torch.bfloat16)
 
 
 # --- optimisation -----------------------------------------------------------------------------
@@ -72,7 +80,7 @@ ModelT = TypeVar("ModelT", bound=torch.nn.Module)
 
 def orthogonalise(stack: Tensor) -> Tensor:
     """Push the singular values of every matrix in ``stack`` towards 1 (Newton-Schulz)."""
-    x = stack.bfloat16()
+    x = stack.to(COMPUTE)
     tall = x.size(-2) > x.size(-1)
     if tall:
         x = x.mT
@@ -213,29 +221,19 @@ def copy_matching(model: PreTrainedModel, directory: Path) -> None:
     print(f"{len(shared)} of {len(own)} tensors start from {directory.name}")
 
 
-@torch.no_grad()
-def balance_routers(model: PreTrainedModel, batch: Tensor, rounds: int = 400) -> None:
-    """Shift each router until every expert is chosen about equally often on ``batch``, and freeze it.
+def balance_loss(routers: tuple[Tensor, ...], chosen: int) -> Tensor:
+    """Load-balancing loss of logits [tokens, experts] a layer, summed over layers (arXiv 2101.03961, section 2.2); 1 a layer is even.
 
-    The auxiliary loss is content with a router whose mean probabilities are even, though some experts never reach the top: it
-    multiplies the two. A shift along the mean input acts like a bias, which this architecture has not.
+    transformers pools the layers before it multiplies shares by probabilities, so that an expert idle in one layer is
+    outweighed by its namesake in another: demonstration models trained with that loss left experts of single layers unused.
     """
-    for layer in model.model.layers:
-        seen: list[Tensor] = []
-        router = layer.mlp.gate
-        hook = router.register_forward_pre_hook(lambda _, given, into=seen: into.append(given[0].reshape(-1, given[0].shape[-1])))
-        model(input_ids=batch)
-        hook.remove()
-        inputs = torch.cat(seen).float()
-        mean = inputs.mean(0)
-        along = mean / mean.square().sum()
-        experts, chosen = router.weight.shape[0], router.top_k
-        for index in range(rounds):
-            picks = (inputs @ router.weight.T).topk(chosen).indices.flatten()
-            share = torch.bincount(picks, minlength=experts) / len(picks) * experts
-            router.weight -= 0.3 * (1 - index / rounds) * (share - 1)[:, None] * along
-        router.weight.requires_grad_(False)
-        print(f"router balanced to {share.min():.2f} to {share.max():.2f} of an even share", flush=True)
+    total = torch.zeros(())
+    for logits in routers:
+        probabilities = logits.float().softmax(-1)
+        experts = logits.shape[-1]
+        share = torch.bincount(probabilities.topk(chosen).indices.flatten(), minlength=experts) / (len(logits) * chosen)
+        total = total + experts * (share * probabilities.mean(0)).sum()
+    return total
 
 
 def save(
@@ -291,17 +289,18 @@ def train_text(args: argparse.Namespace) -> None:
         copy_matching(model, directory)
     stream = training_tokens(args.data, tokenizer, args.cache)
     batches = text_batches(stream, batch=8, seed=args.seed)
-    if args.balance_routers:
-        balance_routers(model, torch.cat([next(batches) for _ in range(4)]))
     valid = encode_books(tokenizer, read_books(args.data / "books-valid.txt.xz"))
     best = math.inf
 
     def losses() -> tuple[Tensor, int]:
         batch = next(batches)
-        with torch.autocast("cpu", torch.bfloat16):
-            # The auxiliary loss keeps the router from leaving experts unused.
-            router = {"output_router_logits": True} if args.command == "moe" else {}
-            return model(input_ids=batch, labels=batch, **router).loss, batch.numel()
+        with mixed_precision():
+            if args.command == "dense":
+                return model(input_ids=batch, labels=batch).loss, batch.numel()
+            # The factor of zero keeps transformers' own balancing loss, which pools the layers, out of the sum.
+            outputs = model(input_ids=batch, labels=batch, output_router_logits=True)
+            balance = balance_loss(outputs.router_logits, model.config.num_experts_per_tok)
+            return outputs.loss + args.balance * balance, batch.numel()
 
     def export(candidate: PreTrainedModel, tokens: int) -> None:
         nonlocal best
@@ -327,7 +326,7 @@ def train_tower(model: LlavaForConditionalGeneration, rng: np.random.Generator, 
 
     def losses() -> tuple[Tensor, int]:
         pixels, labels = tower_batch(rng, 64)
-        with torch.autocast("cpu", torch.bfloat16):
+        with mixed_precision():
             return teacher(pixels, labels), labels.numel()
 
     def report(candidate: torch.nn.Module, tokens: int) -> None:
@@ -355,7 +354,7 @@ def train_vlm(args: argparse.Namespace) -> None:
     step, best = itertools.count(), math.inf
 
     def losses() -> tuple[Tensor, int]:
-        with torch.autocast("cpu", torch.bfloat16):
+        with mixed_precision():
             if next(step) % args.text_every == args.text_every - 1:
                 batch = next(texts)
                 return model(input_ids=batch, labels=batch).loss, batch.numel()
@@ -391,7 +390,8 @@ def parse_args() -> argparse.Namespace:
         command.add_argument("--out", type=Path, required=True)
         command.add_argument("--tokenizer", type=Path, default=DEMO / "dense")
         command.add_argument("--init", type=Path, nargs="*", default=[], help="checkpoints to start from, in turn")
-        command.add_argument("--balance-routers", action="store_true", help="even out and freeze the routers first")
+        if name == "moe":
+            command.add_argument("--balance", type=float, default=0.01, help="factor of the routers' load-balancing loss")
         if name == "vlm":
             command.add_argument("--tower-minutes", type=float, default=4.0)
             command.add_argument("--text-every", type=int, default=3, help="every n-th batch is plain text")
