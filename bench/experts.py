@@ -29,14 +29,15 @@ def searched(keep: float, **options: Any) -> Passes:
     return [{"eep": {"keep": keep} | SEARCH | options}]
 
 
-def channels(method: str, keep: float) -> Passes:
-    return [{"prune_structured": {"method": method, "keep": {"expert_channel": keep}, "multiple_of": 16}}]
+def channels(method: str, keep: float, **options: Any) -> Passes:
+    return [{"prune_structured": {"method": method, "keep": {"expert_channel": keep}, "multiple_of": 16} | options}]
 
 
 ROWS: dict[str, Passes] = {
     **{f"three quarters/random-{seed}": experts("random", 0.75, seed=seed) for seed in range(10)},
     **{f"three quarters/{method}": experts(method, 0.75) for method in ("frequency", "reap", "man", "naee", "stun", "hc_smoe", "m_smoe")},
-    "three quarters/heapr": channels("heapr", 0.75),
+    "three quarters/heapr": channels("heapr", 0.75, widths="per_expert", multiple_of=8),
+    "three quarters/heapr, all as wide": channels("heapr", 0.75),
     **{f"half/random-{seed}": experts("random", 0.5, seed=seed) for seed in range(3)},
     **{
         f"half/{method}": experts(method, 0.5)
@@ -46,7 +47,8 @@ ROWS: dict[str, Passes] = {
     "half/eep": searched(0.5),
     "half/eep, full": searched(0.5, mode="full"),
     "half/eep for pairs": searched(0.5, fitness="margin", pairs="demo:pairs"),
-    "half/heapr": channels("heapr", 0.5),
+    "half/heapr": channels("heapr", 0.5, widths="per_expert", multiple_of=8),
+    "half/heapr, all as wide": channels("heapr", 0.5),
     "half/taylor, channels": channels("taylor", 0.5),
     "active/2 of 4": experts("random", 1.0, active=2),
     "active/2 of 4, eep": [{"eep": {"keep": 1.0, "active": 2, "merge": 160}}],

@@ -1,7 +1,7 @@
 """Marginal cost of one more block, beside the rivals: GPTQ of a random-weight Llama, or of a mixture of experts, wall and CPU seconds.
 
     python bench/speed.py --tokenizer DIR --venvs DIR --json speed.json
-    python bench/speed.py moe --tokenizer DIR --venvs DIR --json speed-moe.json --layers-of 1 2
+    python bench/speed.py moe --tokenizer DIR --venvs DIR --json speed-moe.json --layers-of 1 2 --pass '{pool: true}'
 
 The cost of a block is the difference of two runs of unlike depth over the difference in blocks, each run a process of its own, so
 that imports, loading and saving what every model has fall out. The sides take turns, so that a machine that slows down slows down

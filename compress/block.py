@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 EXACT = "weight_exact"
 """Part of a linear in a block file: its dense weight, if one pass both changed and quantised it."""
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+WIDTHS = "widths"
+"""What the module of experts that differ in width has beside its parameters: the width of each."""
 Recorder = Callable[[int, Tensor, Tensor], None]
 Change = tuple[Tensor, Tensor | None]
 """What inputs [..., columns] are multiplied by, and what is added then, each [columns]."""
@@ -105,7 +107,8 @@ def experts_forward(self: Any, hidden: Tensor, top_k_index: Tensor, top_k_weight
 def gated_by(experts: Any, expert: int, inputs: Tensor) -> Tensor:
     """What the last linear of an expert is given, [tokens, width], when the expert is given ``inputs`` [tokens, hidden]."""
     gated: Tensor = experts._apply_gate(_product(experts, "gate_up_proj", expert, inputs))
-    return gated
+    widths: list[int] | None = getattr(experts, WIDTHS, None)
+    return gated if widths is None else gated[:, : widths[expert]]
 
 
 def given_by(experts: Any, expert: int, gated: Tensor) -> Tensor:
@@ -115,7 +118,8 @@ def given_by(experts: Any, expert: int, gated: Tensor) -> Tensor:
 
 def _product(experts: Any, name: str, expert: int, inputs: Tensor) -> Tensor:
     weight = getattr(experts, name)[expert]
-    outputs = inputs @ weight if experts.is_transposed else nn.functional.linear(inputs, weight)
+    width = inputs.shape[-1]  # what is behind the width of an expert is zero
+    outputs = inputs @ weight[:width] if experts.is_transposed else nn.functional.linear(inputs, weight[:, :width])
     return outputs + getattr(experts, f"{name}_bias")[expert] if experts.has_bias else outputs
 
 
@@ -147,16 +151,29 @@ class Cache:
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a tensor on disk lives in memory: a parameter or buffer of the block's module, or in what that holds of one expert the `member`."""
+    """Where a tensor on disk lives in memory: a parameter or buffer of the block's module, or in what that holds of one expert the `member`.
+
+    With an `extent` it is the first of that along each dimension, and what is behind it is zero.
+    """
 
     parameter: str
     expert: int | None = None
     member: Member | None = None
+    extent: tuple[int, ...] | None = field(default=None, compare=False)
 
     def view(self, module: nn.Module) -> Tensor:
         owner, _, leaf = self.parameter.rpartition(".")
         data = cast(Tensor, getattr(module.get_submodule(owner), leaf)).data
-        return data if self.member is None else self.member.view(data[self.expert])
+        found = data if self.member is None else self.member.view(data[self.expert])
+        return found if self.extent is None else found[tuple(map(slice, self.extent))]
+
+    def filled(self, part: Tensor, module: nn.Module) -> Tensor:
+        """``part``, of the `extent`, with zeros behind it as in memory."""
+        if self.extent is None:
+            return part
+        whole = replace(self, extent=None).view(module).shape
+        behind = [size - had for size, had in zip(whole, self.extent, strict=True)]
+        return nn.functional.pad(part, [each for size in reversed(behind) for each in (0, size)])
 
 
 class Block:
@@ -535,7 +552,7 @@ class Block:
             members: dict[int, dict[int, Tensor]] = {}
             for slot in self._slots.values():
                 if slot.parameter == parameter and slot.member and slot.expert is not None:
-                    members.setdefault(slot.expert, {})[slot.member.half or 0] = known.get(slot, slot.view(self.module))
+                    members.setdefault(slot.expert, {})[slot.member.half or 0] = slot.filled(known.get(slot, slot.view(self.module)), self.module)
             stacked = parameter.rpartition(".")[2]
             experts = [[halves[half] for half in sorted(halves)] for _, halves in sorted(members.items())]
             replaced[parameter] = torch.stack([joined(self._experts, stacked, parts_) for parts_ in experts])

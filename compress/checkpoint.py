@@ -49,10 +49,13 @@ CAST_AT_ONCE = 1 << 20
 """Elements of a tensor that is written in another dtype than it is stored in, held at a time."""
 PER_LAYER = "per_layer_config"
 """Where a config of transformers says what differs by block. Its model classes do not read it yet, and fail."""
-LOW_RANK, MAPPED = "compress_low_rank", "compress_mapped_routers"
-WRAPPED = (LOW_RANK, MAPPED)
-"""The `model_type` of a checkpoint in which linears are two, or routers have maps. Its real config is inside, under ``original``: engines, which
-would make up numbers for what they do not find, and leave out what they do not know, with no more than a warning, know no such type and refuse it."""
+UNEVEN = "uneven_experts"
+"""Where a config says that experts differ in width; what it gives as their width is the largest."""
+LOW_RANK, MAPPED, OF_WIDTHS = "compress_low_rank", "compress_mapped_routers", "compress_uneven_experts"
+WRAPPED = (LOW_RANK, MAPPED, OF_WIDTHS)
+"""The `model_type` of a checkpoint in which linears are two, routers have maps or experts differ in width. Its real config is inside, under
+``original``: engines, which would make up numbers for what they do not find, and leave out what they do not know, with no more than a warning, know
+no such type and refuse it."""
 OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".pkl", ".safetensors")
 
 
@@ -271,10 +274,10 @@ def transformers_config(plain: Mapping[str, Any]) -> Any:
     """The config of transformers for a config.json, without what its classes fail over or would act on: widths by block and packed weights."""
     from transformers import CONFIG_MAPPING
 
-    config = {key: value for key, value in unwrapped(plain).items() if key not in (PER_LAYER, "quantization_config", BRANCHED)}
+    config = {key: value for key, value in unwrapped(plain).items() if key not in (PER_LAYER, UNEVEN, "quantization_config", BRANCHED)}
     for key, value in config.items():
         if isinstance(value, dict):
-            config[key] = {inner: copy.deepcopy(what) for inner, what in value.items() if inner != PER_LAYER}
+            config[key] = {inner: copy.deepcopy(what) for inner, what in value.items() if inner not in (PER_LAYER, UNEVEN)}
     return CONFIG_MAPPING[config["model_type"]].from_dict(config)
 
 

@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any
 
 from compress.arch.base import Arch, Fold, InputGroup, Unit, find
-from compress.checkpoint import BRANCHED, FLOATS, LOW_RANK, MAPPED, PER_LAYER, Checkpoint
+from compress.checkpoint import BRANCHED, FLOATS, LOW_RANK, MAPPED, OF_WIDTHS, PER_LAYER, UNEVEN, Checkpoint
 from compress.errors import InputError, Problem, Problems
 from compress.fused import apart
 
@@ -236,7 +236,12 @@ class Layout:
     @property
     def wrapped_as(self) -> str | None:
         """What config.json has to call the model so that no engine opens it that would compute something else, None if any may."""
-        return LOW_RANK if self.factored else MAPPED if self.mapped else None
+        return LOW_RANK if self.factored else MAPPED if self.mapped else OF_WIDTHS if self.uneven else None
+
+    @property
+    def uneven(self) -> bool:
+        """Whether experts may differ in width."""
+        return self.text_config.get(UNEVEN) is True
 
     def unfactored(self, name: str) -> str:
         """What a tensor was called before its linear became two; of others their own name."""

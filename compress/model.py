@@ -9,6 +9,7 @@ import copy
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import Any, cast
@@ -18,7 +19,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
 from compress import declared, fused, hardware
-from compress.block import DTYPES, EXACT, Block, Cache, Slot, experts_forward
+from compress.block import DTYPES, EXACT, WIDTHS, Block, Cache, Slot, experts_forward
 from compress.checkpoint import (
     FLOATS,
     Checkpoint,
@@ -257,16 +258,33 @@ class Model:
                     continue
                 linear = self.layout.linears.get(name.removesuffix(".weight"))
                 shape = (linear.rows, linear.columns) if linear else self.tensors[name].shape
-                if shape != (wanted := tuple(slot.view(module).shape)):
+                wanted = tuple(slot.view(module).shape)
+                if shape != wanted and self.layout.uneven and slot.expert is not None and _narrower(shape, wanted):
+                    slot = replace(slot, extent=shape)
+                elif shape != wanted:
                     problems.add(
                         name, f"has the shape {list(shape)}, config.json makes it {list(wanted)}", "do config.json and the weights belong together?"
                     )
                 found[name] = slot
+            if self.layout.uneven and block.experts:
+                self._set_widths(block, module, problems)
             for slot in sorted(needed.keys() - found.values(), key=lambda slot: needed[slot]):
                 problems.add(f"{block.prefix}.{needed[slot]}", "is missing from the checkpoint", "is the download complete?")
             slots.append(found)
         problems.raise_if_any()
         return slots
+
+    def _set_widths(self, block: BlockLayout, module: nn.Module, problems: Problems) -> None:
+        """Tell the module of experts that differ in width the width of each."""
+        table = self.layout.arch.experts
+        assert table
+        widths = []
+        for expert in block.experts:
+            first, *others = (self.layout.linears[f"{block.prefix}.{table.prefix}.{expert}.{name}"] for name in (table.down, table.gate, table.up))
+            if any(linear.rows != first.columns for linear in others):
+                problems.add(first.name, f"reads {first.columns} channels, of which the expert makes {others[0].rows}", "fetch the checkpoint again")
+            widths.append(first.columns)
+        setattr(module.get_submodule(table.module), WIDTHS, widths)
 
     def _check_cache_scales(self, problems: Problems) -> None:
         for name in sorted(self.layout.cache_scales):
@@ -485,13 +503,16 @@ class Model:
 
     def _make_room(self, module: nn.Module, slots: Iterable[Slot]) -> None:
         """Give a module of transformers memory for what lives in `slots`."""
+        slots = list(slots)
+        padded = {slot.parameter for slot in slots if slot.extent}
         for name in dict.fromkeys(slot.parameter for slot in slots):
             owner, _, leaf = name.rpartition(".")
             holder = module.get_submodule(owner)
             if leaf in holder._buffers:  # what routers choose by, which transformers keeps in float32
                 holder._buffers[leaf] = torch.empty_like(holder.get_buffer(leaf), dtype=torch.float32, device=self.device)
             else:
-                empty = torch.empty(holder.get_parameter(leaf).shape, dtype=self.dtype, device=self.device)
+                make = torch.zeros if name in padded else torch.empty
+                empty = make(holder.get_parameter(leaf).shape, dtype=self.dtype, device=self.device)
                 holder._parameters[leaf] = nn.Parameter(empty, requires_grad=False)
 
     def settled(
@@ -606,6 +627,12 @@ def _with(config: Any, changes: dict[str, Any]) -> Any:
     for key, value in changes.items():
         setattr(changed, key, value)
     return changed
+
+
+def _narrower(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    """Whether a tensor is as wanted but for one dimension, in which it is smaller."""
+    differing = [(one, other) for one, other in zip(shape, wanted, strict=False) if one != other]
+    return len(shape) == len(wanted) and len(differing) == 1 and 0 < differing[0][0] < differing[0][1]
 
 
 def _replace(module: nn.Module, name: str, by: nn.Module) -> None:

@@ -341,6 +341,9 @@ def check(recipe: Recipe, layout: Layout, place: str, *, done: int = 0) -> dict[
         before = len(problems)
         found.append(layout)
         step.check(where, layout, problems)
+        if layout.uneven and (taken := sorted(step.plan(layout).keys() & layout.of_experts)):
+            what = f"{taken[0]} is of an expert that differs in width from others, which no kernel takes in few bits"
+            problems.add(where, what, "exclude '*.experts.*', or take widths: uniform")
         if isinstance(step, Allocator):
             allocators += 1
             if allocators > 1:

@@ -7,7 +7,7 @@ widths, any engine loads it.
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from compress.arch.base import Unit
-from compress.checkpoint import PER_LAYER, Checkpoint, TensorInfo
+from compress.checkpoint import PER_LAYER, UNEVEN, Checkpoint, TensorInfo
 from compress.layout import MAP, BlockLayout, Layout, Units
 
 
@@ -114,6 +114,9 @@ def reshaped(layout: Layout, tensors: Mapping[str, TensorInfo]) -> Layout:
     declared: dict[int, dict[str, Any]] = {index: dict(changes) for index, changes in layout.of_blocks.items()}
     for unit in layout.arch.units:
         counts = {block.index: count for block in layout.blocks if (count := _count(block, unit.kind, checkpoint, merged)) is not None}
+        if any(len(widths) > 1 for block in layout.blocks if (widths := set(_counts(block, unit.kind, checkpoint, merged)))):
+            text[UNEVEN] = True
+            counts = dict.fromkeys(counts, max(max(_counts(block, unit.kind, checkpoint, merged), default=0) for block in layout.blocks))
         if all(count == layout.setting(unit.count, index) for index, count in counts.items()):
             continue
         sole = set(counts.values())
@@ -140,11 +143,15 @@ def _may_be_for_all(layout: Layout, unit: Unit, count: int) -> bool:
 
 def _count(block: BlockLayout, kind: str, before: Checkpoint, now: Mapping[str, TensorInfo]) -> int | None:
     """How many units of a kind a block is left with, by the shape of their rows; None if it has none of the kind."""
-    units = next((units for units in block.units if units.kind == kind), None)
-    if units is None:
-        return None
-    name = f"{units.rows[-1]}.weight"
-    return now[name].shape[0] * units.count // before.tensors[name].shape[0]
+    return next(_counts(block, kind, before, now), None)
+
+
+def _counts(block: BlockLayout, kind: str, before: Checkpoint, now: Mapping[str, TensorInfo]) -> Iterator[int]:
+    """The same of each expert of the block."""
+    for units in block.units:
+        if units.kind == kind:
+            name = f"{units.rows[-1]}.weight"
+            yield now[name].shape[0] * units.count // before.tensors[name].shape[0]
 
 
 def without_blocks(layout: Layout, dropped: Collection[int]) -> Layout:

@@ -52,7 +52,7 @@ def check(place: str, layout: Layout, plan: dict[str, Scheme], problems: Problem
             problems.add(place, f"the experts of {block.prefix} get different schemes", "engines hold them in one tensor: treat them alike")
         if any(kind and not kind[0].symmetric for kind in schemes):
             problems.add(place, f"the experts of {block.prefix} are asymmetric; transformers ignores zero points of experts", "set symmetric: true")
-        if kinds and schemes == {None} and not _reads_joined(layout):
+        if kinds and schemes == {None} and not _reads_joined(layout) and not layout.wrapped_as:
             dense.append(block.prefix)
         of_experts.append(schemes)
     if dense:
@@ -72,6 +72,8 @@ def verdicts(layout: Layout, plan: dict[str, Scheme], cache: CacheScheme | None 
     """For each serving engine, whether and how it reads the artifact, as far as its loader's rules tell."""
     if layout.mapped:
         return {"compress": "loads"} | dict.fromkeys(("transformers", "vLLM", "SGLang"), "refuses routers with maps")
+    if layout.uneven:
+        return {"compress": "loads"} | dict.fromkeys(("transformers", "vLLM", "SGLang"), "refuses experts of different widths")
     if layout.factored:
         return {"compress": "loads"} | dict.fromkeys(("transformers", "vLLM", "SGLang"), "refuses linears that are two of low rank")
     if layout.of_blocks:

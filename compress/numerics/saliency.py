@@ -71,8 +71,9 @@ def first_order(weights: Sequence[Tensor], gradients: Sequence[Tensor], count: i
 class SecondOrder:
     """What the loss would change by without a channel, to second order, from what it is and the gradient in it (HEAPr, arXiv 2509.22299 section 3).
 
-    ``1/2 mean(a^2) mean(g^2)``: ``g`` is the product of what reads the channel with the gradient of the output, so its square is what the paper
-    takes from the Gram matrix of output gradients, which is never formed. [columns] float64.
+    ``n/2 mean(a^2) mean(g^2)`` of the ``n`` tokens that reached it, so that channels of experts compare: ``g`` is the product of what reads the
+    channel with the gradient of the output, so its square is what the paper takes from the Gram matrix of output gradients, which is never formed.
+    [columns] float64.
     """
 
     def __init__(self, columns: int, device: torch.device) -> None:
@@ -88,7 +89,7 @@ class SecondOrder:
 
     def score(self, count: int) -> Tensor:
         """[count]: sums over runs of channels."""
-        each = 0.5 * self._inputs * self._gradients / max(1, self.tokens) ** 2
+        each = 0.5 * self._inputs * self._gradients / max(1, self.tokens)
         return each.view(count, -1).sum(1)
 
 

@@ -342,6 +342,8 @@ class FewerExperts(Restructure):
             problems.add(place, "the model has no routed experts", "leave the pass out, or use prune_structured")
         elif layout.mapped:
             problems.add(place, "the model's routers have maps, by which experts are no longer told apart", "start from the original checkpoint")
+        elif layout.uneven:
+            problems.add(place, "the experts differ in width, and cannot be exchanged for one another", "prune experts first, then their channels")
         elif len(counts) > 1:
             problems.add(place, f"blocks have different numbers of experts: {sorted(counts)}", "this is not supported")
         else:

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 
 Kind = Literal["kv_group", "query_head", "ffn_channel", "shared_channel", "expert_channel"]
 Share = Annotated[float, Field(gt=0, le=1)]
-DEFAULT_KINDS = ("kv_group", "ffn_channel", "shared_channel", "expert_channel")
+EXPERT_CHANNEL = "expert_channel"
+DEFAULT_KINDS = ("kv_group", "ffn_channel", "shared_channel", EXPERT_CHANNEL)
 WITHOUT_DATA = ("magnitude", "random")
 COMPENSATING = ("flap", "ddp")
 KEPT, GATES, SCALES = "kept.safetensors", "gates.safetensors", "scales.safetensors"
@@ -58,10 +59,10 @@ class Pass(Restructure):
         "`expert_channel`",
     )
     multiple_of: int = Field(default=128, ge=1, description="widths of MLPs and experts are rounded to multiples of this")
-    widths: Literal["uniform", "per_layer"] = Field(
+    widths: Literal["uniform", "per_layer", "per_expert"] = Field(
         default="uniform",
-        description="`uniform`: all blocks alike, which every engine loads; `per_layer`: where the model needs them most, for as many parameters, "
-        "which only this program loads",
+        description="`uniform`: all blocks alike, which every engine loads; `per_layer`: where the model needs them most, for as many parameters; "
+        "`per_expert`: so among all experts, by `heapr`. Only this program loads the last two",
     )
     compensate: bool = Field(
         default=False,
@@ -116,6 +117,13 @@ class Pass(Restructure):
             problems.add(
                 f"{place}: keep", f"heapr judges channels, not {' or '.join(heads)}", "name the kinds it is to take: keep: {ffn_channel: ...}"
             )
+        if self.widths == "per_expert" and (self.method != "heapr" or shares.keys() != {EXPERT_CHANNEL}):
+            what = "per_expert compares channels of all experts, which heapr's scores alone can be"
+            problems.add(f"{place}: widths", what, "set method: heapr and keep: {expert_channel: ...}, or widths: per_layer")
+        elif self.widths == "per_expert" and layout.arch.experts and layout.arch.experts.fused:
+            problems.add(f"{place}: widths", f"the experts of a {layout.arch.model_type} are one tensor on disk", "set widths: uniform")
+        if layout.uneven and self.widths != "per_expert" and EXPERT_CHANNEL in shares:
+            problems.add(f"{place}: widths", "experts differ in width already", "set widths: per_expert")
         distinct = {(units.kind, units.count): units for block in layout.blocks for units in block.units if units.kind in shares}
         for (kind, count), units in distinct.items():
             self._check_count(place, kind, count, units, layout, problems)
@@ -178,6 +186,10 @@ class Pass(Restructure):
         from compress.reshape import narrowed, reshaped
 
         counts = self._uniform(layout)
+        if self.widths == "per_expert":
+            # Whatever comes out, they are multiples, and not alike.
+            one = next(name for name, count in counts.items() if count > 1)
+            counts[one] = max(1, counts[one] - 1)
         if self.widths == "per_layer":
             # Whatever comes out, widths are multiples; that of the first block stands for those that are odd ones.
             first = [units for units in layout.blocks[0].units if counts.get(units.name, units.count) < units.count]
@@ -321,9 +333,23 @@ class Pass(Restructure):
         """Indices of what stays, in order, by name of the units."""
         from compress.numerics.saliency import best
 
-        counts = self._uniform(layout) if self.widths == "uniform" else self._shared_out(layout, scores)
+        if self.widths == "uniform":
+            counts = self._uniform(layout)
+        else:
+            counts = self._shared_out(layout, scores) if self.widths == "per_layer" else self._among_experts(layout, scores)
         every = [units for block in layout.blocks for units in block.units if units.name in scores]
         return {units.name: best(scores[units.name], counts[units.name], units.parts) for units in every}
+
+    def _among_experts(self, layout: Layout, scores: Scores) -> dict[str, int]:
+        """How many channels of each expert stay when those of all compete, for as many parameters as if all were alike; a step of each at least."""
+        from compress.numerics.saliency import Choice, share_out
+        from compress.reshape import parameters
+
+        uniform = self._uniform(layout)
+        every = [units for block in layout.blocks for units in block.units if units.name in scores]
+        costs = {units.name: parameters(layout, units) for units in every}
+        choices = {units.name: Choice(scores[units.name], costs[units.name], self._step(units), self._step(units)) for units in every}
+        return share_out(choices, sum(costs[units.name] * (units.count - uniform[units.name]) for units in every))
 
     def _shared_out(self, layout: Layout, scores: Scores) -> dict[str, int]:
         """How many of each units stay when all blocks and kinds compete, for as many parameters as if all blocks were alike."""
