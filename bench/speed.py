@@ -47,7 +47,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--layers-of", type=int, nargs=2, default=(2, 4), metavar=("FEW", "MANY"), help="blocks of the two runs")
+    parser.add_argument(
+        "--layers-of", type=int, nargs="+", default=(2, 4), metavar="BLOCKS", help="blocks of the two runs; of one, to take its whole cost"
+    )
     parser.add_argument("--rival-dtype", choices=("auto", "float32"), default="auto", help="what the rivals compute in")
     arguments = parser.parse_args()
     arguments.preset = arguments.preset or PRESETS[arguments.kind]
@@ -79,7 +81,14 @@ def measure(command: list[str | Path], side: str, out: Path) -> dict[str, Any]:
 
 
 def marginal(runs: dict[int, list[dict[str, Any]]], key: str) -> dict[str, Any]:
-    """Cost of a block by repeat and in the median, of `key` ("seconds" or "cpu_seconds"); {} unless every run worked."""
+    """Cost of a block by repeat and in the median, of `key` ("seconds" or "cpu_seconds"); {} unless every run worked.
+
+    Of one depth it is that of the whole run, imports, loading and saving included.
+    """
+    if len(runs) == 1:
+        ((layers, several),) = runs.items()
+        each = [run[key] / layers for run in several if "error" not in run]
+        return {"median": statistics.median(each), "each": each} if len(each) == len(several) else {}
     fewer, more = sorted(runs)
     pairs = list(zip(runs[fewer], runs[more], strict=True))
     if any("error" in run for pair in pairs for run in pair):

@@ -138,6 +138,7 @@ def speed(document: dict[str, Any]) -> Rows:
     for key, name in (("cpu_seconds", "CPU seconds"), ("seconds", "wall seconds")):
         shown = {tool: f"{side[key]['median']:.1f}" if side.get(key) else brief(side["status"]) for tool, side in document["sides"].items()}
         mlp = f"{experts} experts of {shape['ffn']}" if (experts := shape.get("experts")) else f"MLP {shape['ffn']}"
+        name += ", whole run" if len(shape["layers"]) == 1 else ""
         rows.append((f"GPTQ of one {'Qwen3-MoE' if experts else 'Llama'} block ({shape['hidden']} wide, {mlp}), {name}", shown))
     return rows
 

@@ -18,8 +18,9 @@ from transformers import AutoModelForCausalLM
 from compress import runtime
 from compress.backsweep import mean_loss
 from compress.checkpoint import Checkpoint
-from compress.data import Sample, Samples, Tokenizer, calibration, divided
+from compress.data import Samples, Tokenizer, calibration, divided
 from compress.errors import InputError
+from compress.evaluate.scoring import last_hidden
 from compress.evolution import Gene
 from compress.fitness import Mixture, likelihood
 from compress.layout import Layout
@@ -106,11 +107,13 @@ def test_quantised_experts_behind_a_map_run_packed(checkpoint: Callable[..., Pat
     steps = searching(mode="full")
     steps["passes"].append({"rtn": {"bits": 4, "group_size": 32}})
     compress(steps, checkpoint("qwen3_moe"), tmp_path / "out")
-    sample = tiny.samples().items[0].ids[None]
+    sample = tiny.samples().items[0]
     model = Model(Layout(Checkpoint(tmp_path / "out")))
     with torch.no_grad():
-        loss = runtime.load(tmp_path / "out")(input_ids=sample, labels=sample).loss
-    assert float(loss) == pytest.approx(mean_loss(model, Samples("one", (Sample.of(sample[0].tolist()),))), abs=2e-3)
+        expected = model.logits(last_hidden(model, Samples("one", (sample,)))[0][0])
+        found = runtime.load(tmp_path / "out")(input_ids=sample.ids[None]).logits[0]
+    # Where two experts are nearly tied, rounding decides which is chosen.
+    assert float((found - expected).abs().amax(-1).median() / expected.abs().max()) < 5e-4
 
 
 @pytest.mark.parametrize("kind", ["deepseek_v3", "gpt_oss"])
