@@ -60,7 +60,7 @@ def documents() -> list[tuple[str, dict[str, Any]]]:
     ]
     return [
         ("quality", {"stamp": STAMP, "protocol": protocol, "baseline": baseline, "results": rows}),
-        ("speed", {"stamp": STAMP, "protocol": {"shape": {"hidden": 2048, "ffn": 5632}}, "sides": sides}),
+        ("speed", {"stamp": STAMP, "protocol": {"shape": {"hidden": 2048, "ffn": 5632, "layers": [2, 4]}}, "sides": sides}),
         ("memory", {"stamp": STAMP, "checkpoint_bytes": 6 * 10**9, "ratio": 0.2, "run": {"peak_rss_bytes": 12 * 10**8}}),
         ("kill", {"kills": 30, "identical": 30}),
         ("gemv", {"stamp": STAMP, "results": shares, "batches": [{"inputs": 16, "rows": 64, "columns": 32, "milliseconds": taken}]}),
