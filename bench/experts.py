@@ -50,6 +50,8 @@ ROWS: dict[str, Passes] = {
     "half/heapr": channels("heapr", 0.5, widths="per_expert", multiple_of=8),
     "half/heapr, all as wide": channels("heapr", 0.5),
     "half/taylor, channels": channels("taylor", 0.5),
+    **{f"quarter/{method}": experts(method, 0.25) for method in ("frequency", "reap", "gated_ean", "naee")},
+    "quarter/eep for pairs": searched(0.25, fitness="margin", pairs="demo:pairs", held_out=0.3),
     "active/2 of 4": experts("random", 1.0, active=2),
     "active/2 of 4, eep": [{"eep": {"keep": 1.0, "active": 2, "merge": 160}}],
     "quantised/reap, half, then W4": [*experts("reap", 0.5), {"gptq": {"group_size": 32, "fallback": "round"}}],

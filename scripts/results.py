@@ -94,6 +94,7 @@ TABLES = {
 EXPERT_TABLES = {
     "three quarters": "three quarters of the experts, or of their channels",
     "half": "half of the experts, or of their channels",
+    "quarter": "a quarter of the experts",
     "active": "two experts to a token instead of four",
     "quantised": "half of the experts, the rest in 4 bits",
 }
@@ -108,8 +109,9 @@ def pruning(document: dict[str, Any]) -> Rows:
 def experts(document: dict[str, Any]) -> Rows:
     """The same of experts, and what is lost of a task, in percent of its items."""
     rows = _losses(document, EXPERT_TABLES)
-    if shown := _by_method(document, "half", "accuracy_drop", 100):
-        rows.append(("half of the experts, points of accuracy lost on minimal pairs", {OURS: shown}))
+    for table in ("half", "quarter"):
+        if shown := _by_method(document, table, "accuracy_drop", 100):
+            rows.append((f"{EXPERT_TABLES[table].partition(',')[0]}, points of accuracy lost on minimal pairs", {OURS: shown}))
     return rows
 
 
