@@ -216,21 +216,25 @@ def windows(data: str, context: int, limit: int | None, tokenizer: Tokenizer, pl
 
 
 def sentence_pairs(data: str, tokenizer: Tokenizer) -> Samples:
-    """Minimal pairs, the good sentence before the bad one, from a ``.jsonl`` of ``good`` and ``bad``."""
+    """Minimal pairs, the good sentence before the bad one, from a ``.jsonl`` of ``good`` and ``bad``.
+
+    Their order is one by chance, always the same, so that a part of them has of everything that a file may be sorted by.
+    """
     place = f"evaluate: pairs: {data}"
     path = demo_data(data) if data.startswith(DEMO) else Path(data).expanduser()
     if not path.is_file():
         raise InputError.one(place, "no such file", "give a .jsonl file of good and bad sentences, or demo:pairs")
-    items = []
+    items: list[tuple[Sample, Sample]] = []
     for row in _json_lines(path, place):
         if not isinstance(row.get("good"), str) or not isinstance(row.get("bad"), str):
             raise InputError.one(place, f"a line without good and bad sentences: {row}")
         if not row["good"].strip() or not row["bad"].strip():
             raise InputError.one(place, f"a line with an empty good or bad sentence: {row}")
-        items += [Sample.of(tokenizer.encode(row["good"])), Sample.of(tokenizer.encode(row["bad"]))]
+        items.append((Sample.of(tokenizer.encode(row["good"])), Sample.of(tokenizer.encode(row["bad"]))))
     if not items:
         raise InputError.one(place, "holds no pairs", "each line is an object with good and bad")
-    return Samples(data, tuple(items))
+    random.Random(0).shuffle(items)
+    return Samples(data, tuple(sentence for pair in items for sentence in pair))
 
 
 def divided(samples: Samples, share: float, place: str) -> tuple[Samples, Samples]:

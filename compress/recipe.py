@@ -65,7 +65,7 @@ class Evaluation(Section):
     context: int = Field(default=512, ge=2, description="tokens per window; windows do not overlap")
     windows: int | None = Field(default=100, ge=1, description="at most this many windows; `null` for all")
     pairs: str | None = Field(default=None, min_length=1, description="minimal pairs (`.jsonl` of `good` and `bad`, or `demo:pairs`) for `accuracy`")
-    skip_pairs: int = Field(default=0, ge=0, description="leave out so many of the pairs, from the first on: those that a pass has learnt from")
+    skip_pairs: int = Field(default=0, ge=0, description="leave out so many of the pairs, those that a pass with `first` has learnt from")
     tasks: tuple[str, ...] = Field(default=(), description="lm-eval tasks: names, or paths of task files; the whole model is loaded for these")
 
 

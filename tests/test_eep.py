@@ -221,3 +221,15 @@ def test_it_is_judged_by_the_pairs_that_are_left(checkpoint: Callable[..., Path]
     evaluation = {"data": "demo:heldout", "context": 64, "windows": 2, "pairs": pairs, "skip_pairs": 6}
     result = compress(searching(fitness="margin", pairs=pairs, first=6) | {"evaluate": evaluation}, checkpoint("qwen3_moe"), tmp_path / "out")
     assert result["evaluation"]["protocol"]["accuracy"].startswith(f"share of the 2 pairs of {pairs} from number 7 on")
+
+
+def test_a_part_of_the_pairs_has_of_everything_that_a_file_is_sorted_by(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    rows = [{"good": f"{kind} {number} good", "bad": f"{kind} {number} bad"} for kind in ("cat", "dog") for number in range(50)]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = Tokenizer(checkpoint("qwen3_moe"))
+    pairs = sentence_pairs(str(path), tokenizer).items
+    first = [tuple(tokenizer.encode(row["good"])) for row in rows[:50]]
+    share = sum(tuple(item.ids.tolist()) in first for item in pairs[:50:2])
+    assert 5 < share < 20 and len(pairs) == 200
+    assert [item.ids.tolist() for item in sentence_pairs(str(path), tokenizer).items] == [item.ids.tolist() for item in pairs]

@@ -44,7 +44,9 @@ class Pass(FewerExperts):
     )
     pairs: str | None = Field(default=None, min_length=1, description="minimal pairs, a `.jsonl` of `good` and `bad`, or `demo:pairs`")
     first: int | None = Field(
-        default=None, ge=4, description="so many of the pairs, from the first on, leaving the others to evaluate by; all by default"
+        default=None,
+        ge=4,
+        description="so many of the pairs, of an order that is by chance but always the same, leaving the others to evaluate by; all by default",
     )
     mode: Literal["foldable", "full"] = Field(
         default="foldable",
