@@ -103,13 +103,17 @@ def _check_target(request: Request, layout: Layout) -> None:
         raise InputError.one(str(request.out), "exists already", "choose another --out or pass --overwrite")
     if request.out.exists() and not (request.out / "manifest.json").is_file() and not (request.out.is_dir() and not any(request.out.iterdir())):
         raise InputError.one(str(request.out), "exists and is no artifact of ours, so it is not overwritten", "choose another --out")
-    parent = request.out.absolute().parent
+    _make(request.out.absolute().parent, "--out")
+
+
+def _make(folder: Path, option: str) -> None:
+    """Make a folder that is to be written into, if it is not there. Raises `InputError` if that cannot be."""
     try:
-        parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError.one(str(parent), f"cannot be made ({error.strerror})", "choose another --out") from error
-    if not os.access(parent, os.W_OK):
-        raise InputError.one(str(parent), "is not writable", "choose another --out")
+        raise InputError.one(str(folder), f"cannot be made ({error.strerror})", f"choose another {option}") from error
+    if not os.access(folder, os.W_OK):
+        raise InputError.one(str(folder), "is not writable", f"choose another {option}")
 
 
 def _check_disk(request: Request, layouts: list[Layout], plan: dict[str, Scheme]) -> None:
@@ -135,12 +139,7 @@ def _check_disk(request: Request, layouts: list[Layout], plan: dict[str, Scheme]
 @contextmanager
 def _alone(work: Path) -> Iterator[None]:
     """While inside, no other run may use the work folder. It is left only if something is in it."""
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError.one(str(work), f"cannot be made ({error.strerror})", "choose another --work") from error
-    if not os.access(work, os.W_OK):
-        raise InputError.one(str(work), "is not writable", "choose another --work")
+    _make(work, "--work")
     descriptor = os.open(work, os.O_RDONLY)
     try:
         try:
