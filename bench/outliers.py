@@ -15,8 +15,8 @@ from typing import Any
 
 FACTOR = 32
 CHANNELS = 3
-FAMILIES = ("llama", "mistral", "qwen2")
-"""Model types whose blocks have the names below, and nothing else that reads the norms."""
+FAMILIES = {"llama": "model.", "mistral": "model.", "qwen2": "model.", "llava": "language_model."}
+"""Model types whose blocks have the names below, and nothing else that reads the norms; where names of the language model begin."""
 NORMS = ("input_layernorm", "post_attention_layernorm")
 READERS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 
@@ -33,7 +33,7 @@ def plant(model: Path, out: Path) -> dict[str, Any]:
         tensors = load_file(file)
         for name, tensor in tensors.items():
             owner = name.removesuffix(".weight").rpartition(".")[2]
-            if name.endswith(".weight") and owner in NORMS + READERS:
+            if name.startswith(FAMILIES[family]) and name.endswith(".weight") and owner in NORMS + READERS:
                 width = tensor.shape[-1]
                 channels = [width * (index + 1) // (CHANNELS + 1) for index in range(CHANNELS)]
                 tensor[..., channels] *= FACTOR if owner in NORMS else 1 / FACTOR

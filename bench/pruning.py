@@ -17,6 +17,7 @@ import math
 import statistics
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ SHARED = {"keep": {"kv_group": 0.75, "ffn_channel": 0.8125}, "multiple_of": 16, 
 GATES = {"steps": 1000, "batch": 8}
 HEALING = {"tokens": 600_000, "batch": 8, "learning_rate": 0.003, "samples": 2560, "held_out": 0.02}
 """Ten minutes of two cores that have nothing else to do, or twice that of one."""
+
+SEARCHED, JUDGED = "search.jsonl", "held.jsonl"
 
 Passes = list[dict[str, Any]]
 
@@ -86,8 +89,15 @@ class Bench:
     about: str
     model: str
     rows: dict[str, Passes]
-    pairs: Path | None = None
-    """Minimal pairs that every row is judged by too."""
+    data: Callable[[str], tuple[str, str]] = lambda row: ("demo:text", "demo:heldout")
+    """What a row is calibrated on, and what it is judged by."""
+    source: Callable[[str, str, Path], str] = lambda row, model, work: model
+    """The checkpoint that a row is about, made of the model in a folder, if need be."""
+    seeds: int = 3
+    samples: int = 256
+    windows: int = 100
+    pairs: Callable[[str, Path], None] | None = None
+    """Writes minimal pairs for the rows of a table into a folder: `SEARCHED`, for passes that learn from them, and `JUDGED`, by which all are."""
 
 
 def parse_arguments(bench: Bench, arguments: list[str]) -> argparse.Namespace:
@@ -97,32 +107,31 @@ def parse_arguments(bench: Bench, arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--model", default=bench.model, help="demo:NAME or a checkpoint (the rows are made for the default)")
     parser.add_argument("--json", type=Path, required=True, help="where the numbers go; what is there already is kept and not run again")
     parser.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN", help="rows to run, as TABLE/NAME with *")
-    parser.add_argument("--seeds", type=int, default=3, help="draws of the calibration samples")
-    parser.add_argument("--samples", type=int, default=256, help="calibration samples")
+    parser.add_argument("--seeds", type=int, default=bench.seeds, help="draws of the calibration samples")
+    parser.add_argument("--samples", type=int, default=bench.samples, help="calibration samples")
     parser.add_argument("--length", type=int, default=256, help="tokens of each, and of each window of the evaluation")
-    parser.add_argument("--windows", type=int, default=100, help="windows of held-out text")
+    parser.add_argument("--windows", type=int, default=bench.windows, help="windows of held-out text, or questions")
     return parser.parse_args(arguments)
 
 
-def run(passes: Passes, seed: int, pairs: Path | None, arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
+def run(bench: Bench, row: str, seed: int, arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     """Loss and size of one run, or an error."""
-    if pairs:
-        (work / "search.jsonl").write_text("".join(f"{row}\n" for row in pairs.read_text().splitlines()[::2]))
-        (work / "held.jsonl").write_text("".join(f"{row}\n" for row in pairs.read_text().splitlines()[1::2]))
-        passes = [
-            {name: options | {"pairs": str(work / "search.jsonl")} if "pairs" in options else options for name, options in step.items()}
-            for step in passes
-        ]
+    passes = bench.rows[row]
+    if bench.pairs:
+        bench.pairs(row.split("/")[0], work)
+        searched = {"pairs": str(work / SEARCHED)}
+        passes = [{name: options | searched if "pairs" in options else options for name, options in step.items()} for step in passes]
+    calibration, held_out = bench.data(row)
     recipe = {
         "passes": passes,
-        "calibration": {"data": "demo:text", "samples": arguments.samples, "length": arguments.length, "seed": seed},
-        "evaluate": {"data": "demo:heldout", "context": arguments.length, "windows": arguments.windows},
+        "calibration": {"data": calibration, "samples": arguments.samples, "length": arguments.length, "seed": seed},
+        "evaluate": {"data": held_out, "context": arguments.length, "windows": arguments.windows},
     }
-    if pairs:
-        recipe["evaluate"]["pairs"] = str(work / "held.jsonl")
+    if bench.pairs:
+        recipe["evaluate"]["pairs"] = str(work / JUDGED)
     path, out = work / "recipe.yaml", work / "out"
     path.write_text(yaml.safe_dump(recipe, sort_keys=False))
-    done = harness.run([sys.executable, "-m", "compress", "run", path, arguments.model, "--out", out, "--overwrite"])
+    done = harness.run([sys.executable, "-m", "compress", "run", path, bench.source(row, arguments.model, work), "--out", out, "--overwrite"])
     if done.returncode:
         return {"seed": seed, "error": done.error()}
     report = json.loads((out / "report.json").read_text())
@@ -135,8 +144,11 @@ def run(passes: Passes, seed: int, pairs: Path | None, arguments: argparse.Names
         "kl": evaluation["figures"]["kl"],
         "after_bytes": report["size"]["after_bytes"],
     }
-    if pairs:
-        found |= {"accuracy_drop": evaluation["figures"]["accuracy_drop"], "accuracy_interval": evaluation["intervals"]["accuracy_drop"]}
+    found |= {
+        "accuracy": evaluation["compressed"]["accuracy"],
+        "accuracy_drop": evaluation["figures"]["accuracy_drop"],
+        "accuracy_interval": evaluation["intervals"]["accuracy_drop"],
+    }
     searched = next((record for record in report["transforms"] if record["pass"] == "eep"), None)
     if searched:
         found |= {"fitness": searched["fitness"], "held_out": searched["held_out"]}
@@ -177,10 +189,10 @@ def main(argv: list[str], bench: Bench | None = None) -> None:
     if not chosen:
         raise SystemExit(f"--only: no such row; rows are {', '.join(bench.rows)}")
     protocol = {name: getattr(arguments, name) for name in ("model", "samples", "length", "windows")} | {
-        "data": "demo:text, demo:heldout",
+        "data": ", ".join(dict.fromkeys(each for row in bench.rows for each in bench.data(row))),
         "bos": False,
     }
-    document: dict[str, Any] = {"benchmark": {"prune": "pruning", "moe": "experts"}[bench.command], "protocol": protocol, "results": {}}
+    document: dict[str, Any] = {"benchmark": {"prune": "pruning", "moe": "experts", "vlm": "vlm"}[bench.command], "protocol": protocol, "results": {}}
     if arguments.json.exists():
         document = json.loads(arguments.json.read_text())
         if document["protocol"] != protocol:
@@ -192,7 +204,7 @@ def main(argv: list[str], bench: Bench | None = None) -> None:
             if any(one["seed"] == seed and "error" not in one for one in runs):
                 continue
             with tempfile.TemporaryDirectory(prefix="pruning-") as work:
-                found = run(bench.rows[name], seed, bench.pairs, arguments, Path(work)) | {"commit": stamp["commit"]}
+                found = run(bench, name, seed, arguments, Path(work)) | {"commit": stamp["commit"]}
             document["results"][name] = [one for one in runs if one["seed"] != seed] + [found]
             print(f"seed {seed} {name}: {found.get('error', found.get('excess_loss'))}", file=sys.stderr, flush=True)
             part = arguments.json.with_name(arguments.json.name + ".part")

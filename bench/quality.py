@@ -3,6 +3,7 @@
     python bench/quality.py --model DIR --calibration TEXT --eval TEXT --venvs DIR --json quality.json --only 'w3g128/*'
     python bench/quality.py prune --json pruning.json          # how much each way of pruning loses: bench/pruning.py
     python bench/quality.py moe --json experts.json            # and of doing with fewer experts: bench/experts.py
+    python bench/quality.py vlm --json vlm.json                # quantising a model that sees: bench/vision.py
 
 Every tool reads the same token windows from one file, and every result is evaluated by the same script (rivals/perplexity.py,
 where the protocol stands). A rival that is not installed or that fails is a row of the table like any other. The numbers are
@@ -26,6 +27,7 @@ from typing import Any
 import experts
 import harness
 import pruning
+import vision
 from outliers import plant
 from rich.console import Console
 from rich.table import Table
@@ -334,5 +336,7 @@ if __name__ == "__main__":
         pruning.main(sys.argv[2:])
     elif sys.argv[1:2] == ["moe"]:
         experts.main(sys.argv[2:])
+    elif sys.argv[1:2] == ["vlm"]:
+        vision.main(sys.argv[2:])
     else:
         main()

@@ -332,9 +332,9 @@ def _plain(layout: Layout, candidate: Candidate, bits: int, bounds: dict[str, re
         passes.append({"kv_quant": CACHE.model_dump()})
     images = layout.arch.image
     plain: dict[str, Any] = {
-        "calibration": {"data": "demo:shapes-train" if images else "demo:text", "samples": 128, "length": length},
+        "calibration": {"data": "demo:images" if images else "demo:text", "samples": 128, "length": length},
         "passes": passes,
-        "evaluate": {"data": "demo:shapes-heldout", "context": length, "windows": None} if images else {"data": "demo:heldout", "context": length},
+        "evaluate": {"data": "demo:images-heldout", "context": length, "windows": None} if images else {"data": "demo:heldout", "context": length},
         "gates": {name: bound.model_dump(exclude_none=True) for name, bound in bounds.items()},
     }
     if candidate.method == "rtn" and bits == 16:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -46,6 +47,8 @@ EXACT = "weight_exact"
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 WIDTHS = "widths"
 """What the module of experts that differ in width has beside its parameters: the width of each."""
+ADDED = "added before"
+"""Among the arguments of a block: what is added to what the block before it gives, such as features of images (DeepStack), [rows, tokens, hidden]."""
 Recorder = Callable[[int, Tensor, Tensor], None]
 Change = tuple[Tensor, Tensor | None]
 """What inputs [..., columns] are multiplied by, and what is added then, each [columns]."""
@@ -454,12 +457,13 @@ class Block:
             self._cache.listener = None
 
     def _arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """``kwargs`` of a forward, with the cache among them if it does anything."""
-        return kwargs if self._cache.idle else kwargs | {"past_key_values": self._cache}
+        """``kwargs`` of a forward as the module takes them, with the cache among them if it does anything."""
+        taken = {name: value for name, value in kwargs.items() if name != ADDED}
+        return taken if self._cache.idle else taken | {"past_key_values": self._cache}
 
     def forward(self, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """[batch, tokens, hidden] through the block."""
-        output = self.module(hidden, **self._arguments(kwargs))
+        output = self.module(_complete(hidden, kwargs), **self._arguments(kwargs))
         return cast(Tensor, output[0] if isinstance(output, tuple) else output)
 
     def advance(self, hidden: list[Tensor], kwargs: list[dict[str, Any]]) -> None:
@@ -468,15 +472,24 @@ class Block:
             hidden[batch] = self.forward(each, kwargs[batch])
 
     @contextmanager
-    def trying(self, weights: dict[str, Tensor]) -> Iterator[None]:
-        """While inside, the block computes with ``weights`` [out, in] in place of those of some linears, by name."""
+    def trying(self, weights: dict[str, Tensor], inputs: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType({})) -> Iterator[None]:
+        """While inside, the block computes with ``weights`` [out, in] in place of those of some linears, by name.
+
+        What linears outside experts are given is replaced by what `inputs` make of it.
+        """
         views = {linear: self._slots[f"{linear}.weight"].view(self.module) for linear in weights}
         before = {linear: view.clone() for linear, view in views.items()}
+        hooks = [
+            self.submodule(linear).register_forward_pre_hook(lambda _, given, changed=changed: (changed(given[0]),))
+            for linear, changed in inputs.items()
+        ]
         try:
             for linear, view in views.items():
                 view.copy_(weights[linear])
             yield
         finally:
+            for hook in hooks:
+                hook.remove()
             for linear, view in views.items():
                 view.copy_(before[linear])
 
@@ -556,7 +569,7 @@ class Block:
             stacked = parameter.rpartition(".")[2]
             experts = [[halves[half] for half in sorted(halves)] for _, halves in sorted(members.items())]
             replaced[parameter] = torch.stack([joined(self._experts, stacked, parts_) for parts_ in experts])
-        output = torch.func.functional_call(self.module, replaced, (hidden,), self._arguments(kwargs))
+        output = torch.func.functional_call(self.module, replaced, (_complete(hidden, kwargs),), self._arguments(kwargs))
         return cast(Tensor, output[0] if isinstance(output, tuple) else output)
 
     def save(self, path: Path) -> None:
@@ -573,3 +586,8 @@ class Block:
         for linear, branch in self._branches.items():
             tensors |= branches.pack(linear, branch)
         write_safetensors(path, [entry(name, tensor) for name, tensor in tensors.items()], {"records": json.dumps(self.records)})
+
+
+def _complete(hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    """What a block is given, of what the one before it gives."""
+    return hidden + kwargs[ADDED] if ADDED in kwargs else hidden

@@ -11,17 +11,22 @@ import json
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from PIL.Image import Image
 from torch import Tensor
 
 from compress.checkpoint import transformers_config
 from compress.errors import InputError
+from compress.images import KINDS, Encoded, Processor, kinds, opened
 from compress.source import DEMO, HUB_ID, demo_data
 
 TOKENS_PER_BATCH = 2048
+IMAGES = ("images", "image")
+"""The columns that images may be in."""
 RUN = 32
 """Tokens in a row that two samples do not share by chance."""
 CHARACTERS_PER_TOKEN = 8
@@ -34,11 +39,15 @@ UNREADABLE = (OSError, ValueError, TypeError, LookupError, AttributeError)
 
 @dataclass(frozen=True)
 class Sample:
-    """One sequence: ``ids`` int64 [tokens]; ``scored`` bool [tokens], the tokens whose prediction counts; ``extra`` are image tensors [1, ...]."""
+    """One sequence: ``ids`` int64 [tokens]; ``scored`` bool [tokens], the tokens whose prediction counts; ``extra`` are tensors of images.
+
+    ``vision`` bool [tokens] are those that stand for images; None for text, and for images whose processor does not say.
+    """
 
     ids: Tensor
     scored: Tensor
     extra: dict[str, Tensor] = field(default_factory=dict)
+    vision: Tensor | None = None
 
     @classmethod
     def of(cls, ids: list[int]) -> Sample:
@@ -47,11 +56,15 @@ class Sample:
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples of equal length: what the model is called with, and which samples these are."""
+    """Samples of equal length: what the model is called with, and which samples these are.
+
+    ``scored`` and ``vision`` bool [rows, tokens] as in `Sample`, no token where it has None.
+    """
 
     inputs: dict[str, Tensor]
     scored: Tensor
     members: tuple[int, ...]
+    vision: Tensor
 
 
 @dataclass(frozen=True)
@@ -88,7 +101,8 @@ class Samples:
                 chosen = [self.items[index] for index in members]
                 inputs = {"input_ids": torch.stack([item.ids for item in chosen])}
                 inputs |= {name: torch.cat([item.extra[name] for item in chosen]) for name in chosen[0].extra}
-                yield Batch(inputs, torch.stack([item.scored for item in chosen]), tuple(members))
+                vision = torch.stack([torch.zeros_like(item.scored) if item.vision is None else item.vision for item in chosen])
+                yield Batch(inputs, torch.stack([item.scored for item in chosen]), tuple(members), vision)
 
 
 class Tokenizer:
@@ -108,7 +122,6 @@ class Tokenizer:
             reason = " ".join(f"{type(error).__name__} {error}".split())[:200]
             raise InputError.one(str(folder), f"has no usable tokenizer ({reason})", "tokenizer files must lie beside the weights") from error
         self._tokenizer.model_max_length = int(1e30)  # documents are cut here, not by a warning
-        self._processor: Any = None
 
     @property
     def plain(self) -> Any:
@@ -135,40 +148,56 @@ class Tokenizer:
             raise InputError.one(str(self.folder), f"its chat template cannot take the messages {messages!r:.200} ({error})") from error
         return cast(list[int], encoded["input_ids"])
 
-    def question(self, image: Path, question: str, answer: str) -> Sample:
+    @cached_property
+    def processor(self) -> Processor:
+        """The processor for images. Raises `InputError` if the model has none."""
+        return Processor(self.folder)
+
+    def question(self, image: Image, question: str, answer: str) -> Sample:
         """An image with a question, the answer's tokens scored."""
-        from PIL import Image
-
-        if self._processor is None:
-            from transformers import AutoProcessor
-
-            try:
-                self._processor = AutoProcessor.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
-            except (OSError, ValueError) as error:
-                raise InputError.one(str(self.folder), "has no processor for images", "use text data with this model") from error
-        if not hasattr(self._processor, "image_processor"):
-            raise InputError.one(str(self.folder), "is a text model; it cannot be calibrated with images", "use text data with this model")
         content = [{"type": "image"}, {"type": "text", "text": question}]
-        prompt = self._processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        try:
-            with Image.open(image) as picture:
-                pixels = picture.convert("RGB")
-        except OSError as error:
-            raise InputError.one(str(image), f"cannot be read as an image ({error})") from error
-        encoded = self._processor(images=pixels, text=prompt, return_tensors="pt")
-        ids = encoded.pop("input_ids")[0]
-        extra = {name: tensor for name, tensor in encoded.items() if name not in ("attention_mask", "mm_token_type_ids")}
+        prompt = self.processor.prompt([{"role": "user", "content": content}], asks=True)
+        encoded = self.processor.encode(prompt, [image])
         tail = torch.tensor(self.encode(" " + answer.strip()) + ([self.end] if self.end is not None else []))
-        scored = torch.cat([torch.zeros(len(ids), dtype=torch.bool), torch.ones(len(tail), dtype=torch.bool)])
-        return Sample(torch.cat([ids, tail]), scored, extra)
+        return _with_images(encoded, torch.cat([encoded.ids, tail]), [(len(encoded.ids), len(encoded.ids) + len(tail))])
+
+    def conversation(self, messages: list[dict[str, Any]], images: list[Image]) -> Sample:
+        """A conversation about images, what the assistant says scored. Every image must come before the first answer."""
+        answers = [place for place, message in enumerate(messages) if message.get("role") == "assistant"]
+        if not answers:
+            raise InputError.one(str(self.folder), f"no answer of the assistant in {messages!r:.200}", "leave the row out")
+        text = self.processor.prompt(messages, asks=False)
+        encoded = self.processor.encode(text, images)
+        spans = []
+        for place in answers:
+            # What is behind an image has as many tokens whether or not the image is there.
+            before, after = (self.processor.prompt(messages[:end], asks=end == place) for end in (place, place + 1))
+            if not (text.startswith(after) and after.startswith(before)):
+                raise InputError.one(str(self.folder), "its chat template writes a message differently when others follow", "give single answers")
+            start, end = (len(encoded.ids) - len(self.encode(text[len(each) :])) for each in (before, after))
+            spans.append((start, end))
+        if encoded.vision is not None and bool(encoded.vision[spans[0][0] :].any()):
+            raise InputError.one(str(self.folder), f"an image behind an answer in {messages!r:.200}", "give all images before the first answer")
+        return _with_images(encoded, encoded.ids, spans)
+
+
+def _with_images(encoded: Encoded, ids: Tensor, answers: list[tuple[int, int]]) -> Sample:
+    """A sample of ``ids``, which begin with those of `encoded`, with the answers from and to these places scored."""
+    scored = torch.zeros(len(ids), dtype=torch.bool)
+    for start, end in answers:
+        scored[start:end] = True
+    vision = None if encoded.vision is None else torch.cat([encoded.vision, torch.zeros(len(ids) - len(encoded.ids), dtype=torch.bool)])
+    extra = encoded.extra | ({KINDS: kinds(vision)} if encoded.told and vision is not None else {})
+    return Sample(ids, scored, extra, vision)
 
 
 def calibration(data: str, samples: int, length: int, seed: int, tokenizer: Tokenizer) -> Samples:
     """Draw `samples` sequences of at most `length` tokens from `data`, deterministically by `seed`.
 
     `data` is ``demo:text`` or another ``demo:`` name, a ``.txt`` file (random passages), a ``.jsonl`` file (one document a line with
-    ``text``, ``messages`` or ``input_ids``), a folder of images with a ``data.jsonl`` (``image``, ``question``, ``answer``), a folder or
-    hub id of a data set (``text`` or ``messages`` column of its ``train`` split). Documents are taken in random order from the first
+    ``text``, ``messages`` or ``input_ids``), a folder of images with a ``data.jsonl`` (``image``, ``question``, ``answer``, or ``images`` and
+    ``messages``), a folder or
+    hub id of a data set (the same columns of its ``train`` split, images in the rows themselves). Documents are taken in random order from the first
     ``16 * samples``, and what lies behind them is read only if they do not suffice.
     """
     place = f"calibration: data: {data}"
@@ -181,7 +210,7 @@ def calibration(data: str, samples: int, length: int, seed: int, tokenizer: Toke
     elif path.is_dir() and (path / "data.jsonl").exists():
         rows = list(_json_lines(path / "data.jsonl", place))
         rng.shuffle(rows)
-        items = [_question(row, path, tokenizer, place) for row in rows[:samples]]
+        items = [_seen(row, path, tokenizer, place) for row in rows[:samples]]
     elif path.is_dir() or HUB_ID.fullmatch(data.partition("#")[0]):
         items = _documents(_hub(data, place), samples, length, rng, tokenizer, place)
     else:
@@ -201,7 +230,7 @@ def windows(data: str, context: int, limit: int | None, tokenizer: Tokenizer, pl
     path = demo_data(data) if data.startswith(DEMO) else Path(data).expanduser()
     if path.is_dir() and (path / "data.jsonl").exists():
         rows = list(_json_lines(path / "data.jsonl", place))[:limit]
-        return Samples(data, tuple(_question(row, path, tokenizer, place) for row in rows))
+        return Samples(data, tuple(_seen(row, path, tokenizer, place) for row in rows))
     if not path.is_file():
         raise InputError.one(f"{place}: {data}", "no such file", "give a .txt file, a folder of images with data.jsonl, or demo:heldout")
     text = _read(path, f"{place}: {data}")
@@ -317,6 +346,8 @@ def _documents(rows: Iterable[dict[str, Any]], samples: int, length: int, rng: r
             break
         if isinstance(row.get("input_ids"), list):
             items.append(Sample.of(_tokens(row, place)[:length]))
+        elif any(isinstance(row.get(key), list | Image) and row[key] for key in IMAGES):
+            items.append(_seen(row, None, tokenizer, place))
         elif isinstance(row.get("messages"), list):
             items.append(Sample.of(tokenizer.chat(row["messages"])[:length]))
         elif isinstance(row.get("text"), str):
@@ -350,11 +381,27 @@ def _shuffled(rows: Iterable[dict[str, Any]], rng: random.Random, limit: int) ->
     yield from stream
 
 
-def _question(row: dict[str, Any], folder: Path, tokenizer: Tokenizer, place: str) -> Sample:
-    try:
-        image, question, answer = folder / str(row["image"]), str(row["question"]), str(row["answer"])
-    except KeyError as error:
-        raise InputError.one(place, f"a row without {error}: {row}", "each line needs image, question and answer") from error
-    if not image.is_file() or not image.resolve().is_relative_to(folder.resolve()):
-        raise InputError.one(place, f"names {row['image']}, which is not a file of the folder")
-    return tokenizer.question(image, question, answer)
+def _seen(row: dict[str, Any], folder: Path | None, tokenizer: Tokenizer, place: str) -> Sample:
+    """A row with images, which are files of `folder` or, without one, there already: ``question`` and ``answer``, or ``messages``."""
+    given: Any = next((row[key] for key in IMAGES if row.get(key)), [])
+    files = given if isinstance(given, list) else [given]
+    talks = isinstance(row.get("messages"), list)
+    missing = [key for key in ("question", "answer") if not isinstance(row.get(key), str) and not talks]
+    if missing or not files or (len(files) > 1 and not talks):
+        what = f"a row without {missing[0]!r}" if missing else f"a row with {len(files)} images"
+        raise InputError.one(place, f"{what}: {row!r:.200}", "each row needs image, question and answer, or images and messages")
+    images = [_image(each, folder, place) for each in files]
+    if talks:
+        return tokenizer.conversation(row["messages"], images)
+    return tokenizer.question(images[0], row["question"], row["answer"])
+
+
+def _image(given: object, folder: Path | None, place: str) -> Image:
+    if folder is None:
+        if not isinstance(given, Image):
+            raise InputError.one(place, f"an image that is none: {given!r:.100}", "give the column the type Image")
+        return given.convert("RGB")
+    path = folder / str(given)
+    if not path.is_file() or not path.resolve().is_relative_to(folder.resolve()):
+        raise InputError.one(place, f"names {given}, which is not a file of the folder")
+    return opened(path)

@@ -19,7 +19,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
 from compress import declared, fused, hardware
-from compress.block import DTYPES, EXACT, WIDTHS, Block, Cache, Slot, experts_forward
+from compress.block import ADDED, DTYPES, EXACT, WIDTHS, Block, Cache, Slot, experts_forward
 from compress.checkpoint import (
     FLOATS,
     Checkpoint,
@@ -588,8 +588,8 @@ class Model:
     def embed(self, inputs: dict[str, Tensor]) -> tuple[Tensor, list[dict[str, Any]]]:
         """What the first block is given for `inputs` (``input_ids`` [rows, tokens], ...), and the keyword arguments of each block.
 
-        The whole forward of transformers runs with each block replaced by one that takes notes and passes its input on, so masks,
-        rotary tables and image embeddings are exactly those of the real model.
+        The whole forward of transformers runs with each block replaced by one that takes notes and gives nothing, so masks, rotary tables and image
+        embeddings are exactly those of the real model, and what a block is then given is what is added between blocks: `ADDED` of its arguments.
         """
         skeleton = self.skeleton
         hidden: list[Tensor] = []
@@ -597,8 +597,8 @@ class Model:
 
         def note(given: Tensor, **kwargs: Any) -> Tensor:
             hidden.append(given)
-            noted.append(kwargs)
-            return given
+            noted.append(kwargs | {ADDED: given} if len(hidden) > 1 and bool(given.any()) else kwargs)
+            return torch.zeros_like(given)
 
         try:
             for module in self._modules:

@@ -9,7 +9,7 @@ import math
 from typing import Any
 
 from compress.layout import BlockLayout, Group, Layout
-from compress.passes.base import Allocator, Differentiating, Prunes, Quantize, Restructure, Rewrite
+from compress.passes.base import Allocator, Differentiating, Pass, Prunes, Quantize, Restructure, Rewrite
 from compress.recipe import Recipe, cache_scheme, expected, keeps_branches, verdicts
 from compress.scheme import Scheme, dense_bytes, output_bytes
 from compress.tradeoff import against_fewer_bits
@@ -34,10 +34,15 @@ def rewritten_bytes(layout: Layout) -> int:
 
 def gradient_bytes(recipe: Recipe, layout: Layout) -> int:
     """Disk for what every block is given, and for the mean gradients of all linears, while a pass takes gradients; 0 if none does."""
-    if not any(isinstance(step, Differentiating) for _, step in recipe.instances()):
+    if not any(_gradients(step) for _, step in recipe.instances()):
         return 0
     tokens = recipe.calibration.samples * recipe.calibration.length
     return 2 * tokens * _hidden(layout) * len(layout.blocks) + 4 * sum(linear.rows * linear.columns for linear in layout.linears.values())
+
+
+def _gradients(step: Pass) -> float:
+    """What a pass that takes gradients of the model's loss costs, in forward passes; 0 for others."""
+    return step.forwards if isinstance(step, Differentiating) else 0.0
 
 
 def cache_bytes(layout: Layout, tokens: int, bits: int) -> int:
@@ -65,8 +70,7 @@ def plan(recipe: Recipe, layout: Layout, schemes: dict[str, tuple[str, Scheme]])
         taken = {*mine, *(step.prunes(layout) if isinstance(step, Prunes) else ())}
         rewrites = isinstance(step, Rewrite | Prunes | Restructure)
         operations = _operations(layout, taken, tokens)
-        if isinstance(step, Differentiating):
-            operations = _forward(source, tokens) * step.forwards
+        operations = max(operations, _forward(source, tokens) * _gradients(step))
         if tokens and isinstance(step, Rewrite | Restructure):
             operations = max(operations, _forward(source, tokens) * step.sweeps(samples, recipe.calibration.length))
         if isinstance(step, Allocator):
@@ -77,10 +81,10 @@ def plan(recipe: Recipe, layout: Layout, schemes: dict[str, tuple[str, Scheme]])
                 "name": name,
                 "peak_bytes": (step.resident_bytes(source) if isinstance(step, Rewrite | Restructure) else 0)
                 + _peak(source if isinstance(step, Restructure) else layout, taken, tokens, rewrites)
-                + _gradient_memory(layout, tokens) * isinstance(step, Differentiating)
+                + _gradient_memory(layout, tokens) * bool(_gradients(step))
                 + (STREAMS_BYTES + _gradient_memory(layout, tokens)) * isinstance(step, Allocator),
                 "disk_bytes": rewritten_bytes(layout) * rewrites
-                + gradient_bytes(recipe, layout) * isinstance(step, Differentiating)
+                + gradient_bytes(recipe, layout) * bool(_gradients(step))
                 + sum(_packed(layout, linear, scheme) for linear, scheme in mine.items())
                 + 2 * tokens * _hidden(layout),
                 "seconds": operations / ASSUMED_FLOPS + (step.seconds if isinstance(step, Rewrite) else 0.0),

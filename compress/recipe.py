@@ -60,7 +60,7 @@ class Evaluation(Section):
     data: str = Field(
         default="demo:heldout",
         min_length=1,
-        description="a `.txt` file, a folder of images with `data.jsonl`, `demo:heldout` or `demo:shapes-heldout`",
+        description="a `.txt` file, a folder of images with `data.jsonl`, `demo:heldout` or `demo:images-heldout`",
     )
     context: int = Field(default=512, ge=2, description="tokens per window; windows do not overlap")
     windows: int | None = Field(default=100, ge=1, description="at most this many windows; `null` for all")

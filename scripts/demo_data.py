@@ -113,16 +113,16 @@ def outline(shape: str, x: float, y: float, r: float) -> list[tuple[float, float
 
 
 def draw_scene(rng: np.random.Generator) -> tuple[Image.Image, list[Thing]]:
-    """Draw one to four shapes of one kind and colour, at most one a quadrant.
+    """Draw one to four shapes, at most one a quadrant, each of a kind and colour of its own.
 
     Place, size and shade are jittered, so that hardly any two scenes are alike.
     """
     background = tuple(int(v) for v in rng.integers(0, 60, 3))
     image = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), background)
     canvas = ImageDraw.Draw(image)
-    colour, shape = str(rng.choice(list(COLOURS))), str(rng.choice(SHAPES))
     things = []
     for q in sorted(rng.permutation(4)[: rng.integers(1, 5)]):
+        colour, shape = str(rng.choice(list(COLOURS))), str(rng.choice(SHAPES))
         shade = tuple(int(v) for v in np.clip(COLOURS[colour] + rng.integers(-15, 16, 3), 0, 255))
         x, y = 16 + 32 * (q % 2) + rng.uniform(-4, 4), 16 + 32 * (q // 2) + rng.uniform(-4, 4)
         canvas.polygon(outline(shape, x, y, rng.uniform(8, 11)), fill=shade)
@@ -132,19 +132,17 @@ def draw_scene(rng: np.random.Generator) -> tuple[Image.Image, list[Thing]]:
 
 def ask(rng: np.random.Generator, things: list[Thing]) -> list[tuple[str, str]]:
     """Every question that the scene allows, in random order, with its answer."""
-    quadrant, colour, shape = things[0]
-    alone = len(things) == 1
+    colours, shapes = ([getattr(thing, key) for thing in things] for key in ("colour", "shape"))
     questions = [
-        (f"How many {shape}s are there?", COUNTS[len(things) - 1]),
         ("How many shapes are there?", COUNTS[len(things) - 1]),
-        (f"What colour is the {shape}?" if alone else f"What colour are the {shape}s?", colour),
-        (
-            f"What shape is the {colour} one?" if alone else f"What shape are the {colour} ones?",
-            shape,
-        ),
+        ("What is in the picture?", ", ".join(f"{thing.colour} {thing.shape} {thing.quadrant}" for thing in things)),
     ]
-    if alone:
-        questions.append((f"Where is the {shape}?", quadrant))
+    for thing in things:
+        questions.append((f"What is at the {thing.quadrant}?", f"{thing.colour} {thing.shape}"))
+        if shapes.count(thing.shape) == 1:
+            questions.append((f"What colour is the {thing.shape}?", thing.colour))
+        if colours.count(thing.colour) == 1:
+            questions.append((f"Where is the {thing.colour} one?", thing.quadrant))
     return [questions[i] for i in rng.permutation(len(questions))]
 
 

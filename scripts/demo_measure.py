@@ -119,7 +119,7 @@ def scene_accuracy(model: PreTrainedModel, processor: Any, folder: Path) -> tupl
         prompts = processor.apply_chat_template(chats, add_generation_prompt=True)
         images = [Image.open(folder / r["image"]) for r in part]
         inputs = processor(text=prompts, images=images, padding=True, return_tensors="pt")
-        out = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+        out = model.generate(**inputs, max_new_tokens=32, do_sample=False)
         replies = out[:, inputs["input_ids"].shape[1] :]
         answers = processor.batch_decode(replies, skip_special_tokens=True)
         right += sum(a.strip() == r["answer"] for a, r in zip(answers, part, strict=True))

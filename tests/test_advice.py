@@ -289,7 +289,7 @@ def test_an_artifact_weighs_what_was_said(kind: str, memory: str, name: str, che
     folder = checkpoint(kind, torch.bfloat16)
     found = advised(folder, memory, context=128)
     plain = yaml.safe_load(found["recipe"]) | {"evaluate": None, "gates": {}, "verify": "streamed"}
-    plain["calibration"] = {"samples": 8, "length": 64} | ({"data": "demo:shapes-train"} if kind == "llava" else {})
+    plain["calibration"] = {"samples": 8, "length": 64} | ({"data": "demo:images"} if kind == "llava" else {})
     for step in plain["passes"]:
         if "gptq" in step:
             step["gptq"] |= {"min_tokens": 0}

@@ -116,7 +116,7 @@ def test_a_local_data_set_folder_is_read_through_datasets(write: Callable[..., s
 
 
 def test_images_come_with_their_questions_and_only_answers_are_scored(chatty: Tokenizer) -> None:
-    item = calibration("demo:shapes-train", 2, 512, 0, chatty).items[0]
+    item = calibration("demo:images", 2, 512, 0, chatty).items[0]
     text = chatty._tokenizer.decode(item.ids[item.scored])
     assert "pixel_values" in item.extra and 0 < len(text.split()) < 5
 
@@ -226,7 +226,7 @@ def test_a_data_set_folder_with_a_broken_file_is_refused(write: Callable[..., st
 
 def test_images_are_refused_by_a_text_model(tokenizer: Tokenizer) -> None:
     with pytest.raises(InputError, match=r"text model|no processor"):
-        calibration("demo:shapes-train", 1, 64, 0, tokenizer)
+        calibration("demo:images", 1, 64, 0, tokenizer)
 
 
 def test_a_file_that_is_not_text_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:

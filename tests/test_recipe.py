@@ -332,7 +332,7 @@ def test_a_faulty_recipe_is_checked_against_the_model_in_the_same_go(tmp_path: P
 
 def test_images_are_refused_for_a_model_that_reads_text_only() -> None:
     layout = Layout(Checkpoint(demo.path("dense")))
-    plain = {"calibration": {"data": "demo:shapes-train"}, "passes": [{"gptq": {}}], "evaluate": None}
+    plain = {"calibration": {"data": "demo:images"}, "passes": [{"gptq": {}}], "evaluate": None}
     with pytest.raises(InputError, match="reads text only"):
         recipe.check(recipe.validate(plain, "r"), layout, "r")
 

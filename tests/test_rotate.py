@@ -12,7 +12,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
-from test_smooth import QUICK, all_counted, plant_outliers, probes, run
+from test_smooth import QUICK, plant_outliers, probes, run
 from torch import Tensor
 
 import compress.model
@@ -226,7 +226,7 @@ def test_planted_outliers_are_spread(tmp_path: Path) -> None:
     for each in (Model(Layout(Checkpoint(planted))), model):
         found = []
         for probe in probes(each, tmp_path / str(len(ratios)), samples):
-            smoothing = smooth._Smoothing(smooth.Pass(clip=False), each, probe, all_counted(probe))
+            smoothing = smooth.Smoothing(smooth.Pass(clip=False), each, probe, samples, None)
             largest = [smoothing.seen[f"{probe.block.layout.prefix}.{group}"].largest for group in ("qkv", "gate_up")]
             found += [float(channel.max() / channel.median()) for channel in largest]
         ratios.append(found)

@@ -115,7 +115,7 @@ def test_magnitudes_are_those_of_loops_over_plain_transformers(kind: str, checkp
     seen = statistics.inputs_of_linears(tiny.plain(folder), [batch.inputs for batch in samples.batches()])
     model = open_model(folder)
     for probe in probes(model, tmp_path, samples):
-        smoothing = smooth._Smoothing(Pass(), model, probe, all_counted(probe))
+        smoothing = smooth.Smoothing(Pass(), model, probe, samples, None)
         for group in (each for each in smoothing.groups if each.expert is None):
             name = group.linears[-1].name.replace(model.layout.arch.blocks, model.layout.arch.module_blocks, 1)
             mean, largest, count = oracle.magnitudes(seen[name])
@@ -138,7 +138,7 @@ def test_what_all_experts_were_given_is_what_their_norm_gives(kind: str, checkpo
     mean, largest, count = oracle.magnitudes(given)
     model = open_model(folder)
     with first_probe(model, tmp_path, samples) as probe:
-        smoothing = smooth._Smoothing(Pass(), model, probe, all_counted(probe))
+        smoothing = smooth.Smoothing(Pass(), model, probe, samples, None)
     whole = Seen.together([smoothing.seen[f"model.layers.0.experts.gate_up.{expert}"] for expert in range(4 if kind == "mixtral" else 8)])
     assert whole.tokens == 2 * count and whole.mean().tolist() == pytest.approx(mean, rel=1e-4)
     assert whole.largest.tolist() == pytest.approx(largest, rel=1e-4)
@@ -419,7 +419,7 @@ def test_smoothquant_takes_planted_outliers_away(tmp_path: Path) -> None:
         model = Model(Layout(Checkpoint(planted)))
         smoothed(model, tmp_path / name, samples, clip=False, **options)
         for probe in probes(model, tmp_path / f"{name}-again", samples):
-            smoothing = smooth._Smoothing(Pass(clip=False), model, probe, all_counted(probe))
+            smoothing = smooth.Smoothing(Pass(clip=False), model, probe, samples, None)
             largest = [smoothing.seen[f"{probe.block.layout.prefix}.{group}"].largest for group in ("qkv", "gate_up")]
             ratios[name] += [float(each.max() / each.median()) for each in largest]
     assert min(ratios["before"]) > 20 and max(ratios["after"]) < 10

@@ -12,8 +12,8 @@ _DATA: dict[str, str] = {
     "text": "text.txt",
     "heldout": "heldout.txt",
     "pairs": "pairs.jsonl",
-    "shapes-train": "shapes/train",
-    "shapes-heldout": "shapes/heldout",
+    "images": "shapes/train",
+    "images-heldout": "shapes/heldout",
 }
 
 _HERE = Path(__file__).resolve().parent

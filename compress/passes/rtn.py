@@ -40,14 +40,14 @@ class Pass(Quantize):
             for inputs in sweep(model, samples, workspace, lambda group: bool(split(group, chosen)), peaks=True):
                 importance = inputs.hessian.diagonal(dim1=1, dim2=2)
                 for group, peak, weights in zip(inputs.groups, inputs.peaks, importance, strict=True):
-                    self._round(inputs.block, split(group, chosen), peak, weights)
+                    self.round_group(inputs.block, split(group, chosen), peak, weights)
             return
         for block in walk(model, workspace):
             for stage in block.layout.stages:
                 for group in stage.groups:
-                    self._round(block, split(group, chosen), None, None)
+                    self.round_group(block, split(group, chosen), None, None)
 
-    def _round(self, block: Block, linears: tuple[Linear, ...], peak: float | None, importance: Tensor | None) -> None:
+    def round_group(self, block: Block, linears: tuple[Linear, ...], peak: float | None, importance: Tensor | None) -> None:
         from compress.numerics.grid import minmax_scales, quantized, round_to_nearest, search_scales
 
         weighted = importance if self.scales == "imatrix" else None

@@ -9,24 +9,27 @@ share out the largest magnitudes of inputs and weights, for activations that are
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from itertools import accumulate, groupby
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from compress.errors import Problems
-from compress.layout import Edge, Group
+from compress.layout import Edge, Group, Layout
 from compress.passes.base import Transform
 from compress.scheme import Scheme
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from compress.balance import Balance
     from compress.calibrate import Workspace
     from compress.data import Samples
     from compress.folding import Folding
     from compress.model import Model
+    from compress.numerics.activations import Activations
     from compress.objective import Loss
     from compress.probe import Probe, Seen
 
@@ -35,6 +38,8 @@ USUAL_KINDS: dict[str, tuple[Kind, ...]] = {"awq": ("qkv", "o", "gate_up", "down
 USUAL_ALPHA = 0.5
 CANDIDATES = 20
 """Exponents tried: 0, 0.05, ... 0.95. The first changes nothing, so the best is never worse."""
+GRADIENT = 4.0
+"""What the gradients of a balance cost, in forward passes."""
 JUDGED_TOKENS = 4096
 """Candidates are compared on the first samples with so many tokens."""
 
@@ -54,6 +59,14 @@ class Pass(Transform):
     edges: tuple[Kind, ...] | None = Field(
         default=None, min_length=1, description="where, by the linears that read: qkv, o, gate_up, down; `null`: all (`awq`) or qkv and gate_up"
     )
+    loss: Literal["mse", "mae"] = Field(
+        default="mse", description="`awq`: candidates are compared by the squares of errors in what submodules give, or by their magnitudes"
+    )
+    balance: Literal["none", "modality"] = Field(
+        default="none",
+        description="`awq`: `modality` counts errors at vision tokens by how much the loss depends on them, beside text (MBQ); takes gradients "
+        "of the model's loss, and calibration data with images",
+    )
     clip: bool | None = Field(default=None, description="cut the range of each group of weights, but of queries and keys; `null`: with `awq` only")
     min_tokens: float = Field(
         default=0.25, ge=0, description="fewest tokens per input an expert must have seen; one with fewer is left as it is and recorded"
@@ -71,18 +84,48 @@ class Pass(Transform):
     def searches(self) -> bool:
         return self.method == "awq" and self.alpha is None
 
+    def check(self, place: str, layout: Layout, problems: Problems) -> None:
+        super().check(place, layout, problems)
+        if self.method != "awq":
+            for key in ("loss", "balance"):
+                if key in self.model_fields_set:
+                    problems.add(f"{place}: {key}", f"is of the search of awq, which {self.method} does not make", "leave it out, or set method: awq")
+        if self.balance == "modality":
+            check_sees(f"{place}: balance", layout, problems)
+
+    @property
+    def forwards(self) -> float:
+        return GRADIENT if self.balance == "modality" else 0.0
+
     def run(self, model: Model, samples: Samples, workspace: Workspace) -> None:
         from compress.calibrate import visit
 
+        balance = balanced(model, samples, workspace) if self.balance == "modality" else None
         for probe in visit(model, samples, workspace):
-            _Smoothing(self, model, probe, _counted(probe, samples)).run()
+            Smoothing(self, model, probe, samples, balance).run()
 
 
-class _Smoothing:
+def check_sees(place: str, layout: Layout, problems: Problems) -> None:
+    """Report a model without vision, whose modalities nobody can balance."""
+    if not layout.arch.image:
+        problems.add(place, f"a {layout.arch.model_type} reads text only", "leave it out")
+
+
+def balanced(model: Model, samples: Samples, workspace: Workspace) -> Balance:
+    """What vision tokens count in each submodule."""
+    from compress.balance import measure
+
+    workspace.progress.note("gradients for the balance of modalities")
+    return measure(model, samples, workspace.folder)
+
+
+class Smoothing:
     """One block being smoothed."""
 
-    def __init__(self, options: Pass, model: Model, probe: Probe, counted: list[Tensor]) -> None:
-        self.options, self.schemes, self.block, self.probe, self.counted = options, model.schemes, probe.block, probe, counted
+    def __init__(self, options: Pass, model: Model, probe: Probe, samples: Samples, balance: Balance | None) -> None:
+        self.options, self.schemes, self.block, self.probe = options, model.schemes, probe.block, probe
+        self.counted, self.balance = _counted(probe, samples), balance
+        self.vision = [batch.vision.to(model.device) for batch in samples.batches()]
         self.scores = {f"{probe.block.layout.prefix}.{name}{factor}" for name in model.layout.arch.scores for factor in ("", ".0", ".1")}
         self.groups = [group for stage in probe.block.layout.stages for group in stage.groups]
         self.seen = self._observe()
@@ -105,12 +148,19 @@ class _Smoothing:
         edges = [edge for edge in self.block.layout.edges if edge.kind.rpartition(".")[2] in kinds]
         for _, alike in groupby(edges, key=lambda edge: edge.kind):
             fed = [edge for edge in alike if self._fed(edge)]
-            loss_of = losses(self.probe, fed, self.counted) if fed and self.options.searches else {}
+            loss_of = losses(self.probe, fed, self._weights(fed[0]), self.options.loss) if fed and self.options.searches else {}
             for edge in fed:
                 self._fold(edge, loss_of.get(edge.name))
         if self.options.clips:
             for group in self.groups:
                 self._clip(group)
+
+    def _weights(self, edge: Edge) -> list[Tensor]:
+        """By batch, [rows, tokens]: what a token counts for the readers of an edge."""
+        if self.balance is None:
+            return self.counted
+        ratio = self.balance.of(edge.consumers, self.block.layout)
+        return [counted * self.balance.weights(vision, ratio) for counted, vision in zip(self.counted, self.vision, strict=True)]
 
     def _fed(self, edge: Edge) -> bool:
         """Whether whoever reads the edge saw enough to go by; if not, it is recorded."""
@@ -135,9 +185,11 @@ class _Smoothing:
         folding = open_edge(self.block, edge)
         candidates = self._candidates(edge, folding)
         weights = {linear: self.block.weight(linear) for linear in edge.consumers if linear in self.schemes}
-        errors = {}
+        errors: dict[float, float] = {}
         if loss and weights:
-            errors = {alpha: loss(self._rounded(weights, folding.spread(folding.exact(scale)))) for alpha, scale in candidates.items()}
+            for alpha, scale in candidates.items():
+                factor = folding.spread(folding.exact(scale))
+                errors[alpha] = loss(self._rounded(weights, factor), self._inputs(edge, weights, factor))
         alpha = min(errors, key=errors.__getitem__) if errors else next(iter(candidates))  # none of a search: nobody rounds the readers
         factor = folding.exact(candidates[alpha])
         for name, value in folding.folded(factor).items():
@@ -177,6 +229,16 @@ class _Smoothing:
             found[name] = quantized(round_to_nearest(folded, scales, grid), scales, grid, stored).dequantize().float() / factor
         return found
 
+    def _inputs(self, edge: Edge, linears: Collection[str], factor: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
+        """What becomes of what ``linears`` are given, if it is divided by ``factor`` [in] before it is rounded; nothing where it is not rounded."""
+        found: dict[str, Callable[[Tensor], Tensor]] = {}
+        for group in self._readers(edge):
+            for name in (linear.name for linear in group.linears if linear.name in linears):
+                peak = float((self.seen[group.name].largest / factor).max())
+                if rounding := self.schemes[name].input_rounding(peak, self.block.stored_dtype(name)):
+                    found[name] = partial(_divided, rounding, factor)
+        return found
+
     # Ranges ---------------------------------------------------------------------------------------------------------------------
 
     def _clip(self, group: Group) -> None:
@@ -196,6 +258,11 @@ class _Smoothing:
                 self.block.set_dense(f"{name}.weight", cut)
                 record["clipped"] = float((cut != weight).float().mean())
             self.block.add_record(name, record)
+
+
+def _divided(rounding: Activations, factor: Tensor, given: Tensor) -> Tensor:
+    """``given`` [..., in] as it is if it is rounded while divided by ``factor`` [in]."""
+    return rounding.round(given / factor.to(given.dtype)) * factor.to(given.dtype)
 
 
 def _counted(probe: Probe, samples: Samples) -> list[Tensor]:

@@ -1,0 +1,61 @@
+"""Modality-balanced quantisation (MBQ, arXiv 2412.19509): scales searched for a model that sees, then rounding to nearest.
+
+As `smooth` by `awq`, but errors count by their magnitude, those at vision tokens by how much the loss depends on them, beside text; and the block is
+rounded before the next one is looked at. Where inputs are rounded too, candidates are judged with both rounded. To have weights rounded by another
+pass, write `smooth: {loss: mae, balance: modality}` before it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field
+
+from compress.errors import Problems
+from compress.layout import Layout
+from compress.passes import rtn, smooth
+from compress.passes.base import Quantize, Transform, split
+
+if TYPE_CHECKING:
+    from compress.calibrate import Workspace
+    from compress.data import Samples
+    from compress.model import Model
+
+
+class Pass(Quantize, Transform):
+    """Fold factors that are best for both modalities, each as much as it counts, and round."""
+
+    needs_data: ClassVar[bool] = True
+    verb: ClassVar[str] = "folded"
+
+    loss: Literal["mse", "mae"] = Field(default="mae", description="errors count by their magnitude, or by its square")
+    edges: tuple[smooth.Kind, ...] | None = Field(
+        default=None, min_length=1, description="where, by the linears that read: qkv, o, gate_up, down; `null`: all"
+    )
+    clip: bool = Field(default=False, description="then cut the range of each group of weights, but of queries and keys, as `smooth` does")
+
+    def check(self, place: str, layout: Layout, problems: Problems) -> None:
+        Quantize.check(self, place, layout, problems)
+        Transform.check(self, place, layout, problems)
+        smooth.check_sees(place, layout, problems)
+        if self.activations == "static":
+            problems.add(f"{place}: activations", "fixed scales are measured once everything is folded", "set dynamic, or write smooth and rtn")
+
+    @property
+    def forwards(self) -> float:
+        """As `Differentiating`."""
+        return smooth.GRADIENT
+
+    def run(self, model: Model, samples: Samples, workspace: Workspace) -> None:
+        from compress.calibrate import visit
+
+        chosen = self.takes(model.layout)
+        search = smooth.Pass(edges=self.edges, clip=self.clip, loss=self.loss, balance="modality")
+        shared = {key: value for key in rtn.Pass.model_fields if key in self.model_fields and (value := getattr(self, key)) is not None}
+        rounding = rtn.Pass(**shared).given(self._allocated)
+        balance = smooth.balanced(model, samples, workspace)
+        for probe in visit(model, samples, workspace):
+            smooth.Smoothing(search, model, probe, samples, balance).run()
+            for stage in probe.block.layout.stages:
+                for group in stage.groups:
+                    rounding.round_group(probe.block, split(group, chosen), None, None)
