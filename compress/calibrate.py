@@ -278,8 +278,11 @@ def train(model: Model, samples: Samples, workspace: Workspace) -> Iterator[Trai
 
 
 @torch.no_grad()
-def visit(model: Model, samples: Samples, workspace: Workspace) -> Iterator[Probe]:
-    """Every unfinished block with what it is given, in order; what the next one is given is what it gives once the receiver is done with it."""
+def visit(model: Model, samples: Samples, workspace: Workspace, finish: Callable[[Block], None] = lambda _: None) -> Iterator[Probe]:
+    """Every unfinished block with what it is given, in order; what the next one is given is what it gives once the receiver is done with it.
+
+    `finish` changes the block after that, so that the next one does not see it.
+    """
     start, (hidden,), kwargs = _begin(model, samples, workspace, 1)
     members = [batch.members for batch in samples.batches()]
     model.release()
@@ -288,9 +291,12 @@ def visit(model: Model, samples: Samples, workspace: Workspace) -> Iterator[Prob
         of_block = [each[layout.index] for each in kwargs]
         with model.block(layout.index) as block:
             yield Probe(block, hidden, of_block, members)
-            block.save(workspace.block_file(layout.index))
-            if layout.index + 1 < len(model.blocks):
+            last = layout.index + 1 == len(model.blocks)
+            if not last:
                 block.advance(hidden, of_block)
+            finish(block)
+            block.save(workspace.block_file(layout.index))
+            if not last:
                 _keep(workspace, layout.index + 1, [hidden])
         workspace.progress.blocks(layout.index + 1, len(model.blocks))
 

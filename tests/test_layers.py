@@ -87,7 +87,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "scheme",
         "passes.base",
     ),
-    "passes.mbq": ("errors", "layout", "data", "model", "calibrate", "passes.base", "passes.rtn", "passes.smooth"),
+    "passes.mbq": ("block", "errors", "layout", "data", "model", "calibrate", "passes.base", "passes.rtn", "passes.smooth"),
     "recipe": ("errors", "options", "source", "layout", "scheme", "numerics.pattern", "passes.base"),
     "planning": ("errors", "hardware", "formats", "checkpoint", "layout", "scheme", "passes.base", "recipe", "tradeoff"),
     "tradeoff": ("layout", "scheme", "passes.base", "recipe"),

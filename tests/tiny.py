@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,10 @@ ROUTED = (
     "gpt_oss",
 )
 """Kinds with experts, whose routers transformers has compute in float32."""
+SEEING = ("llava", "llava_onevision", "internvl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "idefics3", "smolvlm")
+"""Kinds with a vision tower."""
+IMAGE_TOKENS = {"llava_onevision": 10}
+"""How many tokens an image of 16 x 16 pixels is, where it is not four."""
 KINDS = DENSE + ROUTED
 
 
@@ -110,7 +115,59 @@ def config(kind: str) -> Any:
                 vision_config=hf.CLIPVisionConfig(**vision), text_config=hf.LlamaConfig(**_text()),
                 image_token_index=IMAGE_TOKEN, image_seq_length=4, vision_feature_layer=-1, vision_feature_select_strategy="default",
             )  # fmt: skip
+    return _seeing(kind)
+
+
+def _seeing(kind: str) -> Any:
+    """The configuration of a tiny model with a vision tower other than LLaVA's."""
+    import transformers as hf
+
+    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
+    merging = {"depth": 2, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2}
+    rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
+    tokens = {"image_token_id": IMAGE_TOKEN, "video_token_id": 2}
+    widths = {"hidden_size": 32, "intermediate_size": 64, "out_hidden_size": 64}
+    match kind:
+        case "llava_onevision":
+            return hf.LlavaOnevisionConfig(
+                vision_config=hf.SiglipVisionConfig(**tower), text_config=hf.Qwen2Config(**_text()), image_token_index=IMAGE_TOKEN,
+                video_token_index=2, image_grid_pinpoints=[[16, 16]], vision_feature_layer=-1,
+            )  # fmt: skip
+        case "internvl":
+            vision = hf.InternVLVisionConfig(**tower | {"image_size": [16, 16], "patch_size": [4, 4]})
+            return hf.InternVLConfig(
+                vision_config=vision, text_config=hf.Qwen2Config(**_text()), image_token_id=IMAGE_TOKEN, image_seq_length=4, downsample_ratio=0.5
+            )
+        case "qwen2_vl":
+            text = hf.Qwen2VLTextConfig(**_text(rope_parameters=rope)).to_dict()
+            return hf.Qwen2VLConfig(vision_config=merging | {"embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2}, text_config=text, **tokens)
+        case "qwen2_5_vl":
+            text = hf.Qwen2_5_VLTextConfig(**_text(rope_parameters=rope)).to_dict()
+            vision = merging | widths | {"window_size": 16, "fullatt_block_indexes": [1]}
+            return hf.Qwen2_5_VLConfig(vision_config=vision, text_config=text, **tokens)
+        case "qwen3_vl":
+            text = hf.Qwen3VLTextConfig(**_text(rope_parameters=rope | {"mrope_interleaved": True})).to_dict()
+            vision = merging | widths | {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
+            return hf.Qwen3VLConfig(vision_config=vision, text_config=text, **tokens)
+        case "idefics3" | "smolvlm":
+            of_vision, whole = (hf.Idefics3VisionConfig, hf.Idefics3Config) if kind == "idefics3" else (hf.SmolVLMVisionConfig, hf.SmolVLMConfig)
+            vision = of_vision(**tower | {"patch_size": 4})
+            return whole(vision_config=vision, text_config=hf.LlamaConfig(**_text()), image_token_id=IMAGE_TOKEN, scale_factor=2)
     raise ValueError(kind)
+
+
+def _pixels(kind: str, ids: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """What a model of a kind that sees is given of one image beside ``ids`` [tokens]."""
+    if kind == "llava_onevision":
+        return {"pixel_values": torch.randn(1, 2, 3, 16, 16, generator=generator), "image_sizes": torch.tensor([[16, 16]])}
+    if kind.startswith("qwen"):
+        return {
+            "pixel_values": torch.randn(16, 3 * 2 * 4 * 4, generator=generator),
+            "image_grid_thw": torch.tensor([[1, 4, 4]]),
+            "mm_token_type_ids": (ids == IMAGE_TOKEN).long()[None],
+        }
+    batched = (1, 1) if kind in ("idefics3", "smolvlm") else (1,)
+    return {"pixel_values": torch.randn(*batched, 3, 16, 16, generator=generator)}
 
 
 def save(kind: str, dtype: torch.dtype, folder: Path, **options: Any) -> Path:
@@ -121,7 +178,7 @@ def save(kind: str, dtype: torch.dtype, folder: Path, **options: Any) -> Path:
     import transformers as hf
 
     torch.manual_seed(1)
-    auto = hf.AutoModelForImageTextToText if kind == "llava" else hf.AutoModelForCausalLM
+    auto = hf.AutoModelForImageTextToText if kind in SEEING else hf.AutoModelForCausalLM
     model = auto.from_config(config(kind))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -157,20 +214,21 @@ def plain(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     """The model as transformers alone opens it."""
     import transformers as hf
 
-    auto = hf.AutoModelForImageTextToText if "llava" in (folder / "config.json").read_text() else hf.AutoModelForCausalLM
+    seeing = "vision_config" in json.loads((folder / "config.json").read_text())
+    auto = hf.AutoModelForImageTextToText if seeing else hf.AutoModelForCausalLM
     # One expert after the other: the grouped product that is the default knows no float64.
     return auto.from_pretrained(folder, dtype=dtype, local_files_only=True, experts_implementation="eager").eval()
 
 
-def samples(lengths: tuple[int, ...] = (24, 24, 17, 24, 9), image: bool = False) -> Samples:
-    """Random tokens, some of equal length; with `image`, four image tokens and the pixels for them."""
+def samples(lengths: tuple[int, ...] = (24, 24, 17, 24, 9), image: bool = False, kind: str = "llava") -> Samples:
+    """Random tokens, some of equal length; with `image`, an image for a model of this kind and the tokens that stand for it."""
     generator = torch.Generator().manual_seed(7)
     items = []
-    for length in lengths:
+    for length in (max(each, IMAGE_TOKENS.get(kind, 0) + 4) for each in lengths):
         ids = torch.randint(4, VOCABULARY, (length,), generator=generator)
-        extra = {}
+        extra, vision = {}, None
         if image:
-            ids[1:5] = IMAGE_TOKEN
-            extra = {"pixel_values": torch.randn(1, 3, 16, 16, generator=generator)}
-        items.append(Sample(ids, torch.ones(length, dtype=torch.bool), extra))
+            ids[1 : 1 + IMAGE_TOKENS.get(kind, 4)] = IMAGE_TOKEN
+            extra, vision = _pixels(kind, ids, generator), ids == IMAGE_TOKEN
+        items.append(Sample(ids, torch.ones(length, dtype=torch.bool), extra, vision))
     return Samples("random", tuple(items))

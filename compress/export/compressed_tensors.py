@@ -224,9 +224,7 @@ def _target(layout: Layout, linear: str) -> str:
 
 def _ignored(layout: Layout, plan: dict[str, Scheme]) -> list[str]:
     """Modules with a matrix that stays as it is. Anything before the blocks goes by different names in different engines."""
-    ignored = {"lm_head"}
-    towers = {name.partition(".")[0] for name in layout.checkpoint.tensors} - {layout.arch.blocks.partition(".")[0], "lm_head", "model"}
-    ignored |= {f"re:.*{tower}.*" for tower in towers}
+    ignored = {"lm_head"} | {f"re:.*{tower}.*" for tower in _towers(layout)}
     for name in layout.linears:
         if name not in plan:
             ignored.add(_target(layout, name))
@@ -236,6 +234,18 @@ def _ignored(layout: Layout, plan: dict[str, Scheme]) -> list[str]:
                 ignored.add(_target(layout, f"{block.prefix}.{_renamed(layout, local)}"))
                 ignored.add(_target(layout, f"{block.prefix}.{local}"))
     return sorted(ignored)
+
+
+def _towers(layout: Layout) -> set[str]:
+    """What lies beside the language model: the first part of a name in which it differs from those of blocks."""
+    blocks = layout.arch.blocks.split(".")
+    found = set()
+    for name in layout.checkpoint.tensors:
+        parts = name.split(".")
+        depth = next(depth for depth, part in enumerate(parts) if part != dict(enumerate(blocks)).get(depth))
+        if depth < len(blocks) - 1:
+            found.add(parts[depth])
+    return found - {"lm_head"}
 
 
 def _renamed(layout: Layout, local: str) -> str:

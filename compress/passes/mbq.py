@@ -1,8 +1,8 @@
 """Modality-balanced quantisation (MBQ, arXiv 2412.19509): scales searched for a model that sees, then rounding to nearest.
 
-As `smooth` by `awq`, but errors count by their magnitude, those at vision tokens by how much the loss depends on them, beside text; and the block is
-rounded before the next one is looked at. Where inputs are rounded too, candidates are judged with both rounded. To have weights rounded by another
-pass, write `smooth: {loss: mae, balance: modality}` before it.
+As `smooth` by `awq`, but errors count by their magnitude, and those at vision tokens by how much the loss depends on them, beside text. Where inputs
+are rounded too, candidates are judged with both rounded. To have weights rounded by another pass, write `smooth: {loss: mae, balance: modality}`
+before it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from compress.passes import rtn, smooth
 from compress.passes.base import Quantize, Transform, split
 
 if TYPE_CHECKING:
+    from compress.block import Block
     from compress.calibrate import Workspace
     from compress.data import Samples
     from compress.model import Model
@@ -51,11 +52,13 @@ class Pass(Quantize, Transform):
 
         chosen = self.takes(model.layout)
         search = smooth.Pass(edges=self.edges, clip=self.clip, loss=self.loss, balance="modality")
-        shared = {key: value for key in rtn.Pass.model_fields if key in self.model_fields and (value := getattr(self, key)) is not None}
-        rounding = rtn.Pass(**shared).given(self._allocated)
-        balance = smooth.balanced(model, samples, workspace)
-        for probe in visit(model, samples, workspace):
-            smooth.Smoothing(search, model, probe, samples, balance).run()
-            for stage in probe.block.layout.stages:
+        rounding = rtn.Pass(**{key: getattr(self, key) for key in Quantize.model_fields}).given(self._allocated)
+
+        def finish(block: Block) -> None:
+            for stage in block.layout.stages:
                 for group in stage.groups:
-                    rounding.round_group(probe.block, split(group, chosen), None, None)
+                    rounding.round_group(block, split(group, chosen), None, None)
+
+        balance = smooth.balanced(model, samples, workspace)
+        for probe in visit(model, samples, workspace, finish):
+            smooth.Smoothing(search, model, probe, samples, balance).run()
