@@ -96,8 +96,8 @@ class Bench:
     seeds: int = 3
     samples: int = 256
     windows: int = 100
-    pairs: Callable[[str, Path], None] | None = None
-    """Writes minimal pairs for the rows of a table into a folder: `SEARCHED`, for passes that learn from them, and `JUDGED`, by which all are."""
+    pairs: Callable[[Path], None] | None = None
+    """Writes minimal pairs into a folder: `SEARCHED`, for passes that learn from them, and `JUDGED`, by which all are."""
 
 
 def parse_arguments(bench: Bench, arguments: list[str]) -> argparse.Namespace:
@@ -118,7 +118,7 @@ def run(bench: Bench, row: str, seed: int, arguments: argparse.Namespace, work: 
     """Loss and size of one run, or an error."""
     passes = bench.rows[row]
     if bench.pairs:
-        bench.pairs(row.split("/")[0], work)
+        bench.pairs(work)
         searched = {"pairs": str(work / SEARCHED)}
         passes = [{name: options | searched if "pairs" in options else options for name, options in step.items()} for step in passes]
     calibration, held_out = bench.data(row)

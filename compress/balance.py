@@ -54,15 +54,14 @@ class Balance:
         floors = {kind: statistics.median(ratios) for kind, ratios in kinds.items()}
         self.ratios = {name: max(each.ratio, floors[last(name)]) for name, each in self.found.items()}
 
-    def of(self, linears: tuple[str, ...], block: BlockLayout) -> float:
-        """The ratio of the submodule of `block` that these linears are part of: that of the writer behind them."""
-        order = [linear.name for linear in block.linears]
-        behind = [name for name in order[order.index(linears[0]) :] if name in self.ratios]
-        return self.ratios[behind[0]]
+    def weights(self, vision: Tensor, linear: str, block: BlockLayout) -> Tensor:
+        """[rows, tokens] float32, what each token counts for the submodule of `block` that a linear is part of; ``vision`` bool [rows, tokens].
 
-    def weights(self, vision: Tensor, ratio: float) -> Tensor:
-        """[rows, tokens] float32, what each token counts, for ``vision`` bool [rows, tokens]."""
-        return torch.where(vision, ratio, 1.0)
+        A submodule ends with the next linear that writes to the residual stream.
+        """
+        order = [each.name for each in block.linears]
+        writer = next(name for name in order[order.index(linear) :] if name in self.ratios)
+        return torch.where(vision, self.ratios[writer], 1.0)
 
 
 def measure(model: Model, samples: Samples, folder: Path, advance: Callable[[], None] = lambda: None) -> Balance:
@@ -81,11 +80,10 @@ def measure(model: Model, samples: Samples, folder: Path, advance: Callable[[], 
 
 def check(samples: Samples) -> None:
     """Raise `InputError` for samples of which not both modalities can be told."""
-    if any(item.extra and item.vision is None for item in samples.items):
+    if samples.vision_tokens is None:
         what = "the model's processor does not say which tokens stand for images (it gives no mm_token_type_ids)"
         raise InputError.one(f"calibration: data: {samples.source}", what, "leave the balance of modalities out")
-    seen = sum(int(item.vision.sum()) for item in samples.items if item.vision is not None)
-    if not seen:
+    if not samples.vision_tokens:
         what = "has no images, so there is nothing to balance text with"
         raise InputError.one(
             f"calibration: data: {samples.source}", what, "give images with questions, such as demo:images, or leave the balance out"

@@ -79,6 +79,13 @@ class Samples:
         return sum(len(item.ids) for item in self.items)
 
     @property
+    def vision_tokens(self) -> int | None:
+        """How many tokens stand for images; None where no one says of some."""
+        if any(item.extra and item.vision is None for item in self.items):
+            return None
+        return sum(int(item.vision.sum()) for item in self.items if item.vision is not None)
+
+    @property
     def digest(self) -> str:
         """sha256 over the tokens and pixels, in order."""
         digest = hashlib.sha256()

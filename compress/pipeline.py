@@ -228,6 +228,7 @@ class _Run:
             "seconds": time.monotonic() - self.began,
             "peak_bytes": peak_bytes(),
             "calibration": {"source": samples.source, "sequences": len(samples.items), "tokens": samples.tokens, "sha256": samples.digest}
+            | ({"vision_tokens": samples.vision_tokens} if self.layout.arch.image else {})
             if samples
             else None,
             "passes": self.passes,

@@ -23,8 +23,8 @@ class Seen:
         self._total = torch.zeros(columns, dtype=torch.float64, device=device)
         self._squares = torch.zeros(columns // group, group, group, device=device) if group else None
 
-    def add(self, inputs: Tensor) -> None:
-        """Count ``inputs`` [..., in]."""
+    def add(self, inputs: Tensor, counts: Tensor | None = None) -> None:
+        """Count ``inputs`` [..., in]; in second moments each token as often as ``counts`` says, one for each."""
         rows = inputs.reshape(-1, inputs.shape[-1]).float()
         if not len(rows):
             return
@@ -33,7 +33,8 @@ class Seen:
         self.largest = torch.maximum(self.largest, magnitude.amax(0))
         self._total += magnitude.sum(0, dtype=torch.float64)
         if self._squares is not None:
-            grouped = rows.T.reshape(self._squares.shape[0], -1, len(rows))
+            weighed = rows if counts is None else rows * counts.reshape(-1, 1).sqrt()
+            grouped = weighed.T.reshape(self._squares.shape[0], -1, len(rows))
             self._squares.baddbmm_(grouped, grouped.transpose(1, 2))
 
     def mean(self) -> Tensor:
@@ -88,8 +89,8 @@ class Probe:
     kwargs: list[dict[str, Any]]
     members: list[tuple[int, ...]]
 
-    def observe(self, note: Callable[[Group, Tensor], None]) -> None:
-        """Run all data through the block and tell `note` what each input group is given, [..., in]."""
+    def observe(self, note: Callable[[Group, Tensor], None], batches: Iterable[int] | None = None) -> None:
+        """Run all data, or some `batches`, through the block and tell `note` what each input group is given, [..., in]."""
         dense, experts = self._groups()
         with ExitStack() as stack:
             for group in dense:
@@ -104,7 +105,7 @@ class Probe:
                     note(experts[EXPERTS_OUT][expert], inputs)
 
                 stack.enter_context(self.block.overhearing(before, after))
-            for batch in range(len(self.hidden)):
+            for batch in range(len(self.hidden)) if batches is None else batches:
                 self._run(batch)
 
     def _groups(self) -> tuple[list[Group], dict[str, dict[int, Group]]]:

@@ -15,7 +15,7 @@ import yaml
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from compress import experts_told, plots
+from compress import experts_told, modalities_told, plots
 from compress.checkpoint import write_text
 from compress.formats.base import LEFT_OUT
 
@@ -88,6 +88,8 @@ def page(result: dict[str, Any]) -> str:
         cut=_cut(result),
         experts=experts_told.experts(result.get("transforms") or []),
         outcomes=experts_told.outcomes(result.get("transforms") or []),
+        modalities=modalities_told.modalities(result),
+        seeing=modalities_told.remark(result),
         transforms=_transforms([record for record in result.get("transforms") or [] if not _special(record)]),
         pruned=_pruned(result),
         factored=_factored([record for record in result.get("transforms") or [] if "rank" in record]),
@@ -201,7 +203,7 @@ def _summary(result: dict[str, Any]) -> str:
 
 def _special(record: dict[str, Any]) -> bool:
     """Whether what a pass did that quantised nothing is told elsewhere on the page."""
-    return any(key in record for key in ("key_error", "completeness", "pattern", "after", "rank", "loss"))
+    return any(key in record for key in ("key_error", "sensitivity", "completeness", "pattern", "after", "rank", "loss"))
 
 
 def _pruned(result: dict[str, Any]) -> list[dict[str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -87,6 +88,7 @@ def _measure(base: Model, model: Model, options: Evaluation, tokenizer: Tokenize
         "accuracy_drop": float(base_correct.double().mean() - correct.double().mean()),
     }
     return {
+        **({"modalities": [asdict(lost) for lost in scores.modalities]} if scores.modalities else {}),
         "protocol": protocol,
         "baseline": {"perplexity": scoring.perplexity(scores.base_loss), "accuracy": float(base_correct.double().mean())},
         "compressed": {

@@ -23,6 +23,15 @@ CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
+class Lost:
+    """Squared error of what a block gives, all before it compressed too, as a share of what it gave: over ``vision`` tokens and over ``text``."""
+
+    block: str
+    vision: float
+    text: float
+
+
+@dataclass(frozen=True)
 class Scores:
     """Per scored token of sequence ``member`` [tokens]: negative log-likelihood in nats and whether the most likely token is the right
     one, for the original (``base_``) and the compressed model; their divergence and whether they agree."""
@@ -35,6 +44,8 @@ class Scores:
     kl: Tensor
     agree: Tensor
     sequences: int
+    modalities: tuple[Lost, ...] = ()
+    """By block, of samples with images and models of equally many blocks."""
 
     def per_sequence(self, values: Tensor) -> Tensor:
         """Sum of per-token `values` over each sequence, float64 [sequences]."""
@@ -54,11 +65,36 @@ def last_hidden(model: Model, samples: Samples, advance: Callable[[], None] = la
     return hidden
 
 
+def _side_by_side(base: Model, model: Model, samples: Samples, advance: Callable[[], None]) -> tuple[list[Tensor], list[Tensor], tuple[Lost, ...]]:
+    """`last_hidden` of both models, and what was lost on the way, by modality."""
+    streams, kwargs = zip(*(each.embed_all(batch.inputs for batch in samples.batches()) for each in (base, model)), strict=True)
+    vision = [batch.vision.to(base.device) for batch in samples.batches()]
+    base.release()
+    model.release()
+    lost = []
+    for before, after in zip(base.blocks, model.blocks, strict=True):
+        for which, (each, layout) in enumerate(((base, before), (model, after))):
+            with each.block(layout.index) as block:
+                block.advance(streams[which], [named[layout.index] for named in kwargs[which]])
+            advance()
+        shares = []
+        for mask in (vision, [~each for each in vision]):
+            pairs = [(one[seen].double(), other[seen].double()) for one, other, seen in zip(*streams, mask, strict=True)]
+            energy = sum(float(one.square().sum()) for one, _ in pairs)
+            shares.append(sum(float((one - other).square().sum()) for one, other in pairs) / (energy or 1.0))
+        lost.append(Lost(after.prefix, *shares))
+    return streams[0], streams[1], tuple(lost)
+
+
 @torch.no_grad()
 def compare(base: Model, model: Model, samples: Samples, advance: Callable[[], None] = lambda: None) -> Scores:
     """Run both models over `samples`. Passing the same object twice scores one model alone."""
-    base_hidden = last_hidden(base, samples, advance)
-    hidden = base_hidden if base is model else last_hidden(model, samples, advance)
+    lost: tuple[Lost, ...] = ()
+    if base is not model and len(base.blocks) == len(model.blocks) and any(bool(batch.vision.any()) for batch in samples.batches()):
+        base_hidden, hidden, lost = _side_by_side(base, model, samples, advance)
+    else:
+        base_hidden = last_hidden(base, samples, advance)
+        hidden = base_hidden if base is model else last_hidden(model, samples, advance)
     columns: dict[str, list[Tensor]] = {name: [] for name in ("member", "base_loss", "loss", "base_right", "right", "kl", "agree")}
     for batch, base_states, states in zip(samples.batches(), base_hidden, hidden, strict=True):
         # The prediction at a position is of the token after it.
@@ -79,7 +115,7 @@ def compare(base: Model, model: Model, samples: Samples, advance: Callable[[], N
             columns["right"].append((after.argmax(-1) == label[:, 0]).cpu())
             columns["kl"].append((before.exp() * (before - after)).sum(-1).clamp_min(0).cpu())
             columns["agree"].append((before.argmax(-1) == after.argmax(-1)).cpu())
-    return Scores(**{name: torch.cat(parts) for name, parts in columns.items()}, sequences=len(samples.items))
+    return Scores(**{name: torch.cat(parts) for name, parts in columns.items()}, sequences=len(samples.items), modalities=lost)
 
 
 def perplexity(loss: Tensor) -> float:

@@ -14,7 +14,7 @@ from pydantic import Field
 from compress.errors import Problems
 from compress.layout import Layout
 from compress.passes import rtn, smooth
-from compress.passes.base import Quantize, Transform, split
+from compress.passes.base import GRADIENT, Quantize, Transform, split
 
 if TYPE_CHECKING:
     from compress.block import Block
@@ -38,20 +38,23 @@ class Pass(Quantize, Transform):
     def check(self, place: str, layout: Layout, problems: Problems) -> None:
         Quantize.check(self, place, layout, problems)
         Transform.check(self, place, layout, problems)
-        smooth.check_sees(place, layout, problems)
+        self._search().check_balance(place, layout, problems)
         if self.activations == "static":
             problems.add(f"{place}: activations", "fixed scales are measured once everything is folded", "set dynamic, or write smooth and rtn")
 
     @property
     def forwards(self) -> float:
         """As `Differentiating`."""
-        return smooth.GRADIENT
+        return GRADIENT
+
+    def _search(self) -> smooth.Pass:
+        return smooth.Pass(edges=self.edges, clip=self.clip, loss=self.loss, balance="modality")
 
     def run(self, model: Model, samples: Samples, workspace: Workspace) -> None:
         from compress.calibrate import visit
 
         chosen = self.takes(model.layout)
-        search = smooth.Pass(edges=self.edges, clip=self.clip, loss=self.loss, balance="modality")
+        search = self._search()
         rounding = rtn.Pass(**{key: getattr(self, key) for key in Quantize.model_fields}).given(self._allocated)
 
         def finish(block: Block) -> None:
@@ -59,6 +62,6 @@ class Pass(Quantize, Transform):
                 for group in stage.groups:
                     rounding.round_group(block, split(group, chosen), None, None)
 
-        balance = smooth.balanced(model, samples, workspace)
+        balance = search.measured_balance(model, samples, workspace)
         for probe in visit(model, samples, workspace, finish):
-            smooth.Smoothing(search, model, probe, samples, balance).run()
+            smooth.Smoothing(search, model, probe, samples, balance, "mbq").run()

@@ -18,7 +18,7 @@ from pydantic import Field
 
 from compress.errors import Problems
 from compress.layout import Edge, Group, Layout
-from compress.passes.base import Transform
+from compress.passes.base import Balanced, Transform
 from compress.scheme import Scheme
 
 if TYPE_CHECKING:
@@ -38,13 +38,11 @@ USUAL_KINDS: dict[str, tuple[Kind, ...]] = {"awq": ("qkv", "o", "gate_up", "down
 USUAL_ALPHA = 0.5
 CANDIDATES = 20
 """Exponents tried: 0, 0.05, ... 0.95. The first changes nothing, so the best is never worse."""
-GRADIENT = 4.0
-"""What the gradients of a balance cost, in forward passes."""
 JUDGED_TOKENS = 4096
 """Candidates are compared on the first samples with so many tokens."""
 
 
-class Pass(Transform):
+class Pass(Balanced, Transform):
     """Divide channels where they are produced, multiply them where they are read."""
 
     needs_data: ClassVar[bool] = True
@@ -61,11 +59,6 @@ class Pass(Transform):
     )
     loss: Literal["mse", "mae"] = Field(
         default="mse", description="`awq`: candidates are compared by the squares of errors in what submodules give, or by their magnitudes"
-    )
-    balance: Literal["none", "modality"] = Field(
-        default="none",
-        description="`awq`: `modality` counts errors at vision tokens by how much the loss depends on them, beside text (MBQ); takes gradients "
-        "of the model's loss, and calibration data with images",
     )
     clip: bool | None = Field(default=None, description="cut the range of each group of weights, but of queries and keys; `null`: with `awq` only")
     min_tokens: float = Field(
@@ -90,40 +83,21 @@ class Pass(Transform):
             for key in ("loss", "balance"):
                 if key in self.model_fields_set:
                     problems.add(f"{place}: {key}", f"is of the search of awq, which {self.method} does not make", "leave it out, or set method: awq")
-        if self.balance == "modality":
-            check_sees(f"{place}: balance", layout, problems)
-
-    @property
-    def forwards(self) -> float:
-        return GRADIENT if self.balance == "modality" else 0.0
+        self.check_balance(place, layout, problems)
 
     def run(self, model: Model, samples: Samples, workspace: Workspace) -> None:
         from compress.calibrate import visit
 
-        balance = balanced(model, samples, workspace) if self.balance == "modality" else None
+        balance = self.measured_balance(model, samples, workspace)
         for probe in visit(model, samples, workspace):
             Smoothing(self, model, probe, samples, balance).run()
-
-
-def check_sees(place: str, layout: Layout, problems: Problems) -> None:
-    """Report a model without vision, whose modalities nobody can balance."""
-    if not layout.arch.image:
-        problems.add(place, f"a {layout.arch.model_type} reads text only", "leave it out")
-
-
-def balanced(model: Model, samples: Samples, workspace: Workspace) -> Balance:
-    """What vision tokens count in each submodule."""
-    from compress.balance import measure
-
-    workspace.progress.note("gradients for the balance of modalities")
-    return measure(model, samples, workspace.folder)
 
 
 class Smoothing:
     """One block being smoothed."""
 
-    def __init__(self, options: Pass, model: Model, probe: Probe, samples: Samples, balance: Balance | None) -> None:
-        self.options, self.schemes, self.block, self.probe = options, model.schemes, probe.block, probe
+    def __init__(self, options: Pass, model: Model, probe: Probe, samples: Samples, balance: Balance | None, by: str = "smooth") -> None:
+        self.by, self.options, self.schemes, self.block, self.probe = by, options, model.schemes, probe.block, probe
         self.counted, self.balance = _counted(probe, samples), balance
         self.vision = [batch.vision.to(model.device) for batch in samples.batches()]
         self.scores = {f"{probe.block.layout.prefix}.{name}{factor}" for name in model.layout.arch.scores for factor in ("", ".0", ".1")}
@@ -138,12 +112,27 @@ class Smoothing:
         for group in self.groups:
             scheme = next((self.schemes[linear.name] for linear in group.linears if linear.name in self.schemes), None)
             seen[group.name] = Seen(group.columns, scheme.group_size if scheme and self.options.clips else None, self.probe.hidden[0].device)
-        self.probe.observe(lambda group, inputs: seen[group.name].add(inputs))
+        for batch, vision in enumerate(self.vision):
+
+            def note(group: Group, inputs: Tensor, vision: Tensor = vision) -> None:
+                seen[group.name].add(inputs, self._counts(group.linears[0].name, vision) if self.balance else None)
+
+            self.probe.observe(note, [batch])
         return seen
+
+    def _counts(self, linear: str, vision: Tensor) -> Tensor:
+        """What each token counts for the submodule of a linear, as ``vision`` bool [rows, tokens]."""
+        assert self.balance
+        return self.balance.weights(vision, linear, self.block.layout)
 
     def run(self) -> None:
         from compress.objective import losses
 
+        if self.balance:
+            for name in (name for name in self.block.layout.writers if name in self.balance.found):
+                found = self.balance.found[name]
+                sensitivity = {"vision": found.vision, "text": found.text, "counted": self.balance.ratios[name]}
+                self.block.add_record(name, {"pass": self.by, "kind": "balance", "sensitivity": sensitivity, "fallback": None})
         kinds = self.options.edges or USUAL_KINDS[self.options.method]
         edges = [edge for edge in self.block.layout.edges if edge.kind.rpartition(".")[2] in kinds]
         for _, alike in groupby(edges, key=lambda edge: edge.kind):
@@ -159,14 +148,13 @@ class Smoothing:
         """By batch, [rows, tokens]: what a token counts for the readers of an edge."""
         if self.balance is None:
             return self.counted
-        ratio = self.balance.of(edge.consumers, self.block.layout)
-        return [counted * self.balance.weights(vision, ratio) for counted, vision in zip(self.counted, self.vision, strict=True)]
+        return [counted * self._counts(edge.consumers[0], vision) for counted, vision in zip(self.counted, self.vision, strict=True)]
 
     def _fed(self, edge: Edge) -> bool:
         """Whether whoever reads the edge saw enough to go by; if not, it is recorded."""
         reason = None if edge.expert is None else self._starved(self._readers(edge)[0])
         if reason:
-            self.block.add_record(edge.name, {"pass": "smooth", "kind": edge.kind, "alpha": 0.0, "fallback": reason})
+            self.block.add_record(edge.name, {"pass": self.by, "kind": edge.kind, "alpha": 0.0, "fallback": reason})
         return reason is None
 
     def _readers(self, edge: Edge) -> list[Group]:
@@ -198,7 +186,7 @@ class Smoothing:
             self.seen[group.name].divide(folding.spread(factor))
         record = {"factors": [float(factor.min()), float(factor.max())], "left_alone": int((candidates[alpha] / factor - 1).abs().gt(0.01).sum())}
         record |= {"error": [errors[0.0], errors[alpha]]} if errors else {}
-        self.block.add_record(edge.name, {"pass": "smooth", "kind": edge.kind, "alpha": alpha, "fallback": None, **record})
+        self.block.add_record(edge.name, {"pass": self.by, "kind": edge.kind, "alpha": alpha, "fallback": None, **record})
 
     def _candidates(self, edge: Edge, folding: Folding) -> dict[float, Tensor]:
         """Scales [channels] by exponent."""
@@ -252,7 +240,7 @@ class Smoothing:
             scheme = self.schemes.get(name)
             if scheme is None or scheme.scale_rows > 1 or name in self.scores:
                 continue
-            record: dict[str, Any] = {"pass": "smooth", "kind": "clip", "fallback": reason}
+            record: dict[str, Any] = {"pass": self.by, "kind": "clip", "fallback": reason}
             if reason is None:
                 cut = clipped(weight, self.seen[group.name].moment(), scheme.grid(peak), scheme.stored(self.block.stored_dtype(name)))
                 self.block.set_dense(f"{name}.weight", cut)
