@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,7 +21,7 @@ from compress.checkpoint import entry, read_header, read_tensor, write_safetenso
 from compress.data import Samples
 from compress.drift import Drift, Moved
 from compress.hardware import return_freed_memory, widened
-from compress.layout import EXPERTS_IN, EXPERTS_OUT, BlockLayout, Group, Stage
+from compress.layout import EXPERTS_IN, EXPERTS_OUT, Group, Stage
 from compress.model import Model
 from compress.probe import Probe
 from compress.replay import Replay
@@ -76,17 +75,14 @@ class SecondMoment:
         self.peaks: list[float | None] = [0.0 if peaks else None] * batch
         self.magnitudes = torch.zeros(batch, size, device=device, dtype=torch.float64) if magnitudes else None
 
-    def add(self, member: int, inputs: Tensor, counts: Tensor | None = None) -> None:
-        """Count ``inputs`` [..., in] for `member`, in the product as often as ``counts`` says of each token, once by default."""
+    def add(self, member: int, inputs: Tensor) -> None:
+        """Count ``inputs`` [..., in] for `member`."""
         rows = inputs.reshape(-1, inputs.shape[-1])
         total, size = self.total[member], rows.shape[1]
         if (peak := self.peaks[member]) is not None and rows.numel():
             self.peaks[member] = max(peak, float(rows.abs().max()))
         if self.magnitudes is not None:
             self.magnitudes[member] += rows.abs().sum(0, dtype=torch.float64)
-        self.tokens[member] += rows.shape[0]
-        if counts is not None:
-            rows = rows.to(self.total.dtype) * counts.reshape(-1, 1).sqrt()
         with fast_exact_products(rows.dtype):
             rows = rows.to(self.total.dtype)
             # Whole tiles of the upper triangle: about half the work of the full product.
@@ -94,6 +90,7 @@ class SecondMoment:
                 end = min(start + TILE, size)
                 part = total[start:end, start:]
                 torch.addmm(part, rows[:, start:end].T, rows[:, start:], out=part)
+        self.tokens[member] += rows.shape[0]
 
     def merge(self, other: SecondMoment) -> None:
         self.total += other.total
@@ -179,13 +176,11 @@ def sweep(
     drift: bool = False,
     peaks: bool = False,
     magnitudes: bool = False,
-    counts: Callable[[BlockLayout, Group, int], Tensor] | None = None,
 ) -> Iterator[Inputs]:
     """Measure every input group for which `wanted` holds, block after block, in the order in which data flows.
 
     With `peaks`, the largest magnitude too, with `magnitudes` the mean one of each input. With `drift`, also against the model as it was: a second
-    block in memory, and about twice the work. ``counts(block, group, batch)`` [rows, tokens] says what each token counts in the second moments of
-    groups outside experts; one by default.
+    block in memory, and about twice the work.
     """
     start, streams, kwargs = _begin(model, samples, workspace, 2 if drift else 1)
     model.release()
@@ -200,8 +195,7 @@ def sweep(
                     sums = torch.promote_types(model.dtype, torch.float32)
                     moment = SecondMoment(len(groups), groups[0].columns, model.device, peaks=peaks, magnitudes=magnitudes, dtype=sums)
                     apart = moved if stage.name not in (EXPERTS_IN, EXPERTS_OUT) else None
-                    weigh = partial(counts, layout, groups[0]) if counts else None
-                    finish = _measure(block, stage, groups, replay, moment, apart, weigh)
+                    finish = _measure(block, stage, groups, replay, moment, apart)
                     tokens, largest, usual = tuple(moment.tokens), tuple(moment.peaks), moment.mean_magnitude()
                     return_freed_memory()
                     yield Inputs(block, groups, moment.mean(), tokens, samples.tokens, largest, usual, apart.mean() if apart else None)
@@ -353,20 +347,12 @@ def _turns(groups: tuple[Group, ...]) -> Iterator[tuple[Group, ...]]:
         start += room
 
 
-def _measure(
-    block: Block,
-    stage: Stage,
-    groups: tuple[Group, ...],
-    replay: Replay,
-    moment: SecondMoment,
-    moved: Drift | None,
-    counts: Callable[[int], Tensor] | None,
-) -> Callable[[], None]:
+def _measure(block: Block, stage: Stage, groups: tuple[Group, ...], replay: Replay, moment: SecondMoment, moved: Drift | None) -> Callable[[], None]:
     """Run all data through the block up to where `groups` read their input. Returns what to call once they are final."""
     if stage.name not in (EXPERTS_IN, EXPERTS_OUT):
 
         def note(inputs: Tensor) -> None:
-            moment.add(0, inputs, counts(replay.batch) if counts else None)
+            moment.add(0, inputs)
             if moved:
                 moved.add(replay.batch, inputs, replay.hidden[replay.batch])
 

@@ -31,7 +31,7 @@ class Seen:
         magnitude = rows.abs()
         self.tokens += len(rows)
         self.largest = torch.maximum(self.largest, magnitude.amax(0))
-        self._total += magnitude.sum(0, dtype=torch.float64)
+        self._total += (magnitude if counts is None else magnitude * counts.reshape(-1, 1)).sum(0, dtype=torch.float64)
         if self._squares is not None:
             weighed = rows if counts is None else rows * counts.reshape(-1, 1).sqrt()
             grouped = weighed.T.reshape(self._squares.shape[0], -1, len(rows))

@@ -115,6 +115,26 @@ def experts(document: dict[str, Any]) -> Rows:
     return rows
 
 
+VLM_TABLES = {"w4": "W4 g128", "w3": "W3 g128", "w2": "W2 g64", "w4a8": "W4A8", "w8a8": "W8A8"}
+"""What a table of bench/vision.py is called here."""
+
+
+def vlm(document: dict[str, Any]) -> Rows:
+    """One row per table: what answers about images lose by method, the least first, with the standard error over draws."""
+    rows = []
+    for table, label in VLM_TABLES.items():
+        found = {
+            name.partition("/")[2]: [run["excess_loss"] for run in runs] for name, runs in document["results"].items() if name.startswith(f"{table}/")
+        }
+        texts = []
+        for method, values in sorted(found.items(), key=lambda item: statistics.mean(item[1])):
+            error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.4f}" if len(set(values)) > 1 else ""
+            texts.append(f"{statistics.mean(values):.4f}{error} ({method})")
+        if texts:
+            rows.append((f"{label} of a model that sees, excess loss of answers", {OURS: ", ".join(texts)}))
+    return rows
+
+
 def _losses(document: dict[str, Any], tables: dict[str, str]) -> Rows:
     shown = {label: _by_method(document, table, "excess_loss") for table, label in tables.items()}
     return [(f"{label}, excess loss", {OURS: text}) for label, text in shown.items() if text]
@@ -222,6 +242,7 @@ ROWS = {
     "quality": quality,
     "pruning": pruning,
     "experts": experts,
+    "vlm": vlm,
     "speed": speed,
     "memory": memory,
     "kill": kill,
@@ -230,7 +251,7 @@ ROWS = {
     "sass": sass,
 }
 """What makes rows of a result, in the order in which they are shown."""
-LOSSES = ("quality", "pruning", "experts")
+LOSSES = ("quality", "pruning", "experts", "vlm")
 """Those that say what was lost."""
 
 
@@ -284,6 +305,13 @@ def notes(documents: list[tuple[str, dict[str, Any]]], shown: Iterable[str]) -> 
                 f"nats above `{protocol['model']}` on {protocol['windows']} windows of {protocol['length']} tokens of demo:heldout, "
                 f"calibrated on {protocol['samples']} x {protocol['length']} tokens of demo:text, mean of {most} draw{'s' if most > 1 else ''} "
                 "(where marked *, of fewer)."
+            )
+        if name == "vlm":
+            protocol, most = document["protocol"], max(map(len, document["results"].values()))
+            yield (
+                f"Model that sees: nats per token of answers above `{protocol['model']}` on {protocol['windows']} questions of demo:images-heldout, "
+                f"calibrated on {protocol['samples']} questions of demo:images, or of as many x {protocol['length']} tokens of demo:text; mean and "
+                f"standard error of {most} draws."
             )
         if name == "gemv":
             yield (

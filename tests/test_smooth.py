@@ -167,6 +167,7 @@ def test_the_loss_is_that_of_plain_transformers_with_other_weights(kind: str, ch
         counted = all_counted(probe)
         counted[0][1] = 0  # a row, and tokens in others, that do not count
         counted[-1][:, :3] = 0
+        counted[-1][:, 3:5] = 0.3  # and some that count for less
         for edge in probe.block.layout.edges:
             if edge.expert is not None:
                 continue
@@ -179,8 +180,9 @@ def test_the_loss_is_that_of_plain_transformers_with_other_weights(kind: str, ch
                 for name, weight in weights.items():
                     other._slots[0][f"{name}.weight"].view(changed.get_submodule(prefix)).copy_(weight)
             after = oracle.outputs(changed, judged, batches)
-            found = losses(probe, [edge], counted)[edge.name](weights)
-            assert found == pytest.approx(oracle.relative_error(before, after, [each.tolist() for each in counted]), rel=1e-3), edge.name
+            for error, power in (("mse", 2), ("mae", 1)):
+                found = losses(probe, [edge], counted, error)[edge.name](weights)
+                assert found == pytest.approx(oracle.relative_error(before, after, [each.tolist() for each in counted], power), rel=1e-3), edge.name
 
 
 def test_the_loss_of_an_expert_is_that_of_the_tokens_it_is_given(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
@@ -195,6 +197,29 @@ def test_the_loss_of_an_expert_is_that_of_the_tokens_it_is_given(checkpoint: Cal
             lost = sum(float((changed @ row - weight @ row).double().square().sum()) for row in rows)
             energy = sum(float((weight @ row).double().square().sum()) for row in rows)
             assert found[edge.name]({edge.consumers[0]: changed}) == pytest.approx(lost / energy, rel=1e-3)
+
+
+def test_inputs_are_rounded_where_the_channels_are_divided(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    """Against the linear that would be stored, given what it would be given: both with the factors folded in."""
+    samples, folder = tiny.samples(), checkpoint("llama")
+    model = open_model(folder, bits=4, group_size=96, activations="dynamic")
+    given = statistics.inputs_of_linears(tiny.plain(folder), [batch.inputs for batch in samples.batches()])
+    with first_probe(model, tmp_path, samples) as probe:
+        smoothing = smooth.Smoothing(Pass(clip=False), model, probe, samples, None)
+        edge = next(edge for edge in probe.block.layout.edges if edge.kind == "down")
+        (name,) = edge.consumers
+        factor = torch.linspace(0.5, 2, model.layout.linears[name].columns)
+        weight, rows = probe.block.weight(name), torch.cat([each.flatten(0, -2) for each in given[name]])
+        folded = weight * factor
+        scale = folded.abs().amax(1, keepdim=True) / 7.5
+        stored = (folded / scale).round().clamp(-8, 7) * scale
+        divided = rows / factor
+        steps = divided.abs().amax(-1, keepdim=True) / 127.5
+        rounded = (divided / steps).round().clamp(-128, 127) * steps
+        before, after = [rows @ weight.T], [rounded @ stored.T]
+        (loss,) = losses(probe, [edge], all_counted(probe)).values()
+        found = loss(smoothing._rounded({name: weight}, factor), smoothing._inputs(edge, [name], factor))
+        assert found == pytest.approx(oracle.relative_error(before, after, [[[1.0] * len(rows)]]), rel=1e-3)
 
 
 def test_trying_weights_leaves_no_trace(checkpoint: Callable[..., Path]) -> None:

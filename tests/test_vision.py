@@ -16,14 +16,14 @@ from safetensors.torch import load_file
 
 from compress import balance, demo, pipeline, recipe
 from compress.backsweep import backsweep
-from compress.calibrate import Workspace, sweep
+from compress.calibrate import Workspace
 from compress.checkpoint import Checkpoint
 from compress.data import Sample, Samples, Tokenizer, calibration
 from compress.errors import InputError
 from compress.evaluate.scoring import last_hidden
 from compress.layout import Layout
 from compress.model import Model
-from compress.passes import gptq, mbq, rtn, smooth
+from compress.passes import mbq, rtn, smooth
 from compress.passes.base import Quantize
 
 GRID = {"bits": 4, "group_size": 32}
@@ -275,41 +275,10 @@ def test_a_pass_that_rounds_is_one_that_folds() -> None:
     assert issubclass(mbq.Pass, Quantize) and mbq.Pass.stage == "quantize" and mbq.Pass.verb == "folded"
 
 
-def test_second_moments_count_vision_tokens_by_the_balance(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    samples, model = answers_of("llava"), open_model(checkpoint("llava"))
-    vision = [batch.vision for batch in samples.batches()]
-    linear = next(iter(model.blocks[0].linears)).name
-    seen: list[torch.Tensor] = []
-    handle = tiny.plain(checkpoint("llava"))
-    hook = handle.get_submodule(linear.replace("language_model.model", "model.language_model", 1)).register_forward_pre_hook(
-        lambda _, given: seen.append(given[0].detach())
-    )
-    for batch in samples.batches():
-        handle(**batch.inputs, use_cache=False)
-    hook.remove()
-    workspace = Workspace(tmp_path / "work", tiny.Silent())
-    workspace.folder.mkdir()
-    sums = torch.zeros(64, 64)
-    for inputs, mask in zip(seen, vision, strict=True):
-        for row, sees in zip(inputs.flatten(0, 1), mask.flatten(), strict=True):
-            sums += (0.25 if sees else 1.0) * torch.outer(row, row)
-    swept = next(sweep(model, samples, workspace, lambda group: True, counts=lambda block, group, batch: torch.where(vision[batch], 0.25, 1.0)))
-    assert_close(swept.hessian[0], sums / sum(map(len, (item.ids for item in samples.items))))
-
-
-@pytest.mark.parametrize("step", [{"gptq": {"balance": "modality"}}, {"smooth": {"balance": "modality"}}])
-def test_other_searches_take_the_balance(step: dict[str, dict[str, Any]], checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    ((name, options),) = step.items()
+def test_ranges_are_cut_by_the_balance_too(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     made = []
-    for place, changes in enumerate(({}, options)):
-        grid = GRID | ({"min_tokens": 0} if name == "gptq" else {})
+    for place, balanced in enumerate(("none", "modality")):
         model = open_model(checkpoint("llava"), GRID)
-        one = gptq.Pass(**grid, **changes) if name == "gptq" else smooth.Pass(**changes)
-        carried_out(one, model, answers_of("llava"), tmp_path / str(place))
+        carried_out(smooth.Pass(alpha=0.0, balance=balanced), model, answers_of("llava"), tmp_path / str(place))
         made.append([model.dense(linear) for linear in model.layout.linears])
     assert not all(torch.equal(*pair) for pair in zip(*made, strict=True))
-
-
-def test_a_balance_of_errors_carried_over_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="balance: what earlier linears lost is not told apart by modality"):
-        run([{"gptq": {"balance": "modality", "qep": 0.5}}], "demo:vlm", tmp_path / "out")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import Field
 
-from compress.passes.base import Balanced, Calibrated, split
+from compress.passes.base import Calibrated, split
 
 if TYPE_CHECKING:
     import torch
@@ -19,8 +19,7 @@ if TYPE_CHECKING:
 
     from compress.calibrate import Inputs, Workspace
     from compress.data import Samples
-    from compress.errors import Problems
-    from compress.layout import BlockLayout, Group, Layout, Linear
+    from compress.layout import Linear
     from compress.model import Model
     from compress.numerics.grid import Grid, Scales
 
@@ -29,7 +28,7 @@ JUDGED_ROWS = 256
 """Outputs of a linear whose error is put into relation, evenly spaced: all of them would cost as much as the rounding itself."""
 
 
-class Pass(Balanced, Calibrated):
+class Pass(Calibrated):
     """Round with error feedback, measured on calibration data."""
 
     act_order: bool = Field(
@@ -56,12 +55,6 @@ class Pass(Balanced, Calibrated):
         "recorded; otherwise it is a case for `fallback`",
     )
 
-    def check(self, place: str, layout: Layout, problems: Problems) -> None:
-        super().check(place, layout, problems)
-        self.check_balance(place, layout, problems)
-        if self.balance == "modality" and self.qep:
-            problems.add(f"{place}: balance", "what earlier linears lost is not told apart by modality", "set qep: 0, or balance: none")
-
     def alone(self) -> Self:
         return self.model_copy(update={"qep": 0.0})  # it would make good here for errors that other bits elsewhere do not make
 
@@ -70,16 +63,7 @@ class Pass(Balanced, Calibrated):
 
         chosen = self.takes(model.layout)
         peaks = self.activations == "static"
-        balance = self.measured_balance(model, samples, workspace)
-        vision = [batch.vision.to(model.device) for batch in samples.batches()] if balance else []
-
-        def counts(block: BlockLayout, group: Group, batch: int) -> Tensor:
-            assert balance
-            return balance.weights(vision[batch], group.linears[0].name, block)
-
-        for inputs in sweep(
-            model, samples, workspace, lambda group: bool(split(group, chosen)), drift=self.qep > 0, peaks=peaks, counts=counts if balance else None
-        ):
+        for inputs in sweep(model, samples, workspace, lambda group: bool(split(group, chosen)), drift=self.qep > 0, peaks=peaks):
             self._quantize(inputs, [split(group, chosen) for group in inputs.groups])
 
     def _quantize(self, inputs: Inputs, members: list[tuple[Linear, ...]]) -> None:

@@ -66,13 +66,13 @@ def outputs(model: Any, module: str, batches: list[dict[str, Tensor]]) -> list[T
     return found
 
 
-def relative_error(before: list[Tensor], after: list[Tensor], counted: list[list[list[float]]]) -> float:
-    """Squared difference of the counted tokens as a share of their squares, token by token."""
+def relative_error(before: list[Tensor], after: list[Tensor], counted: list[list[list[float]]], power: int = 2) -> float:
+    """Squared difference of the counted tokens, or that to another `power`, as a share of what they are, token by token."""
     lost = energy = 0.0
     for one, other, weights in zip(before, after, counted, strict=True):
         one, other = (each.reshape(len(weights), len(weights[0]), -1) for each in (one, other))
         for row, row_weights in enumerate(weights):
             for token, weight in enumerate(row_weights):
-                lost += weight * float((one[row, token] - other[row, token]).double().square().sum())
-                energy += weight * float(one[row, token].double().square().sum())
+                lost += weight * float((one[row, token] - other[row, token]).double().abs().pow(power).sum())
+                energy += weight * float(one[row, token].double().abs().pow(power).sum())
     return lost / energy
