@@ -211,15 +211,13 @@ def test_inputs_are_rounded_where_the_channels_are_divided(checkpoint: Callable[
         factor = torch.linspace(0.5, 2, model.layout.linears[name].columns)
         probe.observe(lambda group, inputs: given.append(inputs.flatten(0, -2)) if group.linears[0].name == name else None)
         weight, rows = probe.block.weight(name), torch.cat(given)
-        folded = weight * factor
-        scale = 2 * folded.abs().amax(1, keepdim=True) / 15  # in this order: the largest of a row lies half way between two codes
-        stored = (folded / scale).round().clamp(-8, 7) * scale
+        changed = smoothing._rounded({name: weight}, factor)
         divided = rows / factor
         steps = divided.abs().amax(-1, keepdim=True) / 127.5
         rounded = (divided / steps).round().clamp(-128, 127) * steps
-        before, after = [rows @ weight.T], [rounded @ stored.T]
+        before, after = [rows @ weight.T], [rounded @ (changed[name] * factor).T]
         (loss,) = losses(probe, [edge], all_counted(probe)).values()
-        found = loss(smoothing._rounded({name: weight}, factor), smoothing._inputs(edge, [name], factor))
+        found = loss(changed, smoothing._inputs(edge, [name], factor))
         assert found == pytest.approx(oracle.relative_error(before, after, [[[1.0] * len(rows)]]), rel=1e-3)
 
 
