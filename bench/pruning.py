@@ -93,6 +93,8 @@ class Bench:
     """What a row is calibrated on, and what it is judged by."""
     source: Callable[[str, str, Path], str] = lambda row, model, work: model
     """The checkpoint that a row is about, made of the model in a folder, if need be."""
+    data_free: tuple[str, ...] = ()
+    """Rows that another draw of calibration samples does not change."""
     seeds: int = 3
     samples: int = 256
     windows: int = 100
@@ -201,7 +203,7 @@ def main(argv: list[str], bench: Bench | None = None) -> None:
     for seed in range(arguments.seeds):
         for name in chosen:
             runs = document["results"].setdefault(name, [])
-            if any(one["seed"] == seed and "error" not in one for one in runs):
+            if any(one["seed"] == seed and "error" not in one for one in runs) or (seed and name in bench.data_free):
                 continue
             with tempfile.TemporaryDirectory(prefix="pruning-") as work:
                 found = run(bench, name, seed, arguments, Path(work)) | {"commit": stamp["commit"]}

@@ -190,5 +190,5 @@ def write_data(source: Path, out: Path, seed: int) -> None:
     write_excerpts(source / "books-train.txt.xz", out / "text.txt", 1_200_000, seed)
     write_excerpts(source / "books-valid.txt.xz", out / "heldout.txt", 300_000, seed)
     shutil.copyfile(source / "minimal-pairs.jsonl", out / "pairs.jsonl")
-    write_scenes(out / "shapes" / "train", images=64, questions=2, seed=(seed, 1))
-    write_scenes(out / "shapes" / "heldout", images=128, questions=2, seed=(seed, 2))
+    write_scenes(out / "shapes" / "train", images=128, questions=3, seed=(seed, 1))
+    write_scenes(out / "shapes" / "heldout", images=256, questions=3, seed=(seed, 2))

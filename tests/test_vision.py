@@ -13,6 +13,7 @@ import tiny
 import torch
 from oracles import gradients
 from safetensors.torch import load_file
+from test_run import KillAfter, Killed, contents
 
 from compress import balance, demo, pipeline, recipe
 from compress.backsweep import backsweep
@@ -144,13 +145,13 @@ def test_the_balance_does_not_depend_on_the_scale_of_the_loss(checkpoint: Callab
 # The whole way ----------------------------------------------------------------------------------------------------------------------
 
 
-def run(steps: list[dict[str, Any]], model: Path | str, out: Path, **more: Any) -> dict[str, Any]:
+def run(steps: list[dict[str, Any]], model: Path | str, out: Path, progress: Any = None, **more: Any) -> dict[str, Any]:
     plain = {
         "calibration": {"data": "demo:text", "samples": 4, "length": 64}, "passes": steps,
         "evaluate": {"data": "demo:heldout", "windows": 2, "context": 64},
     } | more  # fmt: skip
     request = pipeline.Request(recipe.validate(plain, "r.yaml"), "r.yaml", str(model), out, out.with_name(out.name + ".work"), False)
-    return pipeline.run(request, tiny.Silent())
+    return pipeline.run(request, progress or tiny.Silent())
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -196,6 +197,18 @@ def test_the_demonstration_model_is_balanced_from_the_recipe(tmp_path: Path) -> 
     report = run([{"mbq": {"bits": 3, "group_size": 128}}], "demo:vlm", tmp_path / "out", **images)
     assert report["ledger"] and report["evaluation"]["protocol"]["accuracy"] == "share of questions answered exactly"
     assert digests(tmp_path / "out") == digests(demo.path("vlm"))
+
+
+@pytest.mark.parametrize("reports", [0, 1, 3])
+def test_a_killed_run_continues_to_the_same_bytes(reports: int, tmp_path: Path) -> None:
+    images = {"calibration": {"data": "demo:images", "samples": 6, "length": 128}, "evaluate": None}
+    steps = [{"mbq": {"bits": 3, "group_size": 128}}]
+    run(steps, "demo:vlm", tmp_path / "whole", **images)
+    with pytest.raises(Killed):
+        run(steps, "demo:vlm", tmp_path / "out", progress=KillAfter(reports), **images)
+    assert not (tmp_path / "out").exists()
+    run(steps, "demo:vlm", tmp_path / "out", **images)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 # Refusals ---------------------------------------------------------------------------------------------------------------------------
