@@ -23,7 +23,7 @@ import torch
 from hypothesis import HealthCheck, settings
 from torch import Tensor
 
-from compress import demo
+from compress import demo, hardware
 from compress.data import Tokenizer
 from compress.kernels import native
 
@@ -96,6 +96,12 @@ def edit_config() -> Callable[..., None]:
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
     return Tokenizer(demo.path("dense"))
+
+
+@pytest.fixture
+def in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models in bfloat16 compute in float32, as they do where bfloat16 is not native, so that bounds hold on every processor."""
+    monkeypatch.setattr(hardware, "bf16_is_native", lambda: False)
 
 
 @pytest.fixture

@@ -175,6 +175,7 @@ def test_a_branch_reads_inputs_as_its_linear_does() -> None:
     assert not torch.allclose(Branched(linear, branch, None)(x), Branched(linear, branch, inputs)(x), atol=1e-5)
 
 
+@pytest.mark.usefixtures("in_float32")
 def test_a_loaded_model_with_branches_can_be_copied_pickled_and_cast(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     compress(branched(), checkpoint("llama", torch.bfloat16), tmp_path / "out")
     model, ids = compress_load(tmp_path / "out"), torch.arange(1, 20)[None]

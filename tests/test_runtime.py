@@ -131,6 +131,7 @@ def test_small_floats_that_are_no_numbers_are_refused(part: str, byte: int, chec
         compress.load(folder)
 
 
+@pytest.mark.usefixtures("in_float32")
 def test_blocks_of_fp8_run(tmp_path: Path) -> None:
     folder = made("demo:dense", tmp_path / "out", {"rtn": {"format": "fp8-block", "activations": "dynamic"}})
     assert difference(folder) < 1e-3  # an input may fall to the other side of a step
@@ -221,6 +222,7 @@ def test_a_mix_of_widths_and_dense_linears_runs(checkpoint: Callable[..., Path],
     assert {module.bits for module in compress.load(folder).modules() if isinstance(module, PackedLinear)} == {3, 8}
 
 
+@pytest.mark.usefixtures("in_float32")
 @pytest.mark.parametrize(
     ("kind", "scheme"),
     [
@@ -261,6 +263,7 @@ PICKLED: dict[str, tuple[str, list[dict[str, Any]]]] = {
 }
 
 
+@pytest.mark.usefixtures("in_float32")
 @torch.no_grad()
 @pytest.mark.parametrize("case", PICKLED)
 def test_a_loaded_model_can_be_copied_pickled_and_cast(case: str, checkpoint: Callable[..., Path], tmp_path: Path) -> None:

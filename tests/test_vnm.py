@@ -80,6 +80,7 @@ def loaded(folder: Path) -> tuple[Any, dict[str, str], Tensor]:
     return model, stored, model(input_ids=torch.arange(8)[None]).logits
 
 
+@pytest.mark.usefixtures("in_float32")
 @pytest.mark.parametrize("kind", ["llama-bias", "qwen3_moe"])
 def test_an_artifact_runs_as_the_one_with_zeros(kind: str, checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     folder = checkpoint(kind, torch.bfloat16)

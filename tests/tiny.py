@@ -224,7 +224,7 @@ def samples(lengths: tuple[int, ...] = (24, 24, 17, 24, 9), image: bool = False,
     """Random tokens, some of equal length; with `image`, an image for a model of this kind and the tokens that stand for it."""
     generator = torch.Generator().manual_seed(7)
     items = []
-    for length in (max(each, IMAGE_TOKENS.get(kind, 0) + 4) for each in lengths):
+    for length in (max(each, IMAGE_TOKENS.get(kind, 0) + 4) if image else each for each in lengths):
         ids = torch.randint(4, VOCABULARY, (length,), generator=generator)
         extra, vision = {}, None
         if image:
