@@ -120,19 +120,22 @@ VLM_TABLES = {"w4": "W4 g128", "w3": "W3 g128", "w2": "W2 g64", "w4a8": "W4A8", 
 
 
 def vlm(document: dict[str, Any]) -> Rows:
-    """One row per table: what answers about images lose by method, the least first, with the standard error over draws."""
-    rows = []
+    """Two rows per table: what answers about images lose by method, and how many of them, the least first, with the standard error over draws."""
+    rows: Rows = []
     for table, label in VLM_TABLES.items():
-        found = {
-            name.partition("/")[2]: [run["excess_loss"] for run in runs] for name, runs in document["results"].items() if name.startswith(f"{table}/")
-        }
-        texts = []
-        for method, values in sorted(found.items(), key=lambda item: statistics.mean(item[1])):
-            error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.4f}" if len(set(values)) > 1 else ""
-            texts.append(f"{statistics.mean(values):.4f}{error} ({method})")
-        if texts:
-            rows.append((f"{label} of a model that sees, excess loss of answers", {OURS: ", ".join(texts)}))
+        found = {name.partition("/")[2]: runs for name, runs in document["results"].items() if name.startswith(f"{table}/")}
+        for key, what, places, times in (("excess_loss", "excess loss of answers", 4, 1), ("accuracy_drop", "points of answers lost", 1, 100)):
+            values = {method: [times * run[key] for run in runs if "error" not in run] for method, runs in found.items()}
+            ordered = sorted((each for each in values.items() if each[1]), key=lambda each: statistics.mean(each[1]))
+            shown = ", ".join(f"{statistics.mean(each):.{places}f}{_error(each, places)} ({method})" for method, each in ordered)
+            if shown:
+                rows.append((f"{label} of a model that sees, {what}", {OURS: shown}))
     return rows
+
+
+def _error(values: list[float], places: int) -> str:
+    """The standard error of a mean of several draws."""
+    return f" ± {statistics.stdev(values) / len(values) ** 0.5:.{places}f}" if len(values) > 1 else ""
 
 
 def _losses(document: dict[str, Any], tables: dict[str, str]) -> Rows:
@@ -311,7 +314,7 @@ def notes(documents: list[tuple[str, dict[str, Any]]], shown: Iterable[str]) -> 
             yield (
                 f"Model that sees: nats per token of answers above `{protocol['model']}` on {protocol['windows']} questions of demo:images-heldout, "
                 f"calibrated on {protocol['samples']} questions of demo:images, or of as many x {protocol['length']} tokens of demo:text; mean and "
-                f"standard error of {most} draws."
+                f"standard error of {most} draws, one where no error stands."
             )
         if name == "gemv":
             yield (

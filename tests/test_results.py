@@ -130,3 +130,14 @@ def test_experts_have_rows_of_loss_and_of_the_task(results: Any) -> None:
     assert rows["half of the experts, or of their channels, excess loss"] == {"ours": "0.200 (reap), 0.300 (eep for pairs)"}
     assert rows["half of the experts, points of accuracy lost on minimal pairs"] == {"ours": "-5.0 (eep for pairs), 1.0 (reap)"}
     assert rows["two experts to a token instead of four, excess loss"] == {"ours": "0.100 (2 of 4)"} and len(rows) == 3
+
+
+def test_models_that_see_have_means_with_their_errors(results: Any) -> None:
+    found = {
+        "w3/awq": [{"excess_loss": 0.01, "accuracy_drop": 0.02}, {"excess_loss": 0.03, "accuracy_drop": 0.02}],
+        "w3/rtn": [{"excess_loss": 0.015, "accuracy_drop": 0.03}],
+        "w3/mbq": [{"error": "exit 1"}],
+    }
+    rows = dict(results.vlm({"results": found}))
+    assert rows["W3 g128 of a model that sees, excess loss of answers"] == {"ours": "0.0150 (rtn), 0.0200 ± 0.0100 (awq)"}
+    assert rows["W3 g128 of a model that sees, points of answers lost"] == {"ours": "2.0 ± 0.0 (awq), 3.0 (rtn)"} and len(rows) == 2
