@@ -18,7 +18,6 @@ from compress.options import Options
 from compress.scheme import FLOAT_FORMATS, CacheScheme, Scheme
 
 if TYPE_CHECKING:
-    from compress.balance import Balance
     from compress.block import Block
     from compress.calibrate import Workspace
     from compress.data import Samples
@@ -482,35 +481,6 @@ class Fed(BaseModel):
 
 GRADIENT = 4.0
 """What the gradients of a balance cost, in forward passes."""
-
-
-class Balanced(BaseModel):
-    """Options of every pass that may count errors at vision tokens by how much the loss depends on them."""
-
-    balance: Literal["none", "modality"] = Field(
-        default="none",
-        description="`modality` counts errors at vision tokens by how much the loss depends on them, beside text (MBQ); takes gradients of the "
-        "model's loss, and calibration data with images",
-    )
-
-    @property
-    def forwards(self) -> float:
-        """As `Differentiating`."""
-        return GRADIENT if self.balance == "modality" else 0.0
-
-    def check_balance(self, place: str, layout: Layout, problems: Problems) -> None:
-        """Report a model without vision."""
-        if self.balance == "modality" and not layout.arch.image:
-            problems.add(f"{place}: balance", f"a {layout.arch.model_type} reads text only", "leave it out")
-
-    def measured_balance(self, model: Model, samples: Samples, workspace: Workspace) -> Balance | None:
-        """What vision tokens count in each submodule, if they are to count differently."""
-        from compress.balance import measure
-
-        if self.balance == "none":
-            return None
-        workspace.progress.note("gradients for the balance of modalities")
-        return measure(model, samples, workspace.folder)
 
 
 class Calibrated(Fed, Quantize):

@@ -18,7 +18,7 @@ from pydantic import Field
 
 from compress.errors import Problems
 from compress.layout import Edge, Group, Layout
-from compress.passes.base import Balanced, Transform
+from compress.passes.base import GRADIENT, Transform
 from compress.scheme import Scheme
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ JUDGED_TOKENS = 4096
 """Candidates are compared on the first samples with so many tokens."""
 
 
-class Pass(Balanced, Transform):
+class Pass(Transform):
     """Divide channels where they are produced, multiply them where they are read."""
 
     needs_data: ClassVar[bool] = True
@@ -59,6 +59,11 @@ class Pass(Balanced, Transform):
     )
     loss: Literal["mse", "mae"] = Field(
         default="mse", description="`awq`: candidates are compared by the squares of errors in what submodules give, or by their magnitudes"
+    )
+    balance: Literal["none", "modality"] = Field(
+        default="none",
+        description="`modality` counts errors at vision tokens by how much the loss depends on them, beside text (MBQ); takes gradients of the "
+        "model's loss, and calibration data with images",
     )
     clip: bool | None = Field(default=None, description="cut the range of each group of weights, but of queries and keys; `null`: with `awq` only")
     min_tokens: float = Field(
@@ -84,6 +89,25 @@ class Pass(Balanced, Transform):
                 if key in self.model_fields_set:
                     problems.add(f"{place}: {key}", f"is of the search of awq, which {self.method} does not make", "leave it out, or set method: awq")
         self.check_balance(place, layout, problems)
+
+    @property
+    def forwards(self) -> float:
+        """As `Differentiating`."""
+        return GRADIENT if self.balance == "modality" else 0.0
+
+    def check_balance(self, place: str, layout: Layout, problems: Problems) -> None:
+        """Report a model without vision."""
+        if self.balance == "modality" and not layout.arch.image:
+            problems.add(f"{place}: balance", f"a {layout.arch.model_type} reads text only", "leave it out")
+
+    def measured_balance(self, model: Model, samples: Samples, workspace: Workspace) -> Balance | None:
+        """What vision tokens count in each submodule, if they are to count differently."""
+        from compress.balance import measure
+
+        if self.balance == "none":
+            return None
+        workspace.progress.note("gradients for the balance of modalities")
+        return measure(model, samples, workspace.folder)
 
     def run(self, model: Model, samples: Samples, workspace: Workspace) -> None:
         from compress.calibrate import visit
