@@ -200,26 +200,27 @@ def _solve(work: _Work, start: int, end: int, leaf: int) -> None:
 
 def _round_leaf(work: _Work, start: int, end: int) -> None:
     at = torch.arange(work.group_of.shape[1], device=work.codes.device).expand(end - start, -1), work.group_of[start:end]
-    scale, zero = work.scales.scale[at], work.scales.zero[at]
+    scale, zero = work.scales.scale[at], None if work.grid.symmetric else work.scales.zero[at]
     wanted, error, codes = work.wanted[start:end], work.error[start:end], torch.empty_like(scale)
     # Each step is short, so what can be done for all columns at once is, and views are made in one go.
-    steps = (wanted, error, codes, scale.reciprocal(), -scale, work.grid.low - zero, work.grid.high - zero)
-    for place, (column, lost, code, inverse, negative, low, high) in enumerate(zip(*(step.unbind() for step in steps), strict=True)):
+    low, high = ([end] * len(scale) if zero is None else (end - zero).unbind() for end in (work.grid.low, work.grid.high))
+    steps = [step.unbind() for step in (wanted, error, codes, scale.reciprocal(), -scale)]
+    for place, (column, lost, code, inverse, negative, least, most) in enumerate(zip(*steps, low, high, strict=True)):
         if place:
             k = start + place
             _feed_back(wanted[place : place + 1], work.factor.upper[:, start:k, k : k + 1], error[:place])
-        work.grid.round_(torch.mul(column, inverse, out=code), low, high)
+        work.grid.round_(torch.mul(column, inverse, out=code), least, most)
         if work.kept is not None:
             code.mul_(work.kept[start + place])
         lost.addcmul_(code, negative)
     wanted.addcmul_(codes, scale, value=-1)
-    work.codes[start:end] = codes.add_(zero)
+    work.codes[start:end] = codes if zero is None else codes.add_(zero)
 
 
 def _feed_back(wanted: Tensor, upper: Tensor, error: Tensor) -> None:
     """Add to ``wanted`` [k, batch, out] what ``error`` [j, batch, out] of earlier columns sends through ``upper`` [batch, j, k]; in place."""
     if wanted.shape[1] > 1:
-        wanted += torch.bmm(upper.transpose(1, 2), error.transpose(0, 1)).transpose(0, 1)
+        wanted.transpose(0, 1).baddbmm_(upper.transpose(1, 2), error.transpose(0, 1))
     elif wanted.shape[0] > 1:
         wanted[:, 0].addmm_(upper[0].T, error[:, 0])
     else:

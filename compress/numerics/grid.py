@@ -18,7 +18,7 @@ from torch import Tensor
 
 from compress.hardware import in_parallel
 
-TILE = 1 << 20
+TILE = 1 << 19
 """Elements a thread works on at once in a search: enough that an operation takes longer than to hand it out."""
 COARSE = 8
 SMALLEST_SHRINK = 0.35
@@ -231,16 +231,19 @@ def search_scales(weight: Tensor, grid: Grid, group_size: int, stored: torch.dty
     if importance is None:
         importance = torch.ones(columns, device=weight.device)
     weights = importance.clamp_min(0).view(groups, 1, group_size)
-    # Inputs first, so that every operation below runs along rows, which share nothing but are many.
-    by_input = weight.T.view(groups, group_size, rows)
     scale = torch.empty(groups, rows, device=weight.device)
     zero = torch.empty_like(scale)
     wide = min(rows, TILE // group_size + 1)
     deep = max(1, TILE // (group_size * wide))
 
     def search(corner: tuple[int, int]) -> None:
-        part = slice(corner[0], corner[0] + deep), slice(corner[1], corner[1] + wide)
-        tile = by_input[part[0], :, part[1]].contiguous()
+        part = slice(corner[0], min(corner[0] + deep, groups)), slice(corner[1], min(corner[1] + wide, rows))
+        # Inputs first, so that every operation below runs along rows, which share nothing but are many. Group by group: torch turns whole
+        # matrices in blocks, and slices of them, at a third of the speed, element by element.
+        tile = torch.empty(part[0].stop - part[0].start, group_size, part[1].stop - part[1].start, device=weight.device, dtype=weight.dtype)
+        slab = weight[part[1], part[0].start * group_size : part[0].stop * group_size]
+        for place, group in enumerate(torch.split(slab, group_size, 1)):
+            tile[place] = group.contiguous().T
         found = _search_tile(tile, grid, stored, weights[part[0]])
         scale[part], zero[part] = found.scale, found.zero
 
@@ -252,32 +255,32 @@ def _search_tile(tile: Tensor, grid: Grid, stored: torch.dtype, weights: Tensor)
     """Scales [groups, rows] of ``tile`` [groups, group_size, rows] under ``weights`` [groups, 1, group_size]."""
     low, high = _range(tile, grid, 1)
     buffer = torch.empty_like(tile)
-    best = _scales(low, high, grid, stored)
-    best_error = _error(tile, best, grid, weights, buffer)
-    shrink = torch.ones_like(low)
-    sign = torch.ones_like(low)
 
-    def attempt(factor: Tensor | float, signs: Tensor | float) -> None:
-        nonlocal best, best_error, shrink, sign
-        candidate = _scales(low * factor, high * factor, grid, stored, signs)
-        error = _error(tile, candidate, grid, weights, buffer)
-        better = error < best_error
-        best_error = torch.where(better, error, best_error)
-        best = Scales(torch.where(better, candidate.scale, best.scale), torch.where(better, candidate.zero, best.zero))
-        shrink = torch.where(better, factor, shrink)
-        sign = torch.where(better, signs, sign)
+    def attempt(shrink: Tensor, sign: Tensor) -> Tensor:
+        """Error, shrink, sign, scale and zero point of ranges shrunk so far: [5, tries, groups, rows] of ``shrink`` and ``sign`` [tries, ...]."""
+        # What is small is done for all tries at once: one by one it would take as long to hand out as the tile itself.
+        tried = _scales(low * shrink, high * shrink, grid, stored, sign)
+        error = torch.empty_like(tried.scale)
+        inverse = tried.scale.reciprocal()
+        for index in range(len(error)):
+            zero = None if grid.symmetric else tried.zero[index]
+            error[index] = _error(tile, tried.scale[index], inverse[index], zero, grid, weights, buffer)
+        return torch.stack([error, shrink.expand_as(error), sign.expand_as(error), tried.scale, tried.zero])
+
+    def least(tries: Tensor) -> Tensor:
+        """The first of the best ``tries``, [5, 1, groups, rows]."""
+        return tries.gather(1, tries[0].min(0).indices.expand(len(tries), 1, -1, -1))
 
     widest, narrowest = grid.reach
     spacing = (widest - narrowest) / COARSE
-    for signs in (1.0, -1.0) if -grid.low > grid.high and grid.symmetric else (1.0,):
-        for index in range(COARSE):
-            if (factor := widest - index * spacing) != 1 or signs < 0:  # the unchanged range is the one to beat
-                attempt(factor, signs)
+    ranges = [1.0, *(factor for index in range(COARSE) if (factor := widest - index * spacing) != 1)]
+    both = [(factor, sign) for sign in ((1.0, -1.0) if -grid.low > grid.high and grid.symmetric else (1.0,)) for factor in ranges]
+    shrink, sign = torch.tensor(both, device=tile.device).T[:, :, None, None]
+    best = least(attempt(shrink, sign))
     for fraction in (1 / 2, 1 / 4):
-        centre, direction = shrink, sign
-        attempt(centre + spacing * fraction, direction)
-        attempt(centre - spacing * fraction, direction)
-    return best
+        step = torch.tensor([spacing, -spacing], device=tile.device)[:, None, None] * fraction
+        best = least(torch.cat([best, attempt(best[1] + step, best[2])], 1))
+    return Scales(best[3, 0], best[4, 0])
 
 
 def _range(groups: Tensor, grid: Grid, along: int) -> tuple[Tensor, Tensor]:
@@ -314,13 +317,15 @@ def as_stored(scale: Tensor, grid: Grid, stored: torch.dtype) -> Tensor:
     return scale.clamp_min(smallest).to(stored).float()
 
 
-def _error(tile: Tensor, scales: Scales, grid: Grid, weights: Tensor, buffer: Tensor) -> Tensor:
+def _error(tile: Tensor, scale: Tensor, inverse: Tensor, zero: Tensor | None, grid: Grid, weights: Tensor, buffer: Tensor) -> Tensor:
     """Weighted squared rounding error of each group, [groups, rows]; `buffer` is overwritten."""
-    scale = scales.scale[:, None]
-    torch.mul(tile, scale.reciprocal(), out=buffer)
-    # The zero point is a whole number: moving the grid's ends by it spares adding it to and taking it from every weight.
-    grid.round_(buffer, grid.low - scales.zero[:, None], grid.high - scales.zero[:, None])
-    torch.addcmul(tile, buffer, scale, value=-1, out=buffer)
+    torch.mul(tile, inverse[:, None], out=buffer)
+    if zero is None:
+        grid.round_(buffer, grid.low, grid.high)
+    else:
+        # The zero point is a whole number: moving the grid's ends by it spares adding it to and taking it from every weight.
+        grid.round_(buffer, grid.low - zero[:, None], grid.high - zero[:, None])
+    torch.addcmul(tile, buffer, scale[:, None], value=-1, out=buffer)
     return torch.bmm(weights, buffer.square_())[:, 0]
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from compress.numerics.grid import Grid, Scales
 
 
-JUDGED_ROWS = 256
+JUDGED_ROWS = 128
 """Outputs of a linear whose error is put into relation, evenly spaced: all of them would cost as much as the rounding itself."""
 
 
@@ -69,6 +69,7 @@ class Pass(Calibrated):
     def _quantize(self, inputs: Inputs, members: list[tuple[Linear, ...]]) -> None:
         import torch
 
+        from compress.hardware import in_parallel
         from compress.numerics.feedback import factorize, round_with_feedback
         from compress.numerics.grid import Scales, quantized, round_to_nearest
 
@@ -100,10 +101,10 @@ class Pass(Calibrated):
             stored = scheme.stored(block.stored_dtype(first.name))
             grids = [scheme.grid(float(each.abs().max())) for each in weight]
             importance = factor.importance()[batch]
-            found = [
-                self._scales(each, grid, scheme.group_size, stored, importance[place], shape)
-                for place, (each, grid) in enumerate(zip(weight, grids, strict=True))
-            ]
+            found = in_parallel(
+                lambda each: self._scales(each[0], each[1], scheme.group_size, stored, each[2], shape),  # noqa: B023 (done before the next)
+                zip(weight, grids, importance, strict=True),
+            )
             scales = Scales(torch.stack([each.scale for each in found]), torch.stack([each.zero for each in found]))
             codes, cost = round_with_feedback(weight, factor.members(batch), scales, grids[0], kept=kept)
             for place, (index, reason) in enumerate(zip(batch, reasons, strict=True)):
