@@ -20,13 +20,15 @@ from compress.block import Block, Reached
 from compress.checkpoint import entry, read_header, read_tensor, write_safetensors
 from compress.data import Samples
 from compress.drift import Drift, Moved
-from compress.hardware import return_freed_memory, widened
+from compress.hardware import in_parallel, return_freed_memory, widened
 from compress.layout import EXPERTS_IN, EXPERTS_OUT, Group, Stage
 from compress.model import Model
 from compress.probe import Probe
 from compress.replay import Replay
 
 TILE = 512
+TOKENS_AT_ONCE = 512
+"""Tokens that wait for each other before they are counted: a product of few costs what writing the sum costs."""
 STATISTICS_BYTES = 1 << 30
 """Statistics held at once; more experts than fit are measured in several turns."""
 
@@ -74,25 +76,42 @@ class SecondMoment:
         self.tokens = [0] * batch
         self.peaks: list[float | None] = [0.0 if peaks else None] * batch
         self.magnitudes = torch.zeros(batch, size, device=device, dtype=torch.float64) if magnitudes else None
+        self._waiting: list[list[Tensor]] = [[] for _ in range(batch)]
 
     def add(self, member: int, inputs: Tensor) -> None:
         """Count ``inputs`` [..., in] for `member`."""
         rows = inputs.reshape(-1, inputs.shape[-1])
-        total, size = self.total[member], rows.shape[1]
         if (peak := self.peaks[member]) is not None and rows.numel():
             self.peaks[member] = max(peak, float(rows.abs().max()))
         if self.magnitudes is not None:
             self.magnitudes[member] += rows.abs().sum(0, dtype=torch.float64)
-        with fast_exact_products(rows.dtype):
-            rows = rows.to(self.total.dtype)
-            # Whole tiles of the upper triangle: about half the work of the full product.
-            for start in range(0, size, TILE):
-                end = min(start + TILE, size)
-                part = total[start:end, start:]
-                torch.addmm(part, rows[:, start:end].T, rows[:, start:], out=part)
         self.tokens[member] += rows.shape[0]
+        self._waiting[member].append(rows)
+        if sum(map(len, self._waiting[member])) >= TOKENS_AT_ONCE:
+            with fast_exact_products(rows.dtype):
+                self._count(member)
+
+    def _count(self, member: int) -> None:
+        """Add what waits to the sum."""
+        waiting, self._waiting[member] = self._waiting[member], []
+        if not waiting:
+            return
+        rows = torch.cat(waiting).to(self.total.dtype)
+        total, size = self.total[member], rows.shape[1]
+        # Whole tiles of the upper triangle: about half the work of the full product.
+        for start in range(0, size, TILE):
+            end = min(start + TILE, size)
+            part = total[start:end, start:]
+            torch.addmm(part, rows[:, start:end].T, rows[:, start:], out=part)
+
+    def _count_all(self) -> None:
+        dtype = next((rows.dtype for waiting in self._waiting for rows in waiting), self.total.dtype)
+        with fast_exact_products(dtype):
+            in_parallel(self._count, range(len(self._waiting)))
 
     def merge(self, other: SecondMoment) -> None:
+        self._count_all()
+        other._count_all()
         self.total += other.total
         self.tokens = [mine + theirs for mine, theirs in zip(self.tokens, other.tokens, strict=True)]
         self.peaks = [None if mine is None or theirs is None else max(mine, theirs) for mine, theirs in zip(self.peaks, other.peaks, strict=True)]
@@ -107,15 +126,19 @@ class SecondMoment:
 
     def mean(self) -> Tensor:
         """The Hessian of the squared output error up to a factor of two: mean of ``x x^T``; in place, call once."""
-        for member, count in enumerate(self.tokens):
-            upper = self.total[member].div_(max(1, count)).triu_()
-            # Tile by tile, so that no transposed copy of the whole is held.
-            for start in range(0, upper.shape[0], TILE):
-                end = min(start + TILE, upper.shape[0])
-                corner = upper[start:end, start:end]
-                corner += corner.triu(1).T
-                upper[end:, start:end] = upper[start:end, end:].T
+        self._count_all()
+        in_parallel(self._finish, range(len(self.tokens)))
         return self.total
+
+    def _finish(self, member: int) -> None:
+        """From sums above the diagonal to means everywhere."""
+        upper = self.total[member].div_(max(1, self.tokens[member])).triu_()
+        # Tile by tile, so that no transposed copy of the whole is held.
+        for start in range(0, upper.shape[0], TILE):
+            end = min(start + TILE, upper.shape[0])
+            corner = upper[start:end, start:end]
+            corner += corner.triu(1).T
+            upper[end:, start:end] = upper[start:end, end:].T
 
 
 @contextmanager
