@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
@@ -31,6 +32,7 @@ from compress.formats import sparse_residual
 from compress.formats.branch import Branch
 from compress.formats.sparse_residual import Residual
 from compress.fused import Member, joined
+from compress.latents import Blended, Heard, Latents, Rotation, View, own_kernel
 from compress.layout import MAP, BlockLayout
 from compress.numerics.activations import Activations
 from compress.numerics.cache import as_cached
@@ -131,22 +133,35 @@ class Cache:
     """Stands where attention expects its cache: for forwards over whole sequences, or before the one of transformers, `kept`.
 
     `listener` is told what the cache is given: keys, after rotation, and values, [rows, heads, tokens, head size]. With `scales`, one for
-    keys and one for values, attention gets both back as `as_cached` says.
+    keys and one for values, attention gets both back as `as_cached` says. With `latents` it gets them as `Blended` does. `queries` is told queries,
+    keys, values and the `rotation` of the forward, and has to end it.
     """
 
     scales: tuple[Tensor, Tensor] | None = None
     listener: Callable[[Tensor, Tensor], None] | None = None
     kept: Any = None
+    latents: Latents | None = None
+    queries: Callable[..., None] | None = None
+    rotation: Rotation | None = None
 
     @property
     def idle(self) -> bool:
         """Whether attention may as well do without."""
-        return self.scales is None and self.listener is None
+        return self.scales is None and self.listener is None and self.latents is None and self.queries is None
 
     def update(self, keys: Tensor, values: Tensor, *more: Any, **named: Any) -> tuple[Tensor, Tensor]:
         """What attention of transformers calls."""
         if self.listener:
             self.listener(keys, values)
+        if self.queries is not None or self.latents is not None:
+            assert self.rotation is not None
+            view: View
+            if self.queries is not None:
+                view = Heard(keys, values, partial(self.queries, rotation=self.rotation))
+            else:
+                assert self.latents is not None
+                view = Blended(self.latents, keys, values, self.rotation)
+            return view, view  # type: ignore[return-value]
         if self.scales is not None:
             keys, values = as_cached(keys, self.scales[0]), as_cached(values, self.scales[1])
         return (keys, values) if self.kept is None else self.kept.update(keys, values, *more, **named)
@@ -194,7 +209,9 @@ class Block:
         self._orders: dict[tuple[str, int], Tensor] = {}
         """By tensor and dimension, the order in which its channels are saved."""
         self._hooks: list[Any] = []
-        self._cache = Cache(model.cache_scales(layout))
+        self._cache = Cache(model.cache_scales(layout), latents=model.latents(layout))
+        if self._cache.latents is not None:
+            own_kernel(self._attention)
         self.records: list[dict[str, Any]] = []
 
     def submodule(self, linear: str) -> nn.Module:
@@ -447,6 +464,29 @@ class Block:
             self.set_dense(f"{self.layout.prefix}.{local}", scale)
         self.add_record(f"{self.layout.prefix}.{self._model.layout.arch.attention}", record)
 
+    @property
+    def _attention(self) -> nn.Module:
+        return self.module.get_submodule(self._model.layout.arch.attention)
+
+    def set_latents(self, latents: Latents, record: dict[str, Any]) -> None:
+        """From here on attention finds old tokens as ``latents`` keep them, in the dtype of the source; `record` goes into the report."""
+        arch, prefix = self._model.layout.arch, self.layout.prefix
+        stored = latents.tensors(self.stored_dtype(next(self.layout.linears).name))
+        self._cache.latents = Latents.stored(stored).to(self._model.device)
+        own_kernel(self._attention)
+        self._changed |= {f"{prefix}.{arch.latents}.{part}": tensor.cpu() for part, tensor in stored.items()}
+        self.add_record(f"{prefix}.{arch.attention}", record)
+
+    @contextmanager
+    def hearing_attention(self, listener: Callable[[Tensor, Tensor, Tensor, Rotation], None]) -> Iterator[None]:
+        """While inside, `listener` is told queries, keys and values of every forward, all rotated, and their rotation, and has to end it."""
+        own_kernel(self._attention)
+        self._cache.queries = listener
+        try:
+            yield
+        finally:
+            self._cache.queries = None
+
     @contextmanager
     def hearing_cache(self, listener: Callable[[Tensor, Tensor], None]) -> Iterator[None]:
         """While inside, `listener` is told the keys and values of every forward."""
@@ -459,6 +499,7 @@ class Block:
     def _arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """``kwargs`` of a forward as the module takes them, with the cache among them if it does anything."""
         taken = {name: value for name, value in kwargs.items() if name != ADDED}
+        self._cache.rotation = taken.get("position_embeddings")
         return taken if self._cache.idle else taken | {"past_key_values": self._cache}
 
     def forward(self, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:

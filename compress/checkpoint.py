@@ -54,9 +54,9 @@ UNEVEN = "uneven_experts"
 LOW_RANK, MAPPED, OF_WIDTHS = "compress_low_rank", "compress_mapped_routers", "compress_uneven_experts"
 LATENT = "compress_latent_cache"
 WRAPPED = (LOW_RANK, MAPPED, OF_WIDTHS, LATENT)
-"""The `model_type` of a checkpoint in which linears are two, routers have maps, experts differ in width or caches keep latents. Its real config is inside, under
-``original``: engines, which would make up numbers for what they do not find, and leave out what they do not know, with no more than a warning, know
-no such type and refuse it."""
+"""The `model_type` of a checkpoint in which linears are two, routers have maps, experts differ in width or caches keep latents. Its real config is
+inside, under ``original``: engines, which would make up numbers for what they do not find, and leave out what they do not know, with no more than a
+warning, know no such type and refuse it."""
 OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".pkl", ".safetensors")
 
 

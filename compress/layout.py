@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any
 
 from compress.arch.base import Arch, Fold, InputGroup, Unit, find
-from compress.checkpoint import BRANCHED, FLOATS, LOW_RANK, MAPPED, OF_WIDTHS, PER_LAYER, UNEVEN, Checkpoint
+from compress.checkpoint import BRANCHED, FLOATS, LATENT, LOW_RANK, MAPPED, OF_WIDTHS, PER_LAYER, UNEVEN, Checkpoint
 from compress.errors import InputError, Problem, Problems
 from compress.fused import apart
 
@@ -165,6 +165,12 @@ class Layout:
             return frozenset()
         return frozenset(f"{block.prefix}.{name}" for block in self.blocks for name in self.arch.cache_scales)
 
+    @cached_property
+    def latents(self) -> frozenset[str]:
+        """Names of the tensors that make latents of keys and values."""
+        parts = ((block, f"{block.prefix}.{self.arch.latents}.") for block in self.blocks)
+        return frozenset(name for block, start in parts for name in block.tensors if name.startswith(start))
+
     @property
     def kv_heads(self) -> int:
         """Heads of keys and values."""
@@ -236,7 +242,8 @@ class Layout:
     @property
     def wrapped_as(self) -> str | None:
         """What config.json has to call the model so that no engine opens it that would compute something else, None if any may."""
-        return LOW_RANK if self.factored else MAPPED if self.mapped else OF_WIDTHS if self.uneven else None
+        kinds = {LOW_RANK: self.factored, MAPPED: self.mapped, OF_WIDTHS: self.uneven, LATENT: self.latents}
+        return next((kind for kind, found in kinds.items() if found), None)
 
     @property
     def uneven(self) -> bool:
@@ -273,6 +280,8 @@ class Layout:
     def refuse_quantized(self) -> None:
         """Raise `InputError` if the checkpoint is already quantised: codes cannot be calibrated again."""
         self._refuse_declared()
+        if self.latents:
+            raise InputError.one(min(self.latents), "the model's cache keeps latents already", "start from the original checkpoint")
         if BRANCHED in self.checkpoint.config:
             raise InputError.one(f"config.json: {BRANCHED}", "the model has branches beside its linears", "start from the original checkpoint")
         stored = {name: info.dtype if (info := self.checkpoint.tensors.get(f"{name}.weight")) else "packed integers" for name in self.linears}

@@ -39,6 +39,8 @@ from compress.formats import nm_packed, sparse_residual
 from compress.formats.branch import Branch
 from compress.formats.nm_packed import Compact
 from compress.formats.sparse_residual import Residual
+from compress.latents import PARTS as LATENT_PARTS
+from compress.latents import Latents, attach, shapes
 from compress.layout import MAP, BlockLayout, Layout
 from compress.numerics.activations import Activations
 from compress.numerics.grid import Quantized
@@ -246,12 +248,13 @@ class Model:
         """For each block, tensor name to slot. Raises `InputError` for tensors missing from disk or unknown to transformers."""
         problems = Problems()
         self._check_cache_scales(problems)
+        self._check_latents(problems)
         slots = []
         for block, module in zip(self.blocks, self._modules, strict=True):
             self._check_experts(module, problems)
             needed = self._needed(module.state_dict(keep_vars=True))
             found = {}
-            for name in dict.fromkeys(_dense_name(name) for name in block.tensors if name not in self.layout.cache_scales):
+            for name in dict.fromkeys(_dense_name(name) for name in block.tensors if name not in self.layout.cache_scales | self.layout.latents):
                 slot = self._slot(name.removeprefix(block.prefix + "."))
                 if slot not in needed:
                     problems.add(name, f"is not accounted for: a {type(module).__name__} has no such weight", "this variant is not supported")
@@ -293,6 +296,19 @@ class Model:
                 problems.add(name, "is missing from the checkpoint, though config.json says that the cache is quantised", "is the download complete?")
             elif info.dtype not in FLOATS or info.shape not in ((1,), (self.layout.kv_heads, 1, 1)):
                 problems.add(name, f"is {info.dtype} {list(info.shape)}, which is no scale of a tensor or of heads", "this variant is not supported")
+
+    def _check_latents(self, problems: Problems) -> None:
+        for block in self.blocks:
+            start = f"{block.prefix}.{self.layout.arch.latents}."
+            found = {name.removeprefix(start): self.tensors[name].shape for name in block.tensors if name in self.layout.latents}
+            wanted = shapes(self.layout.cached_channels // 2, found) if found else {}
+            for part in sorted(found.keys() | wanted.keys()):
+                if part not in found:
+                    problems.add(start + part, "is missing from the checkpoint", "is the download complete?")
+                elif part not in wanted:
+                    problems.add(start + part, "is not accounted for", "this variant is not supported")
+                elif found[part] != wanted[part]:
+                    problems.add(start + part, f"has the shape {list(found[part])}, not {list(wanted[part])}", "fetch the checkpoint again")
 
     def _needed(self, parameters: Mapping[str, Tensor]) -> dict[Slot, str]:
         """Everything a block must be given: slot to local name on disk."""
@@ -465,6 +481,13 @@ class Model:
         keys, values = (read_tensor(self.tensors[name]).to(self.device, torch.float32) for name in names)
         return keys, values
 
+    def latents(self, block: BlockLayout) -> Latents | None:
+        """How a block's cache keeps old tokens, or None if as they are."""
+        start = f"{block.prefix}.{self.layout.arch.latents}"
+        if self._exact_cache or f"{start}.{LATENT_PARTS[0]}" not in self.tensors:
+            return None
+        return Latents.stored({part: read_tensor(self.tensors[f"{start}.{part}"]) for part in LATENT_PARTS}).to(self.device)
+
     def _as_stored(self, name: str) -> Tensor:
         """A tensor that is not quantised, in the dtype it has in the artifact."""
         linear = name.removesuffix(".weight")
@@ -553,6 +576,9 @@ class Model:
                     _replace(module, name, branched(module.get_submodule(name), branch, self.inputs(each.name)))
             if scales := self.cache_scales(layout):
                 _round_cache(module.get_submodule(self.layout.arch.attention), scales)
+            if latents := self.latents(layout):
+                rotary = whole.get_submodule(self.layout.arch.module_blocks.rpartition(".")[0]).rotary_emb
+                attach(module.get_submodule(self.layout.arch.attention), latents.to(self.dtype), rotary)
         for config in (self._config, whole.config):  # what is registered under another name, a process that unpickles the model lacks
             config._experts_implementation = config.get_text_config()._experts_implementation = "eager"
         return whole.to(self.device).eval()

@@ -392,7 +392,7 @@ class _Run:
         self.progress.step("reopen and compare", 1)
         weights = export_module(self.recipe.export[0]).compare(self.model, staging)
         result: dict[str, Any] = {"tensors": len(self.model.tensors), "weights_unpacked_by_compressed_tensors": weights}
-        verdict = export_module(self.recipe.export[0]).verdicts(self.layout, self.schemes)["transformers"]
+        verdict = export_module(self.recipe.export[0]).verdicts(self.layout, self.schemes, self.cache)["transformers"]
         small = self.layout.checkpoint.nbytes <= FULL_REOPEN_BYTES and not verdict.startswith("refuses")
         if self.model.patterns:
             result |= reopen.verify_patterns(self.model, staging)

@@ -154,6 +154,17 @@ class Probe:
                 self._run(batch)
         return found
 
+    def of_attention(self, note: Callable[[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]], None]) -> None:
+        """Tell `note` queries, keys and values of each batch, [rows, heads, tokens, head size] and rotated, and cosines and sines of the rotation."""
+
+        def record(query: Tensor, keys: Tensor, values: Tensor, rotation: tuple[Tensor, Tensor]) -> None:
+            note(query, keys, values, rotation)
+            raise Reached
+
+        with self.block.hearing_attention(record):
+            for batch in range(len(self.hidden)):
+                self._run(batch)
+
     def _run(self, batch: int) -> None:
         with suppress(Reached):
             self.block.forward(self.hidden[batch], self.kwargs[batch])

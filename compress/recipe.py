@@ -34,7 +34,7 @@ from compress.passes.base import (
     Rewrite,
     Transform,
 )
-from compress.scheme import CacheScheme, Scheme
+from compress.scheme import Caching, Scheme
 
 
 class Section(Options):
@@ -461,10 +461,10 @@ def _check_export(recipe: Recipe, layout: Layout, place: str, plan: dict[str, Sc
             schemes = plan | {name: plan[name].model_copy(update={"bits": bits[name]}) for name in plan.keys() & bits.keys()}
             exporter = export_module(target)
             exporter.check(f"{place}: export", layout, schemes, found)
-            verdict = exporter.verdicts(layout, schemes)["transformers"]
+            verdict = exporter.verdicts(layout, schemes, cache_scheme(recipe))["transformers"]
             if recipe.verify == "full" and verdict.startswith("refuses"):
                 found.add(f"{place}: verify", f"full opens the artifact with transformers, which {verdict}", "take auto, or streamed")
-            if layout.wrapped_as and recipe.evaluate and recipe.evaluate.tasks:
+            if verdict.startswith("refuses") and recipe.evaluate and recipe.evaluate.tasks:
                 found.add(f"{place}: evaluate.tasks", f"lm-eval runs the artifact in transformers, which {verdict}", "drop the tasks")
     if len(found):
         problems.absorb(InputError(dict.fromkeys(found)))  # each is told once
@@ -478,7 +478,7 @@ def expected(recipe: Recipe, layout: Layout) -> list[Layout]:
     return layouts
 
 
-def cache_scheme(recipe: Recipe) -> CacheScheme | None:
+def cache_scheme(recipe: Recipe) -> Caching | None:
     """How the KV cache is stored, or None if it stays as it is."""
     return next((step.cache() for _, step in recipe.instances() if isinstance(step, QuantizesCache)), None)
 

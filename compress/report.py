@@ -190,8 +190,8 @@ def _interval_text(name: str, interval: Iterable[float | None] | None) -> str | 
 def _summary(result: dict[str, Any]) -> str:
     """What was done, in a sentence."""
     records = result.get("linears") or []
-    caches = {record["granularity"] for record in _caches(result)}
-    rest = f" Keys and values cached in FP8, a scale per {'head' if 'head' in caches else 'block'}." if caches else ""
+    caches = {_caching(record) for record in _caches(result)}
+    rest = f" Keys and values cached {' and '.join(sorted(caches))}." if caches else ""
     removed = [record["pattern"] for record in result.get("transforms") or [] if record.get("pattern")]
     if removed:
         rest = f" {len(removed):,} linear{'s' if len(removed) > 1 else ''} pruned to {' and '.join(sorted(set(removed)))}.{rest}"
@@ -225,8 +225,15 @@ def _pruned(result: dict[str, Any]) -> list[dict[str, str]]:
 
 
 def _caches(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """Records of blocks whose keys and values are quantised."""
+    """Records of blocks whose keys and values are quantised, or kept as latents."""
     return [record for record in result.get("transforms") or [] if "key_error" in record]
+
+
+def _caching(record: dict[str, Any]) -> str:
+    if "granularity" in record:
+        return f"in FP8, a scale per {record['granularity'].replace('tensor', 'block')}"
+    told = f"in {record['latent_bits']} bits, " if record["latent_bits"] < 16 else ""
+    return f"as latents, {told}the newest {record['window']} tokens as they are"
 
 
 def _detached(result: dict[str, Any]) -> list[dict[str, Any]]:
@@ -536,7 +543,7 @@ def _plots(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _cache_plot(records: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """What rounding takes from keys and values in each block."""
+    """What rounding or projecting takes from keys and values in each block."""
     if not records:
         return None
     blocks = [record["block"] for record in records]
@@ -545,7 +552,9 @@ def _cache_plot(records: list[dict[str, Any]]) -> dict[str, Any] | None:
     title = "Relative error of cached keys and values"
     label = "relative squared error" + (", log scale" if domain[2] else "")
     svg = plots.along_blocks(series, range(min(blocks), max(blocks) + 1), domain, label, share_text, title)
-    return _plot(title, svg, "Squared error of keys, after rotation, and values on calibration data, as a share of their sum of squares.")
+    return _plot(
+        title, svg, "Squared error of keys and values on calibration data, as a share of their sum of squares; of latents as attention weighs it."
+    )
 
 
 def _plot(title: str, svg: Markup, caption: str, legend: Iterable[tuple[str, str]] = ()) -> dict[str, Any]:

@@ -135,17 +135,54 @@ class CacheScheme(BaseModel):
         """For people."""
         return f"{self.format}, a scale per {'block' if self.granularity == 'tensor' else 'head'}"
 
+    def added_bytes(self, layout: Layout) -> int:
+        """Of the scales."""
+        return 4 * len(layout.blocks) * len(layout.arch.cache_scales) * (1 if self.granularity == "tensor" else layout.kv_heads)
+
+
+class LatentScheme(BaseModel):
+    """Keys and values older than the newest `window` tokens as latents, which have the share `keep` of their channels, in `bits`."""
+
+    model_config = ConfigDict(frozen=True)
+
+    keep: float
+    multiple_of: int
+    window: int
+    bits: int
+
+    @property
+    def text(self) -> str:
+        """For people."""
+        return f"latents of {100 * self.keep:g} % of the channels{f' in {self.bits} bits' if self.bits < 16 else ''}, {self.window} tokens exactly"
+
+    @staticmethod
+    def blocks(layout: Layout) -> list[int]:
+        """Numbers of the blocks it is for: those whose attention looks back without end."""
+        return [index for index, window in enumerate(layout.windows) if window is None]
+
+    def channels(self, layout: Layout) -> int:
+        """Of latents, of keys and values of all blocks together."""
+        return int(self.keep * layout.cached_channels // 2 // self.multiple_of) * self.multiple_of * 2 * len(self.blocks(layout))
+
+    def added_bytes(self, layout: Layout) -> int:
+        """Of the projections, there and back, and two numbers per block."""
+        block = layout.blocks[0]
+        dense = dense_bytes(layout, next(block.linears).name)
+        return dense * 2 * self.channels(layout) * (layout.cached_channels // 2) + 8 * len(self.blocks(layout))
+
+
+Caching = CacheScheme | LatentScheme
+"""What becomes of keys and values."""
+
 
 def dense_bytes(layout: Layout, linear: str) -> int:
     """Of a weight of a linear in the source."""
     return layout.checkpoint.tensors[f"{linear}.weight"].nbytes // (layout.linears[linear].rows * layout.linears[linear].columns)
 
 
-def output_bytes(layout: Layout, plan: Mapping[str, Scheme], cache: CacheScheme | None = None) -> int:
+def output_bytes(layout: Layout, plan: Mapping[str, Scheme], cache: Caching | None = None) -> int:
     """Bytes of all tensors of the artifact, but for those that transforms add."""
-    total = layout.checkpoint.nbytes
-    if cache:
-        total += 4 * len(layout.blocks) * len(layout.arch.cache_scales) * (1 if cache.granularity == "tensor" else layout.kv_heads)
+    total = layout.checkpoint.nbytes + (cache.added_bytes(layout) if cache else 0)
     for name, scheme in plan.items():
         linear, info = layout.linears[name], layout.checkpoint.tensors[f"{name}.weight"]
         assert info.shape == (linear.rows, linear.columns)

@@ -152,6 +152,11 @@ class Arch:
         """Where a block keeps the scales of its keys and values, if its cache is quantised; the names are those engines look for."""
         return f"{self.attention}.k_scale", f"{self.attention}.v_scale"
 
+    @property
+    def latents(self) -> str:
+        """What the names of tensors begin with that make latents of a block's keys and values."""
+        return f"{self.attention}.latents"
+
 
 ATTENTION = (
     InputGroup("qkv", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),

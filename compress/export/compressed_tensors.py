@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from compress import fused
 from compress.arch.base import Experts
-from compress.checkpoint import BRANCHED, BRANCHES, INDEX, RESIDUALS, SINGLE, Entry, Stacked, entry, wrapped, write_safetensors, write_text
+from compress.checkpoint import BRANCHED, BRANCHES, INDEX, LATENT, RESIDUALS, SINGLE, Entry, Stacked, entry, wrapped, write_safetensors, write_text
 from compress.errors import InputError, Problems
 from compress.formats.base import BESIDE_PARTS, BRANCH_PARTS, RESIDUAL_PARTS
 from compress.layout import BlockLayout, Layout
-from compress.scheme import CacheScheme, Scheme
+from compress.scheme import CacheScheme, Caching, LatentScheme, Scheme
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,8 +68,10 @@ def check(place: str, layout: Layout, plan: dict[str, Scheme], problems: Problem
         problems.add(place, "transformers opens asymmetric weights only where all linears share one scheme", "set symmetric: true")
 
 
-def verdicts(layout: Layout, plan: dict[str, Scheme], cache: CacheScheme | None = None) -> dict[str, str]:
+def verdicts(layout: Layout, plan: dict[str, Scheme], cache: Caching | None = None) -> dict[str, str]:
     """For each serving engine, whether and how it reads the artifact, as far as its loader's rules tell."""
+    if layout.latents or isinstance(cache, LatentScheme):
+        return {"compress": "loads"} | dict.fromkeys(("transformers", "vLLM", "SGLang"), "refuses a cache of latents")
     if layout.mapped:
         return {"compress": "loads"} | dict.fromkeys(("transformers", "vLLM", "SGLang"), "refuses routers with maps")
     if layout.uneven:
@@ -141,7 +143,7 @@ def _reads_joined(layout: Layout) -> bool:
     return layout.arch.experts is not None and layout.arch.experts.fused
 
 
-def quantization_config(layout: Layout, plan: dict[str, Scheme], cache: CacheScheme | None = None) -> dict[str, Any]:
+def quantization_config(layout: Layout, plan: dict[str, Scheme], cache: Caching | None = None) -> dict[str, Any]:
     """The `quantization_config` of config.json for what `plan` and `cache` say."""
     by_kind: dict[tuple[Scheme, bool], list[str]] = {}
     for name, kind in _kinds(layout, plan).items():
@@ -163,7 +165,7 @@ def quantization_config(layout: Layout, plan: dict[str, Scheme], cache: CacheSch
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": _ignored(layout, plan) if plan else [],
-        "kv_cache_scheme": _cache_arguments(cache) if cache else None,
+        "kv_cache_scheme": _cache_arguments(cache) if isinstance(cache, CacheScheme) else None,
         "global_compression_ratio": None,
         "version": VERSION,
     }
@@ -255,11 +257,11 @@ def _renamed(layout: Layout, local: str) -> str:
     return local
 
 
-def write(model: Model, plan: dict[str, Scheme], cache: CacheScheme | None, folder: Path) -> None:
+def write(model: Model, plan: dict[str, Scheme], cache: Caching | None, folder: Path) -> None:
     """Write weights and config.json into `folder`; tensors stream from where they lie."""
     write_shards(model, _entries(model), folder)
     config = model.config
-    if plan or cache:
+    if plan or isinstance(cache, CacheScheme):
         config["quantization_config"] = quantization_config(model.layout, plan, cache)
     for parts, path, kind in ((RESIDUAL_PARTS, RESIDUALS, "sparse-residual"), (BRANCH_PARTS, BRANCHES, "branch")):
         if beside := [entry(name, info) for name, info in sorted(model.tensors.items()) if name.endswith(parts)]:
@@ -269,7 +271,7 @@ def write(model: Model, plan: dict[str, Scheme], cache: CacheScheme | None, fold
         config["quantization_config"]["residuals"] = RESIDUALS
     if "branch" in model.left_out:
         config[BRANCHED] = BRANCHES
-    apart = model.layout.wrapped_as
+    apart = LATENT if isinstance(cache, LatentScheme) else model.layout.wrapped_as
     write_text(folder / "config.json", json.dumps(wrapped(config, apart) if apart else config, indent=2) + "\n")
 
 

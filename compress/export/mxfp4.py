@@ -14,7 +14,7 @@ from compress.checkpoint import write_text
 from compress.errors import InputError, Problems
 from compress.export.compressed_tensors import bits, joined, of_experts, write_shards
 from compress.layout import Layout
-from compress.scheme import CacheScheme, Scheme
+from compress.scheme import Caching, Scheme
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,7 +44,7 @@ def check(place: str, layout: Layout, plan: dict[str, Scheme], problems: Problem
         problems.add(place, "mxfp4 is for engines that open no such linears or widths", "choose compressed-tensors")
 
 
-def verdicts(layout: Layout, plan: dict[str, Scheme], cache: CacheScheme | None = None) -> dict[str, str]:
+def verdicts(layout: Layout, plan: dict[str, Scheme], cache: Caching | None = None) -> dict[str, str]:
     """For each engine, whether and how it reads the artifact."""
     ignored = "; ignores the scales of the cache" if cache else ""
     return {
@@ -55,7 +55,7 @@ def verdicts(layout: Layout, plan: dict[str, Scheme], cache: CacheScheme | None 
     }
 
 
-def write(model: Model, plan: dict[str, Scheme], cache: CacheScheme | None, folder: Path) -> None:
+def write(model: Model, plan: dict[str, Scheme], cache: Caching | None, folder: Path) -> None:
     """Write weights and config.json into `folder`; no more than an expert is held."""
     table = model.layout.arch.experts
     assert table

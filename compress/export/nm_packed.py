@@ -17,7 +17,7 @@ from compress.export import compressed_tensors
 from compress.export.compressed_tensors import bits
 from compress.formats.base import BRANCH_PARTS
 from compress.layout import Layout
-from compress.scheme import CacheScheme, Scheme
+from compress.scheme import Caching, Scheme
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,12 +36,12 @@ def check(place: str, layout: Layout, plan: dict[str, Scheme], problems: Problem
         problems.add(place, "nm-packed has no place for residuals", "choose compressed-tensors, or leave out detach")
 
 
-def verdicts(layout: Layout, plan: dict[str, Scheme], cache: CacheScheme | None = None) -> dict[str, str]:
+def verdicts(layout: Layout, plan: dict[str, Scheme], cache: Caching | None = None) -> dict[str, str]:
     """For each engine, whether and how it reads the artifact."""
     return {"compress": "loads"} | dict.fromkeys(("transformers", "vLLM", "SGLang"), ALONE)
 
 
-def write(model: Model, plan: dict[str, Scheme], cache: CacheScheme | None, folder: Path) -> None:
+def write(model: Model, plan: dict[str, Scheme], cache: Caching | None, folder: Path) -> None:
     """Write weights, a shard for each block and one for the rest, and config.json into `folder`; no more than a block is held."""
     weights = folder / PACKED
     weights.mkdir()

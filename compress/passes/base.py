@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field, PrivateAttr, field_validator, model_valid
 from compress.errors import InputError, Problems
 from compress.layout import Group, Layout, Linear
 from compress.options import Options
-from compress.scheme import FLOAT_FORMATS, CacheScheme, Scheme
+from compress.scheme import FLOAT_FORMATS, Caching, Scheme
 
 if TYPE_CHECKING:
     from compress.block import Block
@@ -89,7 +89,7 @@ class Allocator(Pass, Protocol):
 class QuantizesCache(Protocol):
     """A pass that decides how the KV cache is stored."""
 
-    def cache(self) -> CacheScheme:
+    def cache(self) -> Caching:
         """What becomes of keys and values."""
 
 
