@@ -25,7 +25,7 @@ from compress.numerics.blocks import BLOCK, Coding
 from compress.numerics.latents import by_head, rotate, rotate_back, side_by_side
 
 KERNEL = "compress_latents"
-PARTS = ("key_down", "key_up", "value_down", "value_up", "window", "bits")
+PARTS = ("key_down", "key_up", "value_down", "value_up", "window", "bits", "commuting")
 """Tensors of a `Latents`."""
 QUERIES, TOKENS = 256, 1024
 """Queries, and old tokens whose keys are restored, worked on at once."""
@@ -63,7 +63,7 @@ class Latents(nn.Module):
     """How the keys and values of a block are kept when they are older than the newest `window` tokens.
 
     ``key_down`` [key rank, n], ``key_up`` [n, key rank], for values alike; n are the channels of all heads. Latents are kept as they are, or in
-    `bits`: keys by channel over blocks of tokens, values by token.
+    `bits`: keys by channel over blocks of tokens, values by token. Projections of keys that are `commuting` with rotation are of rotated keys.
     """
 
     key_down: Tensor
@@ -73,26 +73,37 @@ class Latents(nn.Module):
     rotary: Any
     """Gives cosines and sines, in the dtype of the first argument, of positions [rows, tokens]."""
 
-    def __init__(self, key_down: Tensor, key_up: Tensor, value_down: Tensor, value_up: Tensor, window: int, bits: int = 16) -> None:
+    def __init__(
+        self, key_down: Tensor, key_up: Tensor, value_down: Tensor, value_up: Tensor, window: int, bits: int = 16, commuting: bool = False
+    ) -> None:
         super().__init__()
         for name, part in zip(PARTS, (key_down, key_up, value_down, value_up), strict=False):
             self.register_buffer(name, part)
-        self.window, self.bits = window, bits
+        self.window, self.bits, self.commuting = window, bits, commuting
 
     @staticmethod
     def stored(tensors: Mapping[str, Tensor]) -> Latents:
         """The inverse of `tensors`."""
         key_down, key_up, value_down, value_up = (tensors[name] for name in PARTS[:4])
-        return Latents(key_down, key_up, value_down, value_up, int(tensors["window"]), int(tensors["bits"]))
+        window, bits, commuting = (int(tensors[name]) for name in PARTS[4:])
+        return Latents(key_down, key_up, value_down, value_up, window, bits, bool(commuting))
 
     def project_keys(self, keys: Tensor, rotation: Rotation) -> Tensor:
         """[rows, tokens, key rank] of rotated ``keys`` [rows, heads, tokens, d]."""
+        if self.commuting:
+            return side_by_side(keys) @ self.key_down.to(keys.dtype).T
         exact = rotate_back(keys.float(), *(part.float() for part in rotation))
         return (side_by_side(exact) @ self.key_down.float().T).to(keys.dtype)
 
     def restore_keys(self, latents: Tensor, heads: int, rotation: Rotation) -> Tensor:
         """About what `project_keys` was given."""
-        return rotate(by_head(latents @ self.key_up.to(latents.dtype).T, heads), *rotation)
+        restored = by_head(latents @ self.key_up.to(latents.dtype).T, heads)
+        return restored if self.commuting else rotate(restored, *rotation)
+
+    def project_queries(self, query: Tensor, heads: int) -> Tensor:
+        """[rows, query heads, tokens, key rank], whose products with latents are those of ``query`` with restored keys, where projections commute."""
+        up = torch.unflatten(self.key_up.to(query.dtype), 0, (heads, -1))
+        return torch.einsum("rhgtd,hdk->rhgtk", torch.unflatten(query, 1, (heads, -1)), up).flatten(1, 2)
 
     def project_values(self, values: Tensor) -> Tensor:
         """[rows, tokens, value rank] of ``values`` [rows, heads, tokens, d]."""
@@ -112,7 +123,9 @@ class Latents(nn.Module):
 
     def tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """What is stored, by local name; projections in `dtype`."""
-        numbers = {name: torch.tensor([number], dtype=torch.int32) for name, number in zip(PARTS[4:], (self.window, self.bits), strict=True)}
+        numbers = {
+            name: torch.tensor([number], dtype=torch.int32) for name, number in zip(PARTS[4:], (self.window, self.bits, self.commuting), strict=True)
+        }
         return {name: self.get_buffer(name).to(dtype) for name in PARTS[:4]} | numbers
 
 
@@ -121,7 +134,7 @@ def shapes(channels: int, tensors: Mapping[str, tuple[int, ...]]) -> dict[str, t
     key_rank, value_rank = (tensors[name][0] if tensors.get(name) else 0 for name in ("key_down", "value_down"))
     return {
         "key_down": (key_rank, channels), "key_up": (channels, key_rank), "value_down": (value_rank, channels), "value_up": (channels, value_rank),
-        "window": (1,), "bits": (1,),
+        "window": (1,), "bits": (1,), "commuting": (1,),
     }  # fmt: skip
 
 
@@ -392,6 +405,9 @@ class Held:
             for first in range(0, count, TOKENS):
                 last = min(first + TOKENS, count)
                 latents = self.old[0].read(first, last).to(query.dtype)
+                if self.latents.commuting:
+                    scores[..., first:last] = _products(self.latents.project_queries(queries, heads), latents[:, None])
+                    continue
                 restored = self.latents.restore_keys(latents, heads, self.latents.rotary(latents, self.positions[:, first:last]))
                 scores[..., first:last] = _products(queries, restored)
             scores[..., count:] = _products(queries, self.keys)

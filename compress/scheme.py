@@ -165,10 +165,10 @@ class LatentScheme(BaseModel):
         return int(self.keep * layout.cached_channels // 2 // self.multiple_of) * self.multiple_of * 2 * len(self.blocks(layout))
 
     def added_bytes(self, layout: Layout) -> int:
-        """Of the projections, there and back, and two numbers per block."""
+        """Of the projections, there and back, and three numbers per block."""
         block = layout.blocks[0]
         dense = dense_bytes(layout, next(block.linears).name)
-        return dense * 2 * self.channels(layout) * (layout.cached_channels // 2) + 8 * len(self.blocks(layout))
+        return dense * 2 * self.channels(layout) * (layout.cached_channels // 2) + 12 * len(self.blocks(layout))
 
 
 Caching = CacheScheme | LatentScheme

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from compress import runtime as packed
 from compress.errors import InputError
 from compress.latents import Blended, LatentLayer, Latents, held_bytes
 from compress.numerics.blocks import BLOCK, Coding
-from compress.numerics.latents import basis, cost_of_keys, cost_of_values, ranks, rotate, rotate_back, side_by_side
+from compress.numerics.latents import basis, commuting_basis, cost_of_keys, cost_of_values, ranks, rotate, rotate_back, side_by_side
 
 HEADS, WIDTH, QUERY_HEADS = 2, 8, 4
 CHANNELS = HEADS * WIDTH
@@ -69,6 +70,26 @@ def test_at_full_rank_nothing_is_lost_whatever_the_cost() -> None:
     for cost in (None, torch.zeros(HEADS, WIDTH, WIDTH), cost_of_values(torch.randn(3, QUERY_HEADS * WIDTH), HEADS, WIDTH)):
         found = basis(moment @ moment.T, cost)
         assert torch.allclose(found.up @ found.down, torch.eye(CHANNELS, dtype=torch.float64), atol=1e-9)
+
+
+@pytest.mark.parametrize("rank", [2, 6, 16])
+def test_commuting_projections_commute_and_lose_what_they_say(rank: int) -> None:
+    keys, energy = states(300), torch.rand(QUERY_HEADS, WIDTH // 2, dtype=torch.float64) + 0.1
+    kept, cost = side_by_side(keys)[0], cost_of_keys(energy, HEADS)
+    moment = kept.T @ kept / len(kept)
+    found = commuting_basis(moment, cost)
+    through = found.up[:, :rank] @ found.down[:rank]
+    cos, sin = rotation(300)
+    turned = side_by_side(rotate(keys, cos, sin))[0]
+    assert torch.allclose(
+        side_by_side(rotate((kept @ through.T).view(1, 300, HEADS, WIDTH).transpose(1, 2), cos, sin))[0], turned @ through.T, atol=1e-4
+    )
+    lost = kept - kept @ through.T
+    measured = float(torch.einsum("tn,nm,tm->", lost, spread(cost), lost)) / len(kept)
+    assert measured == pytest.approx(float(found.energy[rank:].sum()), abs=1e-3 * float(found.energy.sum()))
+    assert measured >= float(basis(moment, cost).energy[rank:].sum()) * (1 - 1e-3)
+    if rank == CHANNELS:
+        assert torch.allclose(through, torch.eye(CHANNELS, dtype=torch.float64), atol=1e-9)
 
 
 def test_the_cost_of_values_is_what_the_output_loses() -> None:
@@ -219,15 +240,15 @@ def chunked(model: Any, ids: Tensor, first: int, cache: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("window", [0, 16])
+@pytest.mark.parametrize(("window", "keys"), [(0, "joint"), (16, "joint"), (16, "commuting")])
 def test_at_full_rank_logits_are_those_of_the_dense_model(
-    kind: str, window: int, shrunk: Callable[..., Any], checkpoint: Callable[..., Path]
+    kind: str, window: int, keys: str, shrunk: Callable[..., Any], checkpoint: Callable[..., Path]
 ) -> None:
     ids = prompts(2, 120)
     with torch.no_grad():
         expected = dense(checkpoint(kind))(ids).logits
     cache = DynamicCache()
-    found = chunked(shrunk(kind, keep=1.0, window=window), ids, 70, cache)
+    found = chunked(shrunk(kind, keep=1.0, window=window, keys=keys), ids, 70, cache)
     assert all(isinstance(layer, LatentLayer) and layer.old_tokens for layer in cache.layers)
     assert float((found - expected).abs().max()) <= 1e-4 * max(1.0, float(expected.abs().max()))
 
@@ -249,13 +270,11 @@ def test_a_window_as_long_as_the_text_is_exact_at_any_rank(shrunk: Callable[...,
     assert float((chunked(shrunk("llama", keep=0.125, window=128), ids, 10, DynamicCache()) - expected).abs().max()) <= 1e-4
 
 
-@pytest.mark.parametrize("bits", [16, 4])
-def test_decoding_is_what_whole_sequences_are_measured_as(
-    bits: int, shrunk: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(("bits", "keys"), [(16, "joint"), (16, "commuting"), (4, "joint")])
+def test_decoding_is_what_whole_sequences_are_measured_as(bits: int, keys: str, shrunk: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """The measurement lets each query see `window` tokens exactly; a cache from which tokens leave one by one does just that."""
     ids = prompts(1, 100)
-    model = shrunk("llama", keep=0.25, window=20, bits=bits)
+    model = shrunk("llama", keep=0.25, window=20, bits=bits, keys=keys)
     if bits == 16:
         monkeypatch.setattr(runtime, "BLOCK", 1)
     found = chunked(model, ids, 1, DynamicCache())
@@ -264,12 +283,12 @@ def test_decoding_is_what_whole_sequences_are_measured_as(
         plain = type(attention).forward
 
         def measured(self: Any = attention, plain: Any = plain, **named: Any) -> Any:
-            class Whole:
-                def update(_, keys: Tensor, values: Tensor, *__: Any) -> tuple[Any, Any]:
-                    view = Blended(self.latents, keys, values, named["position_embeddings"])
-                    return view, view
+            def update(keys: Tensor, values: Tensor, *_: Any) -> tuple[Any, Any]:
+                view = Blended(self.latents, keys, values, named["position_embeddings"])
+                return view, view
 
-            return plain(self, **named | {"past_key_values": Whole()})
+            whole = SimpleNamespace(update=update)
+            return plain(self, **named | {"past_key_values": whole})
 
         attention.forward = measured
         attention._forward_pre_hooks.clear()

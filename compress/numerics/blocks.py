@@ -46,7 +46,8 @@ class Coding:
         packed, scale, low = parts
         places = torch.arange(8 // self.bits, dtype=torch.uint8, device=packed.device) * self.bits
         codes = ((packed[..., None] >> places) & (2**self.bits - 1)).flatten(3)[..., :channels]
-        return codes.float().mul_(scale.float()).add_(low.float()).flatten(1, 2)
+        states: Tensor = codes.float().mul_(scale.float()).add_(low.float()).flatten(1, 2)
+        return states
 
     def round(self, states: Tensor) -> Tensor:
         """``states`` [rows, tokens, channels] as read back, in their dtype; in a block that is not full, the last token stands for those lacking."""

@@ -56,6 +56,31 @@ def _along_diagonal(blocks: Tensor) -> Tensor:
     return whole.view(heads * width, heads * width)
 
 
+def commuting_basis(moment: Tensor, cost: Tensor) -> Basis:
+    """The best among projections that commute with rotation: what they keep of rotated keys needs no rotating, and can be told to queries instead.
+
+    Channels i and i + d / 2 of a head are a complex number, which rotation multiplies by one that all heads share; only complex combinations of
+    heads, one pair at a time, are indifferent to that. ``moment`` [n, n] as for `basis`, of keys before rotation or after; ``cost`` [heads, d, d]
+    is diagonal, alike in both channels of a pair, as `cost_of_keys` gives it. Directions come in twos, which may not be parted.
+    """
+    heads, width, _ = cost.shape
+    half = width // 2
+    weight = (cost.double().diagonal(dim1=1, dim2=2)[:, :half] + ROOM * cost.double().diagonal(dim1=1, dim2=2).mean().clamp_min(1e-30)).sqrt()
+    parts = moment.double().view(heads, 2, half, heads, 2, half).diagonal(dim1=2, dim2=5).permute(4, 1, 3, 0, 2)  # [half, 2, 2, heads, heads]
+    complex_ = torch.complex(parts[:, 0, 0] + parts[:, 1, 1], parts[:, 1, 0] - parts[:, 0, 1]) * weight.T[:, :, None] * weight.T[:, None, :]
+    energy, vectors = torch.linalg.eigh(complex_)
+    order = energy.flatten().argsort(descending=True)
+    pair, direction = order // heads, order % heads
+    chosen = vectors[pair, :, direction]  # [n / 2, heads]
+    down, up = (torch.zeros(heads * half, 2, heads, 2, half, dtype=torch.float64, device=moment.device) for _ in range(2))
+    at = torch.arange(heads * half, device=moment.device)
+    for whole, scaled in ((down, chosen * weight.T[pair]), (up, chosen / weight.T[pair])):
+        whole[at, 0, :, 0, pair], whole[at, 0, :, 1, pair] = scaled.real, scaled.imag
+        whole[at, 1, :, 0, pair], whole[at, 1, :, 1, pair] = -scaled.imag, scaled.real
+    halved = energy.flatten()[order].clamp_min(0) / 2
+    return Basis(halved.repeat_interleave(2), down.view(heads * width, -1), up.view(heads * width, -1).T.contiguous())
+
+
 def cost_of_keys(energy: Tensor, heads: int) -> Tensor:
     """What errors in keys cost attention scores, [heads, d, d].
 

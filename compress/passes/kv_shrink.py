@@ -48,6 +48,11 @@ class Pass(Options):
         description="what projections lose least of: `aware`, attention scores and the output of attention; `whitened`, keys and values; `asvd` and "
         "`svd`, to compare with, those of inputs of which only the magnitudes are known, or nothing",
     )
+    keys: Literal["joint", "commuting"] = Field(
+        default="joint",
+        description="`joint`: all heads together, the most for a channel, but each step of decoding restores and rotates old keys; `commuting`: "
+        "complex combinations of heads, for each pair of channels that rotates, which need neither: they keep less, and decoding is faster",
+    )
     ranks: Literal["water_filling", "uniform"] = Field(
         default="water_filling",
         description="`water_filling`: channels go where they are worth most, among keys and values of all blocks, measured beforehand; "
@@ -89,6 +94,10 @@ class Pass(Options):
                 self.multiple_of, channels + 1
             ):
                 problems.add(f"{place}: keep_keys", f"{self.keep_keys:g} leaves values {2 * self.keep - self.keep_keys:g}", "take another share")
+        if self.keys == "commuting" and self.method != "aware":
+            problems.add(f"{place}: keys", f"commuting is of method aware, not {self.method}", "take joint, or aware")
+        if self.keys == "commuting" and self.multiple_of % 2:
+            problems.add(f"{place}: multiple_of", f"{self.multiple_of} would part channels that rotate together", "take an even number")
         if self.method in ("asvd", "svd") and any(name.endswith("k_norm.weight") for name in layout.in_blocks):
             problems.add(f"{place}: method", f"{self.method} goes by weights, but a {kind} normalises keys after them", "take aware or whitened")
 
@@ -121,7 +130,8 @@ class Pass(Options):
         index = probe.block.layout.index
         keys, values = self._bases(probe, model)
         ends = []
-        record: dict[str, Any] = {"pass": "kv_shrink", "method": self.method, "tokens": tokens, "window": self.window, "latent_bits": self.bits}
+        record: dict[str, Any] = {"pass": "kv_shrink", "method": self.method, "keys": self.keys, "window": self.window, "latent_bits": self.bits}
+        record |= {"tokens": tokens, "fallback": None}
         for what, found in (("keys", keys), ("values", values)):
             rank = ranks[f"{index}.{what}"]
             down, up = found.down[:rank], found.up[:, :rank]
@@ -135,7 +145,8 @@ class Pass(Options):
                 f"{what[:-1]}_error": float(found.energy[rank:].sum() / found.energy.sum().clamp_min(1e-30)),
             }
         key_down, key_up, value_down, value_up = ends
-        probe.block.set_latents(Latents(key_down, key_up, value_down, value_up, self.window, self.bits), record | {"fallback": None})
+        made = Latents(key_down, key_up, value_down, value_up, self.window, self.bits, self.keys == "commuting")
+        probe.block.set_latents(made, record)
 
     def _ranks(self, model: Model, samples: Samples, workspace: Workspace) -> dict[str, int]:
         """Of keys and values of each block."""
@@ -166,7 +177,7 @@ class Pass(Options):
         """For keys and values of a block."""
         import torch
 
-        from compress.numerics.latents import basis, cost_of_keys, cost_of_values, rotate_back, side_by_side
+        from compress.numerics.latents import basis, commuting_basis, cost_of_keys, cost_of_values, rotate_back, side_by_side
 
         block, layout = probe.block, model.layout
         size, heads, width = layout.cached_channels // 2, layout.kv_heads, block.head_dim
@@ -190,7 +201,8 @@ class Pass(Options):
         keys, values, queries = keys / count, values / count, queries / count
         if self.method == "aware":
             out = block.weight(f"{block.layout.prefix}.{layout.arch.writers[0]}")
-            return basis(keys, cost_of_keys(queries, heads)), basis(values, cost_of_values(out, heads, width))
+            cost = cost_of_keys(queries, heads)
+            return (commuting_basis if self.keys == "commuting" else basis)(keys, cost), basis(values, cost_of_values(out, heads, width))
         if self.method == "whitened":
             return basis(keys), basis(values)
         readers = block.layout.stages[0].groups[0]
