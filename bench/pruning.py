@@ -194,7 +194,11 @@ def main(argv: list[str], bench: Bench | None = None) -> None:
         "data": ", ".join(dict.fromkeys(each for row in bench.rows for each in bench.data(row))),
         "bos": False,
     }
-    document: dict[str, Any] = {"benchmark": {"prune": "pruning", "moe": "experts", "vlm": "vlm", "kv": "kv"}[bench.command], "protocol": protocol, "results": {}}
+    document: dict[str, Any] = {
+        "benchmark": {"prune": "pruning", "moe": "experts", "vlm": "vlm", "kv": "kv"}[bench.command],
+        "protocol": protocol,
+        "results": {},
+    }
     if arguments.json.exists():
         document = json.loads(arguments.json.read_text())
         if document["protocol"] != protocol:

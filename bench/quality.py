@@ -27,7 +27,6 @@ from typing import Any
 
 import experts
 import harness
-import kv
 import pruning
 import vision
 from outliers import plant

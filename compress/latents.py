@@ -22,7 +22,7 @@ from transformers.masking_utils import sdpa_mask
 
 from compress.errors import InputError
 from compress.numerics.blocks import BLOCK, Coding
-from compress.numerics.latents import by_head, rotate, rotate_back, side_by_side
+from compress.numerics.latents import by_head, rotate_back, side_by_side
 
 KERNEL = "compress_latents"
 PARTS = ("key_down", "key_up", "value_down", "value_up", "window", "bits", "commuting")
@@ -70,8 +70,8 @@ class Latents(nn.Module):
     key_up: Tensor
     value_down: Tensor
     value_up: Tensor
-    rotary: Any
-    """Gives cosines and sines, in the dtype of the first argument, of positions [rows, tokens]."""
+    turns: Turns
+    """Set where it is attached to attention."""
 
     def __init__(
         self, key_down: Tensor, key_up: Tensor, value_down: Tensor, value_up: Tensor, window: int, bits: int = 16, commuting: bool = False
@@ -97,8 +97,18 @@ class Latents(nn.Module):
 
     def restore_keys(self, latents: Tensor, heads: int, rotation: Rotation) -> Tensor:
         """About what `project_keys` was given."""
-        restored = by_head(latents @ self.key_up.to(latents.dtype).T, heads)
-        return restored if self.commuting else rotate(restored, *rotation)
+        restored = latents @ self.key_up.to(latents.dtype).T
+        if not self.commuting:
+            # Token by token, so that halves are turned where they lie: for a long context this is most of the work.
+            first, second = torch.unflatten(restored, 2, (heads, 2, -1)).unbind(3)
+            half = first.shape[3]
+            cos, sin = (part[:, :, None, :half] for part in rotation)
+            turned = torch.empty_like(restored)
+            left, right = torch.unflatten(turned, 2, (heads, 2, -1)).unbind(3)
+            torch.mul(first, cos, out=left).addcmul_(second, sin, value=-1)
+            torch.mul(second, cos, out=right).addcmul_(first, sin)
+            restored = turned
+        return by_head(restored, heads)
 
     def project_queries(self, query: Tensor, heads: int) -> Tensor:
         """[rows, query heads, tokens, key rank], whose products with latents are those of ``query`` with restored keys, where projections commute."""
@@ -138,9 +148,29 @@ def shapes(channels: int, tensors: Mapping[str, tuple[int, ...]]) -> dict[str, t
     }  # fmt: skip
 
 
-def attach(module: nn.Module, latents: Latents, rotary: nn.Module) -> None:
-    """Have ``module``, attention of transformers, keep old tokens as ``latents``; ``rotary`` gives cosines and sines of positions."""
-    latents.rotary = rotary
+class Turns:
+    """Cosines and sines of every position so far, for all blocks: to take them anew at each step costs as much as attention itself.
+
+    ``rotary`` of transformers gives them, [rows, tokens, d], for something of their dtype and positions [rows, tokens].
+    """
+
+    def __init__(self, rotary: Callable[[Tensor, Tensor], Rotation]) -> None:
+        self._rotary = rotary
+        self._table: Rotation | None = None
+
+    def __call__(self, like: Tensor, positions: Tensor) -> Rotation:
+        """In the dtype of ``like``."""
+        longest = int(positions.max()) + 1
+        if self._table is None or len(self._table[0]) < longest or self._table[0].dtype != like.dtype or self._table[0].device != like.device:
+            every = torch.arange(1 << (longest - 1).bit_length(), device=like.device)[None]
+            cos, sin = self._rotary(like, every)
+            self._table = cos[0], sin[0]
+        return self._table[0][positions], self._table[1][positions]
+
+
+def attach(module: nn.Module, latents: Latents, turns: Turns) -> None:
+    """Have ``module``, attention of transformers, keep old tokens as ``latents``; blocks of a model share ``turns``."""
+    latents.turns = turns
     module.latents = latents
     own_kernel(module)
     module.register_forward_pre_hook(_with_latents, with_kwargs=True)
@@ -251,7 +281,7 @@ class Blended:
             old = distance[part] > self.latents.window
             scores = torch.where(old, _products(query[:, :, part], restored), _products(query[:, :, part], self.keys)) * scaling
             probabilities = _probabilities(scores, seen[:, :, part])
-            summed = probabilities.masked_fill(~old, 0) @ kept_values[:, None]
+            summed = _weighted(probabilities.masked_fill(~old, 0), kept_values[:, None])
             parts.append(_weighted(probabilities.masked_fill(old, 0), self.values) + self.latents.sums(summed, heads))
         return torch.cat(parts, 2).transpose(1, 2)
 
@@ -314,7 +344,7 @@ class LatentLayer(DynamicLayer):  # type: ignore[misc]
         assert self.keys is not None and self.values is not None and self._positions is not None
         keys, values = self.keys[:, :, :count], self.values[:, :, :count]
         positions = self._positions[:, self.old_tokens : self.old_tokens + count]
-        self._old[0].append(self._latents.project_keys(keys, self._latents.rotary(keys.float(), positions)))
+        self._old[0].append(self._latents.project_keys(keys, self._latents.turns(keys, positions)))
         self._old[1].append(self._latents.project_values(values))
         # A slice would keep the memory of all of it.
         self.keys, self.values = self.keys[:, :, count:].clone(), self.values[:, :, count:].clone()
@@ -402,20 +432,24 @@ class Held:
         for start in range(0, query.shape[2], QUERIES):
             queries = query[:, :, start : start + QUERIES]
             scores = torch.empty(*queries.shape[:3], total, dtype=query.dtype, device=query.device)
-            for first in range(0, count, TOKENS):
-                last = min(first + TOKENS, count)
-                latents = self.old[0].read(first, last).to(query.dtype)
-                if self.latents.commuting:
-                    scores[..., first:last] = _products(self.latents.project_queries(queries, heads), latents[:, None])
-                    continue
-                restored = self.latents.restore_keys(latents, heads, self.latents.rotary(latents, self.positions[:, first:last]))
-                scores[..., first:last] = _products(queries, restored)
             scores[..., count:] = _products(queries, self.keys)
+            asked = self.latents.project_queries(queries, heads) if self.latents.commuting else queries
+            for first, last, latents in self._old(0, count, query.dtype):
+                if self.latents.commuting:
+                    scores[..., first:last] = _products(asked, latents[:, None])
+                else:
+                    turn = self.latents.turns(latents, self.positions[:, first:last])
+                    scores[..., first:last] = _products(asked, self.latents.restore_keys(latents, heads, turn))
             seen = mask[:, :, start : start + QUERIES, :total] if mask is not None else None
             probabilities = _probabilities(scores.mul_(scaling), seen)
             summed = torch.zeros(*queries.shape[:3], self.latents.value_up.shape[1], dtype=query.dtype, device=query.device)
-            for first in range(0, count, TOKENS):
-                last = min(first + TOKENS, count)
-                summed += probabilities[..., first:last] @ self.old[1].read(first, last).to(query.dtype)[:, None]
+            for first, last, latents in self._old(1, count, query.dtype):
+                summed += _weighted(probabilities[..., first:last], latents[:, None])
             parts.append(_weighted(probabilities[..., count:], self.values) + self.latents.sums(summed, heads))
         return torch.cat(parts, 2).transpose(1, 2)
+
+    def _old(self, which: int, count: int, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
+        """Latents of keys (0) or values (1) of old tokens, some at a time, with the first token and the one after the last."""
+        for first in range(0, count, TOKENS):
+            last = min(first + TOKENS, count)
+            yield first, last, self.old[which].read(first, last).to(dtype)

@@ -40,7 +40,7 @@ from compress.formats.branch import Branch
 from compress.formats.nm_packed import Compact
 from compress.formats.sparse_residual import Residual
 from compress.latents import PARTS as LATENT_PARTS
-from compress.latents import Latents, attach, shapes
+from compress.latents import Latents, Turns, attach, shapes
 from compress.layout import MAP, BlockLayout, Layout
 from compress.numerics.activations import Activations
 from compress.numerics.grid import Quantized
@@ -552,6 +552,7 @@ class Model:
         cache has its scales as buffers and rounds what goes into the cache. Raises `InputError` where only some experts of a block are quantised.
         """
         whole, table = self.skeleton, self.layout.arch.experts
+        turns = Turns(whole.get_submodule(self.layout.arch.module_blocks.rpartition(".")[0]).rotary_emb)
         for layout, module, slots in zip(self.blocks, self._modules, self._slots, strict=True):
             stays = [each.name for each in layout.linears if self.packed_as(each.name) or self.is_compact(each.name)]
             packed = {name: slots[f"{name}.weight"] for name in stays}
@@ -577,8 +578,7 @@ class Model:
             if scales := self.cache_scales(layout):
                 _round_cache(module.get_submodule(self.layout.arch.attention), scales)
             if latents := self.latents(layout):
-                rotary = whole.get_submodule(self.layout.arch.module_blocks.rpartition(".")[0]).rotary_emb
-                attach(module.get_submodule(self.layout.arch.attention), latents.to(self.dtype), rotary)
+                attach(module.get_submodule(self.layout.arch.attention), latents.to(self.dtype), turns)
         for config in (self._config, whole.config):  # what is registered under another name, a process that unpickles the model lacks
             config._experts_implementation = config.get_text_config()._experts_implementation = "eager"
         return whole.to(self.device).eval()
