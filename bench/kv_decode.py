@@ -26,7 +26,7 @@ from transformers import DynamicCache, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
 
 from compress.latents import Latent, Latents, Turns, attach, held_bytes, own_kernel
-from compress.numerics.latents import Basis, basis, commuting_basis, rotate
+from compress.numerics.latents import basis, by_head, commuting_basis, rotate
 
 HEADS, KV_HEADS, WIDTH, HIDDEN = 32, 8, 128, 4096
 CHANNELS = KV_HEADS * WIDTH
@@ -46,10 +46,11 @@ def projections(rank: int, window: int, bits: int, keys: str) -> Latents:
     """Any will do: nothing here depends on what is kept."""
     mixed = torch.randn(2 * CHANNELS, CHANNELS, dtype=torch.float64)
     moment = mixed.T @ mixed / len(mixed)
-    of_values: Basis = basis(moment)
+    of_values = basis(moment)
     cost = torch.eye(WIDTH, dtype=torch.float64).repeat(KV_HEADS, 1, 1)
     of_keys = commuting_basis(moment, cost) if keys == "commuting" else of_values
-    return Latents(of_keys.down[:rank], of_keys.up[:, :rank], of_values.down[:rank], of_values.up[:, :rank], window, bits, keys == "commuting")
+    of_both = [(each.down[:rank], each.up[:, :rank]) for each in (of_keys, of_values)]
+    return Latents(of_both[0], of_both[1], window, bits, keys == "commuting")
 
 
 class Rebuilding:
@@ -62,7 +63,8 @@ class Rebuilding:
 
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         restored = self.latents.restore_keys(self.kept[0], KV_HEADS, self.rotation)
-        of_values = (self.kept[1] @ self.latents.value_up.T).unflatten(2, (KV_HEADS, -1)).transpose(1, 2)
+        assert self.latents.value_up is not None
+        of_values = by_head(self.kept[1] @ self.latents.value_up.T, KV_HEADS)
         return torch.cat([restored, keys], 2), torch.cat([of_values, values], 2)
 
 
@@ -90,14 +92,10 @@ def measure(context: int, arguments: argparse.Namespace, dtype: torch.dtype) -> 
     dense, rotary = layer(dtype)
     sides: dict[str, tuple[nn.Module, Any]] = {"dense": (dense, DynamicCache())}
     fill(sides["dense"][1], dense, context, rotary, dtype)
-    for name, keys, bits in (
-        ("joint", "joint", 16),
-        ("joint, 4 bits", "joint", 4),
-        ("commuting", "commuting", 16),
-        ("commuting, 4 bits", "commuting", 4),
-    ):
+    for name in ("joint", "joint, 4 bits", "commuting", "commuting, 4 bits"):
+        of_keys, bits = name.partition(",")[0], 4 if name.endswith("bits") else 16
         module, _ = layer(dtype)
-        attach(module, projections(rank, arguments.window, bits, keys).to(dtype), Turns(rotary))
+        attach(module, projections(rank, arguments.window, bits, of_keys).to(dtype), Turns(rotary))
         sides[name] = module, DynamicCache()
         fill(sides[name][1], module, context, rotary, dtype)
     module, _ = layer(dtype)

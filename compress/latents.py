@@ -62,42 +62,48 @@ def own_kernel(module: nn.Module) -> None:
 class Latents(nn.Module):
     """How the keys and values of a block are kept when they are older than the newest `window` tokens.
 
-    ``key_down`` [key rank, n], ``key_up`` [n, key rank], for values alike; n are the channels of all heads. Latents are kept as they are, or in
-    `bits`: keys by channel over blocks of tokens, values by token. Projections of keys that are `commuting` with rotation are of rotated keys.
+    ``key_down`` [key rank, n], ``key_up`` [n, key rank], for values alike; n are the channels of all heads. Where there are none, channels stay as
+    they are. Latents are kept as such, or in `bits`: keys by channel over blocks of tokens, values by token. Projections of keys that are `commuting`
+    with rotation are of rotated keys.
     """
 
-    key_down: Tensor
-    key_up: Tensor
-    value_down: Tensor
-    value_up: Tensor
+    key_down: Tensor | None
+    key_up: Tensor | None
+    value_down: Tensor | None
+    value_up: Tensor | None
     turns: Turns
     """Set where it is attached to attention."""
 
     def __init__(
-        self, key_down: Tensor, key_up: Tensor, value_down: Tensor, value_up: Tensor, window: int, bits: int = 16, commuting: bool = False
+        self,
+        keys: tuple[Tensor, Tensor] | None,
+        values: tuple[Tensor, Tensor] | None,
+        window: int,
+        bits: int = 16,
+        commuting: bool = False,
     ) -> None:
         super().__init__()
-        for name, part in zip(PARTS, (key_down, key_up, value_down, value_up), strict=False):
-            self.register_buffer(name, part)
+        for names, projections in ((PARTS[:2], keys), (PARTS[2:4], values)):
+            for name, projection in zip(names, projections or (None, None), strict=True):
+                self.register_buffer(name, projection)
         self.window, self.bits, self.commuting = window, bits, commuting
 
     @staticmethod
     def stored(tensors: Mapping[str, Tensor]) -> Latents:
         """The inverse of `tensors`."""
-        key_down, key_up, value_down, value_up = (tensors[name] for name in PARTS[:4])
+        keys, values = ((tensors[down], tensors[up]) if down in tensors else None for down, up in (PARTS[:2], PARTS[2:4]))
         window, bits, commuting = (int(tensors[name]) for name in PARTS[4:])
-        return Latents(key_down, key_up, value_down, value_up, window, bits, bool(commuting))
+        return Latents(keys, values, window, bits, bool(commuting))
 
     def project_keys(self, keys: Tensor, rotation: Rotation) -> Tensor:
         """[rows, tokens, key rank] of rotated ``keys`` [rows, heads, tokens, d]."""
-        if self.commuting:
-            return side_by_side(keys) @ self.key_down.to(keys.dtype).T
-        exact = rotate_back(keys.float(), *(part.float() for part in rotation))
-        return (side_by_side(exact) @ self.key_down.float().T).to(keys.dtype)
+        exact = keys if self.commuting else rotate_back(keys.float(), *(part.float() for part in rotation))
+        states = side_by_side(exact)
+        return (states if self.key_down is None else states @ self.key_down.to(states.dtype).T).to(keys.dtype)
 
     def restore_keys(self, latents: Tensor, heads: int, rotation: Rotation) -> Tensor:
         """About what `project_keys` was given."""
-        restored = latents @ self.key_up.to(latents.dtype).T
+        restored = latents if self.key_up is None else latents @ self.key_up.to(latents.dtype).T
         if not self.commuting:
             # Token by token, so that halves are turned where they lie: for a long context this is most of the work.
             first, second = torch.unflatten(restored, 2, (heads, 2, -1)).unbind(3)
@@ -110,20 +116,33 @@ class Latents(nn.Module):
             restored = turned
         return by_head(restored, heads)
 
+    @property
+    def absorbs(self) -> bool:
+        """Whether queries can be told the projection of keys, so that these are never restored."""
+        return self.commuting and self.key_up is not None
+
     def project_queries(self, query: Tensor, heads: int) -> Tensor:
-        """[rows, query heads, tokens, key rank], whose products with latents are those of ``query`` with restored keys, where projections commute."""
+        """[rows, query heads, tokens, key rank], whose products with latents are those of ``query`` with restored keys; for those that `absorbs`."""
+        assert self.key_up is not None
         up = torch.unflatten(self.key_up.to(query.dtype), 0, (heads, -1))
         return torch.einsum("rhgtd,hdk->rhgtk", torch.unflatten(query, 1, (heads, -1)), up).flatten(1, 2)
 
     def project_values(self, values: Tensor) -> Tensor:
         """[rows, tokens, value rank] of ``values`` [rows, heads, tokens, d]."""
-        return side_by_side(values) @ self.value_down.to(values.dtype).T
+        states = side_by_side(values)
+        return states if self.value_down is None else states @ self.value_down.to(values.dtype).T
+
+    def summable(self, latents: Tensor, heads: int) -> Tensor:
+        """``latents`` of values as [rows, heads or 1, tokens, width], of which attention takes weighted sums."""
+        return by_head(latents, heads) if self.value_up is None else latents[:, None]
 
     def sums(self, summed: Tensor, heads: int) -> Tensor:
-        """[rows, query heads, tokens, d] of weighted sums of latents of values [rows, query heads, tokens, value rank].
+        """[rows, query heads, tokens, d] of weighted sums [rows, query heads, tokens, width] of what `summable` gave.
 
         That the projection is applied to the sums, not to what is summed, spares doing it for every token of the context.
         """
+        if self.value_up is None:
+            return summed
         up = torch.unflatten(self.value_up.to(summed.dtype), 0, (heads, -1))
         return torch.einsum("rhgtk,hdk->rhgtd", torch.unflatten(summed, 1, (heads, -1)), up).flatten(1, 2)
 
@@ -133,19 +152,19 @@ class Latents(nn.Module):
 
     def tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """What is stored, by local name; projections in `dtype`."""
-        numbers = {
-            name: torch.tensor([number], dtype=torch.int32) for name, number in zip(PARTS[4:], (self.window, self.bits, self.commuting), strict=True)
-        }
-        return {name: self.get_buffer(name).to(dtype) for name in PARTS[:4]} | numbers
+        numbers = zip(PARTS[4:], (self.window, self.bits, self.commuting), strict=True)
+        projections = {name: projection.to(dtype) for name in PARTS[:4] if (projection := getattr(self, name)) is not None}
+        return projections | {name: torch.tensor([number], dtype=torch.int32) for name, number in numbers}
 
 
 def shapes(channels: int, tensors: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     """What the shapes of ``tensors``, by local name, have to be, for `channels` of all heads; ranks are those of the projections down."""
-    key_rank, value_rank = (tensors[name][0] if tensors.get(name) else 0 for name in ("key_down", "value_down"))
-    return {
-        "key_down": (key_rank, channels), "key_up": (channels, key_rank), "value_down": (value_rank, channels), "value_up": (channels, value_rank),
-        "window": (1,), "bits": (1,), "commuting": (1,),
-    }  # fmt: skip
+    wanted: dict[str, tuple[int, ...]] = dict.fromkeys(PARTS[4:], (1,))
+    for down, up in (PARTS[:2], PARTS[2:4]):
+        if down in tensors or up in tensors:
+            rank = tensors[down][0] if tensors.get(down) else 0
+            wanted |= {down: (rank, channels), up: (channels, rank)}
+    return wanted
 
 
 class Turns:
@@ -281,7 +300,7 @@ class Blended:
             old = distance[part] > self.latents.window
             scores = torch.where(old, _products(query[:, :, part], restored), _products(query[:, :, part], self.keys)) * scaling
             probabilities = _probabilities(scores, seen[:, :, part])
-            summed = _weighted(probabilities.masked_fill(~old, 0), kept_values[:, None])
+            summed = _weighted(probabilities.masked_fill(~old, 0), self.latents.summable(kept_values, heads))
             parts.append(_weighted(probabilities.masked_fill(old, 0), self.values) + self.latents.sums(summed, heads))
         return torch.cat(parts, 2).transpose(1, 2)
 
@@ -289,13 +308,15 @@ class Blended:
 class Kept:
     """Latents of old tokens, [rows, tokens, rank], in the order in which they came."""
 
-    def __init__(self, coding: Coding | None, rank: int) -> None:
-        self._coding, self._rank = coding, rank
+    def __init__(self, coding: Coding | None) -> None:
+        self._coding = coding
+        self._rank = 0
         self.parts: tuple[Tensor, ...] = ()
         """Each [rows, ...]; of coded ones the second dimension counts blocks of `BLOCK` tokens."""
 
     def append(self, latents: Tensor) -> None:
         """``latents`` [rows, tokens, rank]; what was kept before is never coded again."""
+        self._rank = latents.shape[2]
         new = (latents,) if self._coding is None else self._coding.encode(latents)
         self.parts = tuple(torch.cat(pair, 1) for pair in zip(self.parts, new, strict=True)) if self.parts else new
 
@@ -316,8 +337,7 @@ class LatentLayer(DynamicLayer):  # type: ignore[misc]
     def __init__(self, latents: Latents) -> None:
         super().__init__()
         self._latents = latents
-        ranks = len(latents.key_down), len(latents.value_down)
-        self._old = tuple(Kept(coding, rank) for coding, rank in zip(latents.codings() or (None, None), ranks, strict=True))
+        self._old = tuple(Kept(coding) for coding in latents.codings() or (None, None))
         self._positions: Tensor | None = None
         self.old_tokens = 0
 
@@ -433,18 +453,20 @@ class Held:
             queries = query[:, :, start : start + QUERIES]
             scores = torch.empty(*queries.shape[:3], total, dtype=query.dtype, device=query.device)
             scores[..., count:] = _products(queries, self.keys)
-            asked = self.latents.project_queries(queries, heads) if self.latents.commuting else queries
+            asked = self.latents.project_queries(queries, heads) if self.latents.absorbs else queries
             for first, last, latents in self._old(0, count, query.dtype):
-                if self.latents.commuting:
+                if self.latents.absorbs:
                     scores[..., first:last] = _products(asked, latents[:, None])
                 else:
                     turn = self.latents.turns(latents, self.positions[:, first:last])
                     scores[..., first:last] = _products(asked, self.latents.restore_keys(latents, heads, turn))
             seen = mask[:, :, start : start + QUERIES, :total] if mask is not None else None
             probabilities = _probabilities(scores.mul_(scaling), seen)
-            summed = torch.zeros(*queries.shape[:3], self.latents.value_up.shape[1], dtype=query.dtype, device=query.device)
+            summed: Tensor | None = None
             for first, last, latents in self._old(1, count, query.dtype):
-                summed += _weighted(probabilities[..., first:last], latents[:, None])
+                part = _weighted(probabilities[..., first:last], self.latents.summable(latents, heads))
+                summed = part if summed is None else summed.add_(part)
+            assert summed is not None, "without old tokens attention is given tensors"
             parts.append(_weighted(probabilities[..., count:], self.values) + self.latents.sums(summed, heads))
         return torch.cat(parts, 2).transpose(1, 2)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from compress.errors import Problems
 from compress.formats.sizes import residual_bytes, stored_bytes
 from compress.layout import Layout, Linear
 
@@ -140,12 +141,16 @@ class CacheScheme(BaseModel):
         return 4 * len(layout.blocks) * len(layout.arch.cache_scales) * (1 if self.granularity == "tensor" else layout.kv_heads)
 
 
+SPINNING = ("dynamic", "longrope")
+"""Kinds of rotation whose frequencies depend on how long a text has become: what was rotated by others cannot be turned back."""
+
+
 class LatentScheme(BaseModel):
-    """Keys and values older than the newest `window` tokens as latents, which have the share `keep` of their channels, in `bits`."""
+    """Keys and values older than the newest `window` tokens in `bits`, as latents that have the share `keep` of their channels; None, all of them."""
 
     model_config = ConfigDict(frozen=True)
 
-    keep: float
+    keep: float | None
     multiple_of: int
     window: int
     bits: int
@@ -153,7 +158,24 @@ class LatentScheme(BaseModel):
     @property
     def text(self) -> str:
         """For people."""
-        return f"latents of {100 * self.keep:g} % of the channels{f' in {self.bits} bits' if self.bits < 16 else ''}, {self.window} tokens exactly"
+        what = "all channels" if self.keep is None else f"latents of {100 * self.keep:g} % of the channels"
+        return f"{what}{f' in {self.bits} bits' if self.bits < 16 else ''}, the newest {self.window} tokens exactly"
+
+    @staticmethod
+    def refuse(place: str, layout: Layout, problems: Problems) -> None:
+        """Report what keeps the cache of a model from keeping old tokens in another way than attention gave them."""
+        kind = layout.arch.model_type
+        remedy = f"leave {place.rpartition('.')[2]} out"
+        if layout.arch.kernel != "sdpa":
+            problems.add(place, f"attention of a {kind} needs a kernel of its own ({layout.arch.kernel}), which knows no latents", remedy)
+        rotation = layout.text_config.get("rope_parameters") or layout.text_config.get("rope_scaling") or {}
+        turned = rotation.get("rope_type", rotation.get("type"))
+        if turned in SPINNING:
+            problems.add(place, f"rotation of the kind {turned} changes as a text grows, so keys cannot be turned back", remedy)
+        if "mrope_section" in rotation:
+            problems.add(place, f"a {kind} turns keys by three positions at once, which is not supported", remedy)
+        if not LatentScheme.blocks(layout):
+            problems.add(place, "attention of every block has a window, so no cache grows", remedy)
 
     @staticmethod
     def blocks(layout: Layout) -> list[int]:
@@ -162,6 +184,8 @@ class LatentScheme(BaseModel):
 
     def channels(self, layout: Layout) -> int:
         """Of latents, of keys and values of all blocks together."""
+        if self.keep is None:
+            return 0
         return int(self.keep * layout.cached_channels // 2 // self.multiple_of) * self.multiple_of * 2 * len(self.blocks(layout))
 
     def added_bytes(self, layout: Layout) -> int:

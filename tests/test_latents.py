@@ -160,7 +160,7 @@ def test_codes_are_within_half_a_step_and_only_packed(bits: int, along: bool, ch
 
 
 def test_what_is_coded_once_is_never_coded_again() -> None:
-    kept = runtime.Kept(Coding(4, along_tokens=True), 6)
+    kept = runtime.Kept(Coding(4, along_tokens=True))
     kept.append(torch.randn(1, BLOCK, 6))
     first = [part.clone() for part in kept.parts]
     for _ in range(10):
@@ -180,7 +180,7 @@ def test_a_constant_channel_and_zeros_survive() -> None:
 def projections(key_rank: int, value_rank: int, window: int, bits: int = 16) -> Latents:
     found = basis(*[side_by_side(states(100))[0].T @ side_by_side(states(100))[0]])
     other = basis(side_by_side(states(100))[0].T @ side_by_side(states(100))[0])
-    return Latents(found.down[:key_rank], found.up[:, :key_rank], other.down[:value_rank], other.up[:, :value_rank], window, bits)
+    return Latents((found.down[:key_rank], found.up[:, :key_rank]), (other.down[:value_rank], other.up[:, :value_rank]), window, bits)
 
 
 @pytest.mark.parametrize("window", [0, 3, 40])
@@ -193,7 +193,8 @@ def test_whole_sequences_are_what_loops_over_tokens_say(window: int, queries: in
     latents = projections(5, 9, window)
     view = Blended(latents, rotate(keys, cos, sin), values, (cos, sin))
     found = view.attend(rotate(query, cos, sin), None, 0.3)
-    far = latents.key_up @ latents.key_down, latents.value_up @ latents.value_down
+    parts = latents.tensors(torch.float64)
+    far = parts["key_up"] @ parts["key_down"], parts["value_up"] @ parts["value_down"]
     expected = oracle.attend(query[0], keys[0], values[0], far, window, THETA, 0.3)
     assert torch.allclose(found[0].double(), expected, atol=2e-4)
 
@@ -370,3 +371,136 @@ def test_held_bytes_are_those_of_window_latents_and_positions(bits: int, each: i
         for k, v in ranks_
     )  # fmt: skip
     assert held_bytes(cache) == expected
+
+
+# Few bits for all channels ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def coded(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    made: dict[str, Path] = {}
+
+    def make(kind: str, **options: Any) -> Any:
+        key = f"{kind} {sorted(options.items())}"
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("coded") / "out"
+            compress({"evaluate": None, "passes": [{"kv_quant": options}]}, checkpoint(kind), made[key])
+        return packed.load(made[key])
+
+    return make
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+@pytest.mark.parametrize("format_", ["int4", "int2"])
+def test_coded_caches_are_rotated_keys_and_values_of_blocks_rounded_once(
+    kind: str, format_: str, coded: Callable[..., Any], checkpoint: Callable[..., Path]
+) -> None:
+    """Beside transformers' own cache, whose oldest blocks are replaced by what their codes stand for as they leave the window."""
+    ids = prompts(1, 100)
+    cache = DynamicCache()
+    found = chunked(coded(kind, format=format_, window=8), ids, 50, cache)
+    plain, theirs, parts = dense(checkpoint(kind)), DynamicCache(), []
+    codings = [Coding(int(format_[3:]), along_tokens=along) for along in (True, False)]
+    done = 0
+    with torch.no_grad():
+        for first, last in [(0, 50), *((at, at + 1) for at in range(50, 100))]:
+            parts.append(plain(ids[:, first:last], past_key_values=theirs, use_cache=True).logits)
+            while last - done >= BLOCK + 8:
+                for layer in theirs.layers:
+                    for held, coding in zip((layer.keys, layer.values), codings, strict=True):
+                        block = held[:, :, done : done + BLOCK]
+                        held[:, :, done : done + BLOCK] = runtime.by_head(coding.round(side_by_side(block)), block.shape[1])
+                done += BLOCK
+    assert done == 64
+    assert torch.allclose(found, torch.cat(parts, 1), atol=1e-4)
+    assert float((found[:, -1] - dense(checkpoint(kind))(ids).logits[:, -1]).abs().max()) > 1e-3
+
+
+# Runs ---------------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_says_what_became_of_the_cache_and_what_it_plans_is_what_it_writes(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    from compress import planning, recipe
+    from compress.checkpoint import Checkpoint
+    from compress.layout import Layout
+
+    plain = recipe_of(keep=0.25) | {"passes": [{"rtn": {"group_size": 32}}, {"kv_shrink": {"keep": 0.25, "multiple_of": 4}}]}
+    result = compress(plain, checkpoint("llama"), tmp_path / "out")
+    records = [record for record in result["transforms"] if record["pass"] == "kv_shrink"]
+    assert [record["key_rank"][0] for record in records] == [32, 32]
+    assert sum(record["key_rank"][1] + record["value_rank"][1] for record in records) == 2 * 2 * 8
+    assert all(0 < record[key] < 1 for record in records for key in ("key_error", "value_error"))
+    asked = recipe.validate(plain, "r.yaml")
+    layout = Layout(Checkpoint(checkpoint("llama")))
+    planned = planning.plan(asked, layout, recipe.check(asked, layout, "r.yaml"))
+    assert planned["size"]["after_bytes"] == result["size"]["after_bytes"] == Checkpoint(tmp_path / "out").nbytes
+    assert planned["engines"]["transformers"] == "refuses a cache of latents"
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Keys and values cached as latents, the newest 32 tokens as they are." in page
+    assert "latents of 25 % of the channels" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_transformers_refuses_what_it_would_run_with_a_dense_cache(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    compress(recipe_of(), checkpoint("llama"), tmp_path / "out")
+    with pytest.raises(ValueError, match="compress_latent_cache"):
+        dense(tmp_path / "out")
+    with pytest.raises(InputError, match="keeps latents already"):
+        compress(recipe_of(), tmp_path / "out", tmp_path / "again")
+
+
+def test_blocks_with_a_window_of_their_own_are_left_whole_and_told(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    result = compress(recipe_of(keep=0.5), checkpoint("qwen2-sliding"), tmp_path / "out")
+    kinds = [record.get("kind") for record in result["transforms"]]
+    assert "left whole" in kinds and None in kinds
+    ids = prompts(1, 100)
+    cache = DynamicCache(config=packed.load(tmp_path / "out").config)
+    found = packed.load(tmp_path / "out").generate(ids, past_key_values=cache, max_new_tokens=5, do_sample=False, pad_token_id=0)
+    assert found.shape == (1, 105)
+    assert {type(layer).__name__ for layer in cache.layers} == {"LatentLayer", "DynamicSlidingWindowLayer"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("mistral", {}, "attention of every block has a window"),
+        ("deepseek_v3", {}, "caches one latent vector for all heads already"),
+        ("gpt_oss", {}, r"attention of a gpt_oss needs a kernel of its own \(eager\)"),
+        ("qwen2_vl", {}, "turns keys by three positions at once"),
+        ("qwen3", {"method": "svd"}, "svd goes by weights, but a qwen3 normalises keys after them"),
+        ("llama", {"keep": 0.05}, "0.05 of 32 channels is less than multiple_of, 4"),
+        ("llama", {"multiple_of": 5}, "5 does not divide the 32 channels"),
+        ("llama", {"multiple_of": 1, "keys": "commuting"}, "1 would part channels that rotate together"),
+        ("llama", {"keys": "commuting", "method": "whitened"}, "commuting is of method aware"),
+        ("llama", {"keep_keys": 0.5}, "is an option of ranks: uniform"),
+        ("llama", {"keep_keys": 1.0, "ranks": "uniform"}, "leaves values 0"),
+        ("llama", {"bits": 3}, "bits: input should be 16, 4 or 2"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_weights_load(
+    kind: str, options: dict[str, Any], message: str, checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=message):
+        compress(recipe_of(**options), checkpoint(kind), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_keys_and_values_may_have_unlike_shares(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    result = compress(recipe_of(keep=0.5, keep_keys=0.25, ranks="uniform"), checkpoint("llama"), tmp_path / "out")
+    assert {(record["key_rank"][1], record["value_rank"][1]) for record in result["transforms"]} == {(8, 24)}
+
+
+def test_a_damaged_artifact_is_refused(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    compress(recipe_of(), checkpoint("llama"), tmp_path / "out")
+    file = tmp_path / "out" / "model.safetensors"
+    tensors = load_file(file)
+    name = "model.layers.1.self_attn.latents.key_up"
+    for damaged, message in (
+        ({key: value for key, value in tensors.items() if key != name}, "key_up is missing from the checkpoint|key_up: is missing"),
+        (tensors | {name: tensors[name][:, 1:].contiguous()}, "key_up.* has the shape"),
+        (tensors | {"model.layers.1.self_attn.latents.more": torch.zeros(1)}, "more.* is not accounted for"),
+    ):
+        save_file(damaged, file, metadata={"format": "pt"})
+        with pytest.raises(InputError, match=message):
+            packed.load(tmp_path / "out")

@@ -31,7 +31,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "fused": ("errors", "arch.base", "checkpoint"),
     "layout": ("errors", "arch.base", "checkpoint", "fused"),
     "declared": ("errors", "formats.base", "checkpoint", "layout"),
-    "scheme": ("formats.sizes", "layout", "numerics"),
+    "scheme": ("errors", "formats.sizes", "layout", "numerics"),
     "images": ("errors",),
     "data": ("errors", "source", "checkpoint", "images"),
     "latents": ("errors", "numerics"),

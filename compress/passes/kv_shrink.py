@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
 SPECTRA = "spectra"
 """The folder for what each direction is worth."""
-SPINNING = ("dynamic", "longrope")
-"""Kinds of rotation whose frequencies depend on how long a text has become: what was rotated by others cannot be turned back."""
 
 
 class Pass(Options):
@@ -68,18 +66,7 @@ class Pass(Options):
         if layout.arch.latent:
             problems.add(place, f"a {kind} caches one latent vector for all heads already", "leave kv_shrink out")
             return
-        if layout.arch.kernel != "sdpa":
-            problems.add(
-                place, f"attention of a {kind} needs a kernel of its own ({layout.arch.kernel}), which knows no latents", "leave kv_shrink out"
-            )
-        rotation = layout.text_config.get("rope_parameters") or layout.text_config.get("rope_scaling") or {}
-        turned = rotation.get("rope_type", rotation.get("type"))
-        if turned in SPINNING:
-            problems.add(place, f"rotation of the kind {turned} changes as a text grows, so keys cannot be turned back", "leave kv_shrink out")
-        if "mrope_section" in rotation:
-            problems.add(place, f"a {kind} turns keys by three positions at once, which is not supported", "leave kv_shrink out")
-        if not LatentScheme.blocks(layout):
-            problems.add(place, "attention of every block has a window, so no cache grows", "leave kv_shrink out")
+        LatentScheme.refuse(place, layout, problems)
         channels = layout.cached_channels // 2
         if channels % self.multiple_of:
             problems.add(f"{place}: multiple_of", f"{self.multiple_of} does not divide the {channels} channels of keys", "take a divisor")
@@ -129,7 +116,7 @@ class Pass(Options):
 
         index = probe.block.layout.index
         keys, values = self._bases(probe, model)
-        ends = []
+        ends: list[tuple[Tensor, Tensor]] = []
         record: dict[str, Any] = {"pass": "kv_shrink", "method": self.method, "keys": self.keys, "window": self.window, "latent_bits": self.bits}
         record |= {"tokens": tokens, "fallback": None}
         for what, found in (("keys", keys), ("values", values)):
@@ -139,13 +126,12 @@ class Pass(Options):
                 # Latents fall in size, and one scale for all of a token would leave the small ones nothing.
                 turn = torch.linalg.qr(torch.randn(rank, rank, dtype=torch.float64, generator=torch.Generator().manual_seed(0))).Q.to(down)
                 down, up = turn @ down, up @ turn.T
-            ends += [down, up]
+            ends.append((down, up))
             record |= {
                 f"{what[:-1]}_rank": [len(found.energy), rank],
                 f"{what[:-1]}_error": float(found.energy[rank:].sum() / found.energy.sum().clamp_min(1e-30)),
             }
-        key_down, key_up, value_down, value_up = ends
-        made = Latents(key_down, key_up, value_down, value_up, self.window, self.bits, self.keys == "commuting")
+        made = Latents(ends[0], ends[1], self.window, self.bits, self.keys == "commuting")
         probe.block.set_latents(made, record)
 
     def _ranks(self, model: Model, samples: Samples, workspace: Workspace) -> dict[str, int]:
