@@ -159,13 +159,45 @@ def bench(
     with _errors(False):
         from compress import speed, view
 
-        if out is not None and (out.exists() or not out.parent.is_dir()):
-            raise InputError.one(str(out), "exists already" if out.exists() else "lies in no folder that exists", "choose another --json")
+        _check_new(out, "choose another --json")
         with _interruptible():
             result = speed.measure(model, tokens, threads)
         if out is not None:
             _write_new(out, json.dumps(result, indent=2) + "\n", "choose another --json")
         view.speed(result)
+
+
+@app.command()
+def retrieval(
+    model: ModelArgument,
+    task: Annotated[str, typer.Option(help="lines (one of many lines is asked for) or passkey (one number hidden in filler)")] = "lines",
+    lengths: Annotated[str, typer.Option(help="of prompts in tokens, parted by commas")] = "512,1024",
+    depths: Annotated[str, typer.Option(help="where it stands, from 0 (the beginning) to 1 (the end), parted by commas")] = "0,0.25,0.5,0.75,1",
+    cases: Annotated[int, typer.Option(help="prompts for each length and depth")] = 10,
+    seed: Annotated[int, typer.Option(help="of names and numbers")] = 0,
+    out: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write every answer here too, as JSON")] = None,
+) -> None:
+    """Whether MODEL, packed, finds what it was told far back: accuracy by length of the prompt and depth in it."""
+    with _errors(False):
+        from compress import view
+        from compress.pipeline import open_layout
+
+        _check_new(out, "choose another --json")
+        layout = open_layout(model)
+        from compress import runtime
+        from compress.checkpoint import write_text
+        from compress.data import Tokenizer
+        from compress.evaluate import retrieval
+
+        wanted = retrieval.wish(task, lengths, depths, cases, seed, layout.text_config.get("max_position_embeddings"))
+        with _interruptible(), view.watch(False) as progress:
+            tokenizer = Tokenizer(layout.checkpoint.folder).plain
+            made = retrieval.prompts(wanted, tokenizer, progress)
+            loaded = runtime.load(model)
+            result = {"model": model} | retrieval.measure(loaded, tokenizer, wanted, made, progress) | {"remarks": runtime.remarks(loaded)}
+        if out is not None:
+            write_text(out, json.dumps(result, indent=2) + "\n")
+        view.retrieval(result)
 
 
 @app.command()
@@ -285,6 +317,12 @@ def recipes(as_json: JsonOption = False) -> None:
 def main() -> None:
     """The console script."""
     app(prog_name="compress")
+
+
+def _check_new(path: Path | None, remedy: str) -> None:
+    """Raise `InputError` for a file that is there already or cannot be, before it takes long to find out."""
+    if path is not None and (path.exists() or not path.parent.is_dir()):
+        raise InputError.one(str(path), "exists already" if path.exists() else "lies in no folder that exists", remedy)
 
 
 def _write_new(path: Path, text: str, remedy: str) -> None:

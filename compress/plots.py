@@ -68,6 +68,16 @@ class Mark:
 
 
 @dataclass(frozen=True)
+class Share:
+    """What part of the ``cases`` in a cell of a table was right."""
+
+    row: str
+    column: str
+    right: int
+    cases: int
+
+
+@dataclass(frozen=True)
 class Scale:
     """From values to units of the drawing."""
 
@@ -213,6 +223,32 @@ def stacked(bars: Sequence[tuple[str, Sequence[tuple[str, str, float]]]], show: 
             drawn.append("</g>")
             at += value
     return _svg(top + (row + gap) * len(bars) - gap + 4, label, drawn)
+
+
+def heat_map(shares: Sequence[Share], units: tuple[str, str], label: str) -> Markup:
+    """A cell per share, the darker the more was right, rows and columns in the order in which they come; `units` of columns and of rows."""
+    rows, columns = (list(dict.fromkeys(names)) for names in ((each.row for each in shares), (each.column for each in shares)))
+    left, row, top = 18 + LETTER * max(map(len, rows)), 24, 22
+    x = Scale(0, len(columns), left, WIDTH - 4)
+    bottom, width = top + row * len(rows), (x.end - x.start) / len(columns)
+    parts = [f'<text class="unit" x="2" y="12">{escape(units[1])}</text>']
+    for index, name in enumerate(rows):
+        parts.append(f'<text class="tick" x="{_n(left - 8)}" y="{top + row * index + 16}" text-anchor="end">{escape(name)}</text>')
+    every = math.ceil(LETTER * (1 + max(map(len, columns))) / width)
+    for index, name in enumerate(columns):
+        if index % every == 0:
+            parts.append(f'<text class="tick" x="{_n(x(index + 0.5))}" y="{bottom + 14}" text-anchor="middle">{escape(name)}</text>')
+    for each in shares:
+        start, y, share = x(columns.index(each.column)), top + row * rows.index(each.row), each.right / each.cases
+        told = f"{units[0]} {each.column}, {units[1]} {each.row}: {each.right} of {each.cases}"
+        parts.append(f"<g><title>{escape(told)}</title>")
+        area = f'x="{_n(start)}" y="{y + 1}" width="{_n(max(width - 1, 1))}" height="{row - 2}"'
+        parts.append(f'<rect class="heat" {area} rx="2" fill-opacity="{0.04 + 0.58 * share:.3f}"/>')
+        if LETTER * len(text := f"{share:.0%}") < width - 2:
+            parts.append(f'<text class="cell-text" x="{_n(start + width / 2)}" y="{y + 16}" text-anchor="middle">{text}</text>')
+        parts.append("</g>")
+    parts.append(f'<text class="unit" x="{_n((left + WIDTH) / 2)}" y="{bottom + 32}" text-anchor="middle">{escape(units[0])}</text>')
+    return _svg(bottom + 38, label, parts)
 
 
 def against_bound(value: float, interval: tuple[float, float], bound: tuple[float | None, float | None], good: bool, label: str) -> Markup:

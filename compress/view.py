@@ -201,6 +201,24 @@ def speed(result: dict[str, Any]) -> None:
         console.print(remark, style="dim")
 
 
+def retrieval(result: dict[str, Any]) -> None:
+    """The table of `compress retrieval`: a row per depth, a column per length."""
+    console = Console(highlight=False)
+    cells = {(cell["length"], cell["depth"]): cell for cell in result["cells"]}
+    lengths, depths = (list(dict.fromkeys(place[axis] for place in cells)) for axis in (0, 1))
+    table = Table(title=f"{result['model']}, {result['task']}: right answers of {result['cases']} a cell", title_justify="left")
+    table.add_column("depth", justify="right")
+    for length in lengths:
+        table.add_column(f"{length} tokens", justify="right")
+    for depth in depths:
+        table.add_row(f"{depth:g}", *(f"{cells[length, depth]['correct']} ({cells[length, depth]['accuracy']:.0%})" for length in lengths))
+    console.print(table)
+    correct, cases = (sum(cell[name] for cell in cells.values()) for name in ("correct", "cases"))
+    console.print(f"{correct} of {cases} in all ({correct / cases:.1%}); an answer is {result['rule']}")
+    for remark in result["remarks"]:
+        console.print(remark, style="dim")
+
+
 def patterns(result: dict[str, Any]) -> None:
     """The table of `compress pattern`, and what to write into a recipe."""
     console = Console(highlight=False)
