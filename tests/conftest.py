@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import recall
 import tiny
 import torch
 from hypothesis import HealthCheck, settings
@@ -96,6 +97,12 @@ def edit_config() -> Callable[..., None]:
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
     return Tokenizer(demo.path("dense"))
+
+
+@pytest.fixture(scope="session")
+def retriever(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the model that answers associative recall, float32, with its tokenizer; never to be changed."""
+    return recall.save(tmp_path_factory.mktemp("recall"))
 
 
 @pytest.fixture
