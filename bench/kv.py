@@ -21,32 +21,24 @@ def shrunk(keep: float, **options: Any) -> Passes:
     return [{"kv_shrink": {"keep": keep} | options}]
 
 
-def by_method(keep: float) -> dict[str, Passes]:
-    even = {"ranks": "uniform"}
-    return {
-        "svd": shrunk(keep, method="svd", **even),
-        "asvd": shrunk(keep, method="asvd", **even),
-        "whitened": shrunk(keep, method="whitened", **even),
-        "aware": shrunk(keep, **even),
-        "aware, ranks shared out": shrunk(keep),
-        "aware, commuting keys": shrunk(keep, keys="commuting", **even),
-        "aware, 4 bits": shrunk(keep, bits=4, **even),
-        "aware, 2 bits": shrunk(keep, bits=2, **even),
-        "aware, no window": shrunk(keep, window=0, **even),
-        "aware, window of 8": shrunk(keep, window=8, **even),
-        "aware, window of 128": shrunk(keep, window=128, **even),
-    }
-
-
+EVEN = {"ranks": "uniform"}
 ROWS: dict[str, Passes] = {
-    f"{table}/{name}": passes
-    for table, rows in {
-        "50 %": by_method(0.5),
-        "20 %": by_method(0.2),
-        "12.5 %": by_method(0.125),
-        "100 %": {"full rank": shrunk(1.0), "4 bits": shrunk(1.0, bits=4), "2 bits": shrunk(1.0, bits=2)},
-    }.items()
-    for name, passes in rows.items()
+    "50 %/whitened": shrunk(0.5, method="whitened", **EVEN),
+    "50 %/aware": shrunk(0.5, **EVEN),
+    "50 %/aware, commuting keys": shrunk(0.5, keys="commuting", **EVEN),
+    "20 %/svd": shrunk(0.2, method="svd", **EVEN),
+    "20 %/asvd": shrunk(0.2, method="asvd", **EVEN),
+    "20 %/whitened": shrunk(0.2, method="whitened", **EVEN),
+    "20 %/aware": shrunk(0.2, **EVEN),
+    "20 %/aware, ranks shared out": shrunk(0.2),
+    "20 %/aware, commuting keys": shrunk(0.2, keys="commuting", **EVEN),
+    "20 %/aware, 4 bits": shrunk(0.2, bits=4, **EVEN),
+    "20 %/aware, 2 bits": shrunk(0.2, bits=2, **EVEN),
+    "20 %/aware, no window": shrunk(0.2, window=0, **EVEN),
+    "20 %/aware, window of 128": shrunk(0.2, window=128, **EVEN),
+    "100 %/fp8": [{"kv_quant": {}}],
+    "100 %/int4": [{"kv_quant": {"format": "int4"}}],
+    "100 %/int2": [{"kv_quant": {"format": "int2"}}],
 }
 """By table and name, the passes of a row."""
 

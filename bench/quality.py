@@ -339,5 +339,7 @@ if __name__ == "__main__":
         experts.main(sys.argv[2:])
     elif sys.argv[1:2] == ["vlm"]:
         vision.main(sys.argv[2:])
+    elif sys.argv[1:2] == ["kv"]:
+        kv.main(sys.argv[2:])
     else:
         main()

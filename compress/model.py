@@ -484,9 +484,10 @@ class Model:
     def latents(self, block: BlockLayout) -> Latents | None:
         """How a block's cache keeps old tokens, or None if as they are."""
         start = f"{block.prefix}.{self.layout.arch.latents}"
-        if self._exact_cache or f"{start}.{LATENT_PARTS[0]}" not in self.tensors:
+        found = {part: info for part in LATENT_PARTS if (info := self.tensors.get(f"{start}.{part}"))}
+        if self._exact_cache or not found:
             return None
-        return Latents.stored({part: read_tensor(self.tensors[f"{start}.{part}"]) for part in LATENT_PARTS}).to(self.device)
+        return Latents.stored({part: read_tensor(info) for part, info in found.items()}).to(self.device)
 
     def _as_stored(self, name: str) -> Tensor:
         """A tensor that is not quantised, in the dtype it has in the artifact."""

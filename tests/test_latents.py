@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -504,3 +505,31 @@ def test_a_damaged_artifact_is_refused(checkpoint: Callable[..., Path], tmp_path
         save_file(damaged, file, metadata={"format": "pt"})
         with pytest.raises(InputError, match=message):
             packed.load(tmp_path / "out")
+
+
+def test_on_recall_methods_stand_in_their_order_and_starved_keys_collapse(retriever: Path, tmp_path: Path) -> None:
+    """Without a window, so that every lookup goes through latents. 64 pairs; chance is 1 of 128."""
+    from compress.checkpoint import Checkpoint
+    from compress.data import Sample, Samples
+    from compress.evaluate import scoring
+    from compress.evaluate.retrieval import associative_recall
+    from compress.layout import Layout
+    from compress.model import Model
+
+    data = tmp_path / "calibration.jsonl"
+    learned = associative_recall(64, sequences=16, seed=0).sequences
+    data.write_text("".join(json.dumps({"input_ids": ids.tolist()}) + "\n" for ids in learned))
+    asked = associative_recall(64, sequences=8, seed=7)
+    samples = Samples("recall", tuple(map(Sample, asked.sequences, asked.scored)))
+
+    def answered(**options: Any) -> tuple[float, float]:
+        plain = {"calibration": {"data": str(data), "samples": 16, "length": learned.shape[1]}, "evaluate": None}
+        out = tmp_path / "out"
+        compress(plain | {"passes": [{"kv_shrink": {"window": 0, "ranks": "uniform"} | options}]}, retriever, out, overwrite=True)
+        scores = scoring.compare(Model(Layout(Checkpoint(retriever))), Model(Layout(Checkpoint(out))), samples)
+        return float(scores.right.double().mean()), float(scores.loss.double().mean())
+
+    assert answered(keep=0.5)[0] >= 0.995
+    losses = [answered(keep=24 / 128, **options)[1] for options in ({}, {"method": "whitened"}, {"method": "asvd"}, {"method": "svd"})]
+    assert losses[0] <= losses[1] <= min(losses[2:])
+    assert answered(keep=(8 + 128) / 256, keep_keys=8 / 128)[0] < 0.3
