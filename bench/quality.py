@@ -5,6 +5,7 @@
     python bench/quality.py moe --json experts.json            # and of doing with fewer experts: bench/experts.py
     python bench/quality.py vlm --json vlm.json                # quantising a model that sees: bench/vision.py
     python bench/quality.py kv --json kv.json                  # caches with fewer channels: bench/kv.py
+    python bench/quality.py kv --json kv.json                  # caches with fewer channels: bench/kv.py
 
 Every tool reads the same token windows from one file, and every result is evaluated by the same script (rivals/perplexity.py,
 where the protocol stands). A rival that is not installed or that fails is a row of the table like any other. The numbers are
@@ -27,6 +28,7 @@ from typing import Any
 
 import experts
 import harness
+import kv
 import pruning
 import vision
 from outliers import plant
