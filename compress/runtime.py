@@ -63,7 +63,7 @@ def _refuse_to_write(method: str, folder: str, *_: Any, **__: Any) -> None:
 def explain(model: Any) -> list[dict[str, Any]]:
     """How each part of a model of `load` is computed that transformers alone would compute otherwise.
 
-    Records have the name of the ``module``, what ``part`` it is (`linear`, `experts`, `dense`, `branch`, `cache`), how it is ``stored``, the
+    Records have the name of the ``module``, what ``part`` it is (`linear`, `experts`, `dense`, `branch`, `cache`, `latents`), how it is ``stored``, the
     ``kernel`` that multiplies by it (`torch` where it is unpacked for each product), and ``why`` torch does it.
     """
     from compress.kernels import native
@@ -71,6 +71,7 @@ def explain(model: Any) -> list[dict[str, Any]]:
     from compress.kernels.dense import DenseLinear
     from compress.kernels.experts import Stack
     from compress.kernels.packed import Packed
+    from compress.latents import Latents
     from compress.model import CACHE_BUFFERS
 
     records: list[dict[str, Any]] = []
@@ -85,6 +86,8 @@ def explain(model: Any) -> list[dict[str, Any]]:
         elif all(hasattr(module, buffer) for buffer in CACHE_BUFFERS):
             why = "rounded as the checkpoint says, but kept in the dtype of the model"
             records.append({"module": name, "part": "cache", "stored": "fp8", "kernel": "torch", "why": why})
+        elif isinstance(module, Latents):
+            records.append({"module": name, "part": "latents", "stored": f"{module.bits} bits", "kernel": "torch", "why": "no kernel for latents"})
     return records
 
 

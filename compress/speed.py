@@ -36,6 +36,7 @@ def measure(name: str, tokens: int, threads: int | None = None) -> dict[str, Any
 
     from compress import runtime
     from compress.kernels import memory, native
+    from compress.latents import held_bytes
 
     check_threads(threads)
     layout = Layout(Checkpoint(locate_model(name)))
@@ -49,6 +50,7 @@ def measure(name: str, tokens: int, threads: int | None = None) -> dict[str, Any
         ids = torch.randint(0, config.vocab_size, (1, min(PREFILL, most)), generator=generator).to(model.device)
         steps = [seconds for repeat in range(REPEATS + 1) for seconds in _decode(model, ids[:, :PROMPT], tokens) if repeat]
         prefill = _seconds(lambda: model(input_ids=ids, use_cache=True), REPEATS)
+        held = held_bytes(model(input_ids=ids, use_cache=True).past_key_values)
         read, cache = read_bytes(model, layout), cache_bytes()
         data = memory.empty(max(LEAST_READ, 2 * cache) // 8, dtype=torch.int64).fill_(1).to(model.device)
         why = f"the model is on {model.device}" if model.device.type != "cpu" else native.missing_why()
@@ -67,6 +69,7 @@ def measure(name: str, tokens: int, threads: int | None = None) -> dict[str, Any
         "decode": {"tokens": tokens, "repeats": REPEATS, "tokens_per_second": 1 / step, "bytes_per_token": read, "bytes_per_second": read / step},
         "roofline": {"bytes_per_second": roofline, "by": "torch" if why else "kernel", "fraction": read / step / roofline},
         "prefill": {"tokens": ids.shape[1], "repeats": REPEATS, "tokens_per_second": ids.shape[1] / median(prefill)},
+        "cache": {"tokens": ids.shape[1], "held_bytes": held, "bytes_per_token": held / ids.shape[1]},
         "memory": {"resident_bytes": resident_bytes(model), "file_bytes": layout.checkpoint.nbytes},
         "remarks": remarks,
     }

@@ -194,6 +194,7 @@ def speed(result: dict[str, Any]) -> None:
     table.add_row(f"reading {human(decode['bytes_per_token'])} of weights per token", f"{decode['bytes_per_second'] / 1e9:.2f} GB/s")
     table.add_row("of what this machine reads from memory", f"{100 * roofline['fraction']:.0f} % of {roofline['bytes_per_second'] / 1e9:.2f} GB/s")
     table.add_row(f"a prompt of {prefill['tokens']} tokens", f"{prefill['tokens_per_second']:.1f} tokens/s")
+    table.add_row("its keys and values", f"{result['cache']['bytes_per_token']:,.0f} bytes a token, of tensors held")
     share = memory["resident_bytes"] / memory["file_bytes"] - 1
     table.add_row("weights in memory", f"{human(memory['resident_bytes'])} ({100 * share:+.1f} % of the file's)")
     console.print(table)
