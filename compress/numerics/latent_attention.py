@@ -148,7 +148,7 @@ def value_latent(moment: Tensor, metric: Tensor, rank: int) -> Latent:
     energies, basis = torch.linalg.eigh(root @ moment @ root)
     energies, basis = energies.flip(0).clamp_min(0), basis.flip(1)[:, :rank]
     size = math.sqrt(float(energies[:rank].sum()) / rank) or 1.0
-    lost = 1 - float(energies[:rank].sum() / energies.sum().clamp_min(torch.finfo(energies.dtype).tiny))
+    lost = float(energies[rank:].sum() / energies.sum().clamp_min(torch.finfo(energies.dtype).tiny))
     return Latent(basis.T @ root / size, ((axes / roots) @ axes.T @ basis) * size, lost)
 
 

@@ -244,7 +244,9 @@ class Pass(Restructure):
         total = float(found.energies.sum())
         stays = sum(float(found.energies[frequency, :count].sum()) for frequency, count in enumerate(counts.tolist()))
         record = {"pass": "mla", "method": self.target, "before": every}
-        block.add_record(f"{prefix}.keys", record | {"kind": "width of keys", "after": self.rope, "lost": 1 - stays / total if total else 0.0})
+        block.add_record(
+            f"{prefix}.keys", record | {"kind": "width of keys", "after": self.rope, "lost": max(0.0, 1 - stays / total) if total else 0.0}
+        )
         block.add_record(f"{prefix}.values", record | {"kind": "width of values", "after": self.rank, "lost": latent.lost})
 
 
