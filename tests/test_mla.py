@@ -379,6 +379,8 @@ def test_a_plan_knows_what_comes_out(source: Callable[..., Path], tmp_path: Path
     told = plan(checked, layout, recipe.check(checked, layout, "r.yaml"))
     compress(recipe_of(16, 8, {"rtn": {"group_size": 16, "exclude": ["*kv_b_proj"]}}), source(2), tmp_path / "out")
     assert told["instead"] is None
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert told["engines"]["vLLM"].startswith("refuses: knows no list of periods") and manifest["loadable_by"] == ["transformers"]
     assert told["size"]["after_bytes"] == Layout(Checkpoint(tmp_path / "out")).checkpoint.nbytes
 
 
@@ -400,7 +402,8 @@ def for_vllm(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
 
 
 def test_one_head_of_keys_is_exact_for_vllm(for_vllm: Callable[[int], Path], tmp_path: Path, in_float32: None) -> None:
-    converted(for_vllm(1), tmp_path / "out", 64, 256, target="vllm")
+    result = converted(for_vllm(1), tmp_path / "out", 64, 256, target="vllm")
+    assert result["engines"]["vLLM"] == "unproven: attention to latents; loads: no weight is quantised"
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["rope_parameters"] == {"rope_type": "default", "rope_theta": 10000.0}
     assert config["kv_lora_rank"] + config["qk_rope_head_dim"] == 320 and config["qk_nope_head_dim"] == 128

@@ -160,7 +160,7 @@ class Pass(Restructure):
             for block in layout.blocks
             for local, shape in self._shapes(layout).items()
         }
-        config = self._config(layout, layout.text_config, {"rope_type": "default", "rope_theta": 1.0})
+        config = self._config(layout, layout.text_config, {"rope_type": "default" if self.target == "vllm" else "longrope"})
         return with_attention(layout, unmade(layout, shapes), (KEY, VALUE), config)
 
     def _shapes(self, layout: Layout) -> dict[str, tuple[int, ...]]:
