@@ -314,13 +314,13 @@ class Block:
             slot.view(self.module).copy_(value)
         self._changed[name] = value.float()
 
-    def restructure(self, name: str, tensor: Tensor) -> None:
+    def restructure(self, name: str, tensor: Tensor, like: str | None = None) -> None:
         """From the end of the pass on the tensor of this name on disk is ``tensor``, of any shape, in the dtype of the source.
 
-        Until then the block computes as before.
+        A new one has that of `like`, or a bias that of its weight. Until then the block computes as before.
         """
         known = self._model.checkpoint.tensors
-        dtype = known[name if name in known else f"{name.rpartition('.')[0]}.weight"].dtype  # a bias may be new
+        dtype = known[name if name in known else like or f"{name.rpartition('.')[0]}.weight"].dtype
         self._changed[name] = read_entry(Entry(name, dtype, tuple(tensor.shape), tensor))
 
     def add_map(self, routes: Tensor) -> None:

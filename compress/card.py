@@ -51,7 +51,7 @@ def write(
     remark = LEFT_OUT.format(" and ".join(FOLDERS[what] for what in left_out)) if left_out else ""
     gone = (
         " Parts of the model were taken out: `report.html` says which."
-        if any(isinstance(step, Restructure) for _, step in recipe.instances())
+        if any(isinstance(step, Restructure) and step.removes for _, step in recipe.instances())
         else ""
     )
     rest = "Other tensors were rewritten without changing what the model computes, and rounded to the dtype they had."

@@ -51,6 +51,8 @@ PER_LAYER = "per_layer_config"
 """Where a config of transformers says what differs by block. Its model classes do not read it yet, and fail."""
 UNEVEN = "uneven_experts"
 """Where a config says that experts differ in width; what it gives as their width is the largest."""
+EXACT_LINEARS = "exact_linears"
+"""Where a config names linears of each block, by their local name, that no pass is to take."""
 LOW_RANK, MAPPED, OF_WIDTHS = "compress_low_rank", "compress_mapped_routers", "compress_uneven_experts"
 LATENT = "compress_latent_cache"
 WRAPPED = (LOW_RANK, MAPPED, OF_WIDTHS, LATENT)

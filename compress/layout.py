@@ -9,18 +9,20 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from compress.arch.base import Arch, Fold, InputGroup, Unit, find
-from compress.checkpoint import BRANCHED, FLOATS, LATENT, LOW_RANK, MAPPED, OF_WIDTHS, PER_LAYER, UNEVEN, Checkpoint
+from compress.checkpoint import BRANCHED, EXACT_LINEARS, FLOATS, LATENT, LOW_RANK, MAPPED, OF_WIDTHS, PER_LAYER, UNEVEN, Checkpoint
 from compress.errors import InputError, Problem, Problems
 from compress.fused import apart
 
 MAP = "map"
 """What follows the name of a router that has one."""
 EXPERTS_IN, EXPERTS_OUT = "experts.gate_up", "experts.down"
+CACHED = "latent.kv"
+"""Stage that reads the latent that a cache keeps."""
 OUT, DOWN = "o", "down"
 """Stages that end a submodule, attention or a dense MLP."""
 
@@ -138,12 +140,21 @@ class Layout:
             size = self.text_config.get(key)
             if size is not None and (type(size) is not int or size < 1):
                 problems.add(f"{checkpoint.folder / 'config.json'}: {key}", f"must be a positive number, got {size!r}", "fetch it again")
+        exact = self.text_config.get(EXACT_LINEARS, [])
+        if isinstance(exact, list) and all(isinstance(name, str) for name in exact):
+            self.arch = self.arch.without(exact)
+        else:
+            problems.add(
+                f"{checkpoint.folder / 'config.json'}: {EXACT_LINEARS}", f"must list names of linears, got {exact!r}"[:200], "fetch it again"
+            )
         self.checkpoint = checkpoint.altered(apart(checkpoint.tensors, self.arch, self.text_config.get("hidden_size"), problems), checkpoint.config)
         self.of_blocks = self._of_blocks(problems)
         self.blocks = self._blocks(problems)
         if len(problems) and not self._readable:
             self._refuse_declared()  # weights under other names are then no riddle
         problems.raise_if_any()
+        if not any(block.experts for block in self.blocks):
+            self.arch = replace(self.arch, experts=None)
 
     @property
     def packed(self) -> bool:

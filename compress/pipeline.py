@@ -444,8 +444,9 @@ class _Run:
             info, by = self.model.tensors[name], " and ".join(self.rewritten[name])
             ledger.append({"name": name, "shape": list(info.shape), "dtype": info.dtype, "action": "added", "why": f"by {by}"})
         for name, by in sorted(self.added.items()):
-            info = self.model.tensors[name]
-            ledger.append({"name": name, "shape": list(info.shape), "dtype": info.dtype, "action": "added", "why": f"by {by}"})
+            info, fate = self.layout.checkpoint.tensors[name], self._fate(name, {})
+            then = f", then {fate['action']} by {fate['why']}" if fate["action"] == "quantized" else ""
+            ledger.append({"name": name, "shape": list(info.shape), "dtype": info.dtype, "action": "added", "why": f"by {by}{then}"})
         ledger += [{"name": name, "action": "dropped", "why": "in a shard, but not in the index"} for name in self.source.checkpoint.unlisted]
         ledger += [{"name": name, "action": "dropped", "why": "weights in another format"} for name in self.source.checkpoint.left_behind]
         return ledger

@@ -239,6 +239,18 @@ def with_factors(layout: Layout, tensors: Mapping[str, TensorInfo]) -> Layout:
     return Layout(layout.checkpoint.altered(kept | dict(tensors), layout.checkpoint.config))
 
 
+def unmade(layout: Layout, shapes: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, TensorInfo]:
+    """What tensors will be, by name, in the dtype of a known one and of a shape. There is nothing to read yet where they say they lie."""
+    return {name: _of_shape(layout.checkpoint.tensors[like], shape) for name, (like, shape) in shapes.items()}
+
+
+def with_attention(layout: Layout, tensors: Mapping[str, TensorInfo], gone: Collection[str], config: dict[str, Any]) -> Layout:
+    """The layout of another architecture, as `config` says: with `tensors`, and without the linears `gone` of each block, by local name."""
+    lost = {f"{block.prefix}.{local}.weight" for block in layout.blocks for local in gone}
+    kept = {name: info for name, info in layout.checkpoint.tensors.items() if name not in lost}
+    return Layout(layout.checkpoint.altered(kept | dict(tensors), config))
+
+
 def _copy_of_config(layout: Layout) -> tuple[dict[str, Any], dict[str, Any]]:
     """The config and the part of it that the blocks go by, to be changed."""
     config = copy.deepcopy(layout.checkpoint.config)

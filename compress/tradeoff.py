@@ -69,6 +69,8 @@ def _pruning(recipe: Recipe, layout: Layout) -> float | None:
         if isinstance(step, FewerExperts):
             share = 1 - step.kept(layout) / step.experts(layout)
             lost, found, layout = lost + between(data.experts, share) * data.mixtures[method or name], True, step.expected(layout)
+        elif isinstance(step, Restructure) and not step.removes:
+            layout = step.expected(layout)
         elif isinstance(step, Restructure):
             after = step.expected(layout)
             share = 1 - _parameters(after) / _parameters(layout)

@@ -357,6 +357,7 @@ RESUMED = {
     "prune_structured": QUICK | {"passes": [{"prune_structured": {"keep": 0.5, "multiple_of": 32}}, {"rtn": {"group_size": 32}}]},
     "prune_depth": QUICK | {"passes": [{"prune_depth": {"drop": 2}}, {"rtn": {"group_size": 32}}]},
     "low_rank": QUICK | {"passes": [{"low_rank": {"multiple_of": 32, "keep": 0.95}}, {"rtn": {"group_size": 32}}]},
+    "mla": QUICK | {"passes": [{"mla": {"rope": 16, "rank": 32}}, {"rtn": {"group_size": 32}}]},
     "prune_nm": QUICK | {"passes": [{"prune_nm": {"min_tokens": 0, "permute": True, "refit": True}}, NEVER]},
 }
 REPORTS = {
@@ -372,6 +373,7 @@ REPORTS = {
     "prune_structured": 9,
     "prune_depth": 7,
     "low_rank": 11,
+    "mla": 10,
     "prune_nm": 8,
 }
 

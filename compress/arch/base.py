@@ -9,7 +9,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import pkgutil
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 
 from compress.errors import InputError
 
@@ -146,6 +147,11 @@ class Arch:
     whole_heads: bool = False
     unquantized: tuple[str, ...] = ()
     dropped: tuple[tuple[str, str], ...] = ((r".*rotary_emb\.inv_freq", "a buffer that the config determines"),)
+
+    def without(self, linears: Collection[str]) -> Arch:
+        """The table of a checkpoint in which these linears, by local name, stay as they are."""
+        groups = [replace(group, linears=tuple(name for name in group.linears if name not in linears)) for group in self.groups]
+        return replace(self, groups=tuple(group for group in groups if group.linears), unquantized=(*self.unquantized, *linears))
 
     @property
     def cache_scales(self) -> tuple[str, str]:

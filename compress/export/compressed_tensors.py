@@ -14,7 +14,21 @@ from typing import TYPE_CHECKING, Any
 
 from compress import fused
 from compress.arch.base import Experts
-from compress.checkpoint import BRANCHED, BRANCHES, INDEX, LATENT, RESIDUALS, SINGLE, Entry, Stacked, entry, wrapped, write_safetensors, write_text
+from compress.checkpoint import (
+    BRANCHED,
+    BRANCHES,
+    EXACT_LINEARS,
+    INDEX,
+    LATENT,
+    RESIDUALS,
+    SINGLE,
+    Entry,
+    Stacked,
+    entry,
+    wrapped,
+    write_safetensors,
+    write_text,
+)
 from compress.errors import InputError, Problems
 from compress.formats.base import BESIDE_PARTS, BRANCH_PARTS, RESIDUAL_PARTS
 from compress.layout import BlockLayout, Layout
@@ -88,6 +102,8 @@ def verdicts(layout: Layout, plan: dict[str, Scheme], cache: Caching | None = No
             engine: text if text.startswith("refuses") else f"without residuals; {text}" for engine, text in coded.items()
         }
     found = _weight_verdicts(layout, plan)
+    if EXACT_LINEARS in layout.text_config:
+        found |= dict.fromkeys(("vLLM", "SGLang"), _latent_verdict(layout, found["vLLM"]))
     if cache is None:
         return found
     ignored = "ignores the scales of the cache"
@@ -97,6 +113,13 @@ def verdicts(layout: Layout, plan: dict[str, Scheme], cache: Caching | None = No
         "SGLang": "FP8 cache" if cache.granularity == "tensor" else f"{ignored}: only one for all heads",
     }
     return {engine: f"{verdict}; {of_cache[engine]}" for engine, verdict in found.items()}
+
+
+def _latent_verdict(layout: Layout, weights: str) -> str:
+    """How engines other than transformers read attention that became that of a DeepSeek-V3, where they read its weights as `weights` says."""
+    if layout.text_config["rope_parameters"]["rope_type"] == "longrope":  # seen with vLLM 0.33.0, which makes another type of it
+        return "refuses: knows no list of periods for latents, see target of mla"
+    return weights if weights.startswith("refuses") else f"unproven: attention to latents; {weights}"
 
 
 def _weight_verdicts(layout: Layout, plan: dict[str, Scheme]) -> dict[str, str]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, S
 from pydantic import BaseModel, Field, PrivateAttr, field_validator, model_validator
 
 from compress.errors import InputError, Problems
-from compress.layout import Group, Layout, Linear
+from compress.layout import CACHED, Group, Layout, Linear
 from compress.options import Options
 from compress.scheme import FLOAT_FORMATS, Caching, Scheme
 
@@ -257,6 +257,9 @@ class Quantize(Selecting):
                 problems.add(f"{place}: activations", "engines round the inputs of fp8-block per token", "set activations: dynamic")
             if not self.symmetric:
                 problems.add(f"{place}: activations", "no engine has a kernel for asymmetric weights with rounded inputs", "set symmetric: true")
+            if self.activations == "dynamic" and (latent := self._reads_latent(layout)):
+                what = f"transformers gives {latent} the latents of all tokens in a form that compressed-tensors rounds by one scale"
+                problems.add(f"{place}: activations", what, "exclude it, or set activations: static")
             if layout.arch.experts:
                 problems.add(f"{place}: activations", "rounding the inputs of experts is not supported", "set activations: none")
         if self.format != "int" and self.indivisible == "channel":
@@ -270,6 +273,11 @@ class Quantize(Selecting):
             )
         if self.indivisible == "error":
             self._check_widths(place, chosen.values(), problems)
+
+    def _reads_latent(self, layout: Layout) -> str | None:
+        """The first linear it takes that is given what the cache keeps, None if it takes none."""
+        stages = (stage for block in layout.blocks for stage in block.stages if stage.name == CACHED)
+        return next((linear.name for stage in stages for group in stage.groups for linear in group.linears if self.wants(linear.name)), None)
 
     def _check_widths(self, place: str, chosen: Iterable[Linear], problems: Problems) -> None:
         bad: dict[int, list[str]] = {}
@@ -299,6 +307,8 @@ class Restructure(Options):
     stage: ClassVar[str] = "restructure"
     verb: ClassVar[str]
     """What the ledger says it did to a tensor."""
+    removes: ClassVar[bool] = True
+    """Whether it is there to leave fewer weights."""
 
     def sweeps(self, samples: int, length: int) -> float:
         """What it costs, in forward passes of the model over the calibration data, of so many samples of so many tokens."""
