@@ -63,8 +63,8 @@ def _refuse_to_write(method: str, folder: str, *_: Any, **__: Any) -> None:
 def explain(model: Any) -> list[dict[str, Any]]:
     """How each part of a model of `load` is computed that transformers alone would compute otherwise.
 
-    Records have the name of the ``module``, what ``part`` it is (`linear`, `experts`, `dense`, `branch`, `cache`, `latents`), how it is ``stored``, the
-    ``kernel`` that multiplies by it (`torch` where it is unpacked for each product), and ``why`` torch does it.
+    Records have the name of the ``module``, what ``part`` it is (`linear`, `experts`, `dense`, `branch`, `cache`, `latents`), how it is ``stored``,
+    the ``kernel`` that multiplies by it (`torch` where it is unpacked for each product), and ``why`` torch does it.
     """
     from compress.kernels import native
     from compress.kernels.branch import BranchProduct
