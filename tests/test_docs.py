@@ -151,7 +151,7 @@ def meant_for(path: Path) -> str:
 
 
 def test_recipes_are_counted() -> None:
-    quantising = ["awq4", "fp8", "kv-latents", "nvfp4", "rtn4", "vlm-w3", "vlm-w4", "vlm-w4a8", "w2", "w3", "w4-kv8", "w4", "w8", "w8a8"]
+    quantising = ["awq4", "fp8", "nvfp4", "rtn4", "vlm-w3", "vlm-w4", "vlm-w4a8", "w2", "w3", "w4-kv-latents", "w4-kv8", "w4", "w8", "w8a8"]
     pruning = ["depth", "low-rank", "nm24-heal", "nm24-w4", "nm24", "prune20-nm24-w4", "prune20"]
     experts = ["experts-active", "experts-channels", "experts-task", "experts-w4"]
     assert sorted(path.stem for path in RECIPES) == sorted([*quantising, *pruning, *experts])
