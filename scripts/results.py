@@ -115,7 +115,15 @@ def experts(document: dict[str, Any]) -> Rows:
     return rows
 
 
-VLM_TABLES = {"w4": "W4 g128", "w3": "W3 g128", "w2": "W2 g64", "w4a8": "W4A8", "w8a8": "W8A8"}
+VLM_TABLES = {
+    "w4": "W4 g128",
+    "w3": "W3 g128",
+    "w2": "W2 g64",
+    "w4a8": "W4A8",
+    "w8a8": "W8A8",
+    "w3, outliers": "W3 g128 with outlier channels",
+    "w4a8, outliers": "W4A8 with outlier channels",
+}
 """What a table of bench/vision.py is called here."""
 
 
@@ -130,6 +138,45 @@ def vlm(document: dict[str, Any]) -> Rows:
             shown = ", ".join(f"{statistics.mean(each):.{places}f}{_error(each, places)} ({method})" for method, each in ordered)
             if shown:
                 rows.append((f"{label} of a model that sees, {what}", {OURS: shown}))
+    return rows
+
+
+def kv(document: dict[str, Any]) -> Rows:
+    """Two rows per share of the channels that a cache keeps: what text loses by method, and by how much predictions differ, the least first."""
+    tokens = document["protocol"]["length"]
+    tables = dict.fromkeys(name.partition("/")[0] for name in document["results"])
+    rows: Rows = []
+    for key, what in (("excess_loss", "excess loss"), ("kl", "KL divergence")):
+        for share in tables:
+            if shown := _by_method(document, share, key):
+                rows.append((f"cache of {share} of the channels, {tokens} tokens, {what}", {OURS: shown}))
+    return rows
+
+
+def kv_recall(document: dict[str, Any]) -> Rows:
+    """Answers about what lies far back, by method, at half and at about a fifth of the channels."""
+    rows: Rows = []
+    for rank, label in (("64", "half of the channels"), ("24", "24 of 128 channels")):
+        found = {method: by_rank[rank] for method, by_rank in document["results"].items() if rank in by_rank}
+        for place, what, times in ((0, "answers right, %", 100), (1, "loss of answers", 1)):
+            ordered = sorted(found.items(), key=lambda item: (-item[1][0], item[1][1]))
+            shown = ", ".join(f"{times * each[place]:.{1 if times > 1 else 3}f} ({method})" for method, each in ordered)
+            rows.append((f"associative recall through a cache of {label}, {what}", {OURS: shown}))
+    return rows
+
+
+def kv_decode(document: dict[str, Any]) -> Rows:
+    """A step of decoding behind each cache, and what it holds."""
+    rows: Rows = []
+    keep = f"{100 * document['protocol']['keep']:g} %"
+    for context, sides in document["results"].items():
+        dense = sides["dense"]
+        for key, what, shown in (
+            ("seconds", "ms a step", lambda value: f"{1e3 * value:.1f}"),
+            ("held_bytes", "MB held", lambda value: f"{value / 1e6:.1f}"),
+        ):
+            ours = ", ".join(f"{shown(side[key])} ({name})" for name, side in sides.items() if name != "dense" and side[key] is not None)
+            rows.append((f"cache of {keep} of the channels, a Llama-3-8B layer, {context} tokens, {what}", {OURS: ours, "torch": shown(dense[key])}))
     return rows
 
 
@@ -246,15 +293,18 @@ ROWS = {
     "pruning": pruning,
     "experts": experts,
     "vlm": vlm,
+    "kv": kv,
+    "kv-recall": kv_recall,
     "speed": speed,
     "memory": memory,
     "kill": kill,
     "gemv": gemv,
     "decode": decode,
     "sass": sass,
+    "kv-decode": kv_decode,
 }
 """What makes rows of a result, in the order in which they are shown."""
-LOSSES = ("quality", "pruning", "experts", "vlm")
+LOSSES = ("quality", "pruning", "experts", "vlm", "kv", "kv-recall")
 """Those that say what was lost."""
 
 
@@ -316,6 +366,18 @@ def notes(documents: list[tuple[str, dict[str, Any]]], shown: Iterable[str]) -> 
                 f"calibrated on {protocol['samples']} questions of demo:images, or of as many x {protocol['length']} tokens of demo:text; mean and "
                 f"standard error of {most} draws, one where no error stands."
             )
+        if name == "kv":
+            protocol = document["protocol"]
+            yield (
+                f"Caches: nats above `{protocol['model']}` on {protocol['windows']} windows of {protocol['length']} tokens of demo:heldout, every token "
+                f"with the 32 before it exactly and older ones from the cache; calibrated on {protocol['samples']} x {protocol['length']} tokens."
+            )
+        if name == "kv-recall":
+            protocol = document["protocol"]
+            yield f"Recall: {protocol['pairs']} pairs, {protocol['questions']} questions, no window, the model of tests/recall.py."
+        if name == "kv-decode":
+            protocol = document["protocol"]
+            yield f"Decoding behind caches: {protocol['dtype']}, one row, {protocol['steps']} steps, medians; torch: the dense cache of transformers."
         if name == "gemv":
             yield (
                 "Shares: median over shapes, of what the same thread reads in the same run; inputs are written with two digits of 8 bits unless it "

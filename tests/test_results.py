@@ -141,3 +141,27 @@ def test_models_that_see_have_means_with_their_errors(results: Any) -> None:
     rows = dict(results.vlm({"results": found}))
     assert rows["W3 g128 of a model that sees, excess loss of answers"] == {"ours": "0.0150 (rtn), 0.0200 ± 0.0100 (awq)"}
     assert rows["W3 g128 of a model that sees, points of answers lost"] == {"ours": "2.0 ± 0.0 (awq), 3.0 (rtn)"} and len(rows) == 2
+
+
+def test_caches_have_rows_of_loss_recall_and_steps(results: Any) -> None:
+    found = {"20 %/aware": [{"excess_loss": 0.01, "kl": 0.03}], "20 %/svd": [{"excess_loss": -0.02, "kl": 0.2}]}
+    rows = dict(results.kv({"protocol": {"length": 512}, "results": found}))
+    assert rows["cache of 20 % of the channels, 512 tokens, excess loss"] == {"ours": "-0.020 (svd), 0.010 (aware)"}
+    assert rows["cache of 20 % of the channels, 512 tokens, KL divergence"] == {"ours": "0.030 (aware), 0.200 (svd)"} and len(rows) == 2
+    recalled = {
+        "results": {"dense": {"128": [1.0, 0.0]}, "aware": {"64": [1.0, 0.0], "24": [0.98, 0.1]}, "svd": {"64": [1.0, 0.1], "24": [0.9, 0.5]}}
+    }
+    rows = dict(results.kv_recall(recalled))
+    assert rows["associative recall through a cache of 24 of 128 channels, answers right, %"] == {"ours": "98.0 (aware), 90.0 (svd)"}
+    assert rows["associative recall through a cache of half of the channels, loss of answers"] == {"ours": "0.000 (aware), 0.100 (svd)"}
+    sides = {
+        "dense": {"seconds": 0.01, "held_bytes": 2e6},
+        "joint": {"seconds": 0.02, "held_bytes": 1e6},
+        "rebuilt": {"seconds": 0.03, "held_bytes": None},
+    }
+    rows = dict(results.kv_decode({"protocol": {"keep": 0.2}, "results": {"8192": sides}}))
+    assert rows["cache of 20 % of the channels, a Llama-3-8B layer, 8192 tokens, ms a step"] == {
+        "ours": "20.0 (joint), 30.0 (rebuilt)",
+        "torch": "10.0",
+    }
+    assert rows["cache of 20 % of the channels, a Llama-3-8B layer, 8192 tokens, MB held"] == {"ours": "1.0 (joint)", "torch": "2.0"}
