@@ -78,7 +78,7 @@ def shrink(source: Path, work: Path, options: dict[str, Any]) -> Path:
     plain = {
         "calibration": {"data": str(data), "samples": 64, "length": length},
         "evaluate": None,
-        "passes": [{"kv_shrink": {"window": 0, "ranks": "uniform"} | options}],
+        "passes": [{"kv_shrink": {"window": 0} | options}],
     }
     out = work / "out"
     pipeline.run(pipeline.Request(recipe.validate(plain, "r.yaml"), "r.yaml", str(source), out, work / "work", True), Silent())

@@ -425,7 +425,9 @@ def test_a_run_says_what_became_of_the_cache_and_what_it_plans_is_what_it_writes
     from compress.checkpoint import Checkpoint
     from compress.layout import Layout
 
-    plain = recipe_of(keep=0.25) | {"passes": [{"rtn": {"group_size": 32}}, {"kv_shrink": {"keep": 0.25, "multiple_of": 4}}]}
+    plain = recipe_of(keep=0.25) | {
+        "passes": [{"rtn": {"group_size": 32}}, {"kv_shrink": {"keep": 0.25, "multiple_of": 4, "ranks": "water_filling"}}]
+    }
     result = compress(plain, checkpoint("llama"), tmp_path / "out")
     records = [record for record in result["transforms"] if record["pass"] == "kv_shrink"]
     assert [record["key_rank"][0] for record in records] == [32, 32]
@@ -472,8 +474,8 @@ def test_blocks_with_a_window_of_their_own_are_left_whole_and_told(checkpoint: C
         ("llama", {"multiple_of": 5}, "5 does not divide the 32 channels"),
         ("llama", {"multiple_of": 1, "keys": "commuting"}, "1 would part channels that rotate together"),
         ("llama", {"keys": "commuting", "method": "whitened"}, "commuting is of method aware"),
-        ("llama", {"keep_keys": 0.5}, "is an option of ranks: uniform"),
-        ("llama", {"keep_keys": 1.0, "ranks": "uniform"}, "leaves values 0"),
+        ("llama", {"keep_keys": 0.5, "ranks": "water_filling"}, "is an option of ranks: uniform"),
+        ("llama", {"keep_keys": 1.0}, "leaves values 0"),
         ("llama", {"bits": 3}, "bits: input should be 16, 4 or 2"),
     ],
 )
@@ -486,7 +488,7 @@ def test_what_cannot_be_is_refused_before_weights_load(
 
 
 def test_keys_and_values_may_have_unlike_shares(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    result = compress(recipe_of(keep=0.5, keep_keys=0.25, ranks="uniform"), checkpoint("llama"), tmp_path / "out")
+    result = compress(recipe_of(keep=0.5, keep_keys=0.25), checkpoint("llama"), tmp_path / "out")
     assert {(record["key_rank"][1], record["value_rank"][1]) for record in result["transforms"]} == {(8, 24)}
 
 
@@ -525,7 +527,7 @@ def test_on_recall_methods_stand_in_their_order_and_starved_keys_collapse(retrie
     def answered(**options: Any) -> tuple[float, float]:
         plain = {"calibration": {"data": str(data), "samples": 16, "length": learned.shape[1]}, "evaluate": None}
         out = tmp_path / "out"
-        compress(plain | {"passes": [{"kv_shrink": {"window": 0, "ranks": "uniform"} | options}]}, retriever, out, overwrite=True)
+        compress(plain | {"passes": [{"kv_shrink": {"window": 0} | options}]}, retriever, out, overwrite=True)
         scores = scoring.compare(Model(Layout(Checkpoint(retriever))), Model(Layout(Checkpoint(out))), samples)
         return float(scores.right.double().mean()), float(scores.loss.double().mean())
 

@@ -51,10 +51,10 @@ class Pass(Options):
         description="`joint`: all heads together, the most for a channel, but each step of decoding restores and rotates old keys; `commuting`: "
         "complex combinations of heads, for each pair of channels that rotates, which need neither: they keep less, and decoding is faster",
     )
-    ranks: Literal["water_filling", "uniform"] = Field(
-        default="water_filling",
-        description="`water_filling`: channels go where they are worth most, among keys and values of all blocks, measured beforehand; "
-        "`uniform`: the same share everywhere",
+    ranks: Literal["uniform", "water_filling"] = Field(
+        default="uniform",
+        description="`uniform`: the same share everywhere; `water_filling`: channels go where they take most of what is there, among keys and values of "
+        "all blocks, measured beforehand",
     )
     keep_keys: float | None = Field(
         default=None, gt=0, le=1, description="`uniform`: share of the channels of keys alone, those of values get the rest"
