@@ -53,8 +53,8 @@ class Pass(Options):
     )
     ranks: Literal["uniform", "water_filling"] = Field(
         default="uniform",
-        description="`uniform`: the same share everywhere; `water_filling`: channels go where they take most of what is there, among keys and values of "
-        "all blocks, measured beforehand",
+        description="`uniform`: the same share everywhere; `water_filling`: channels go where they take most of what is there, among keys and values "
+        "of all blocks, measured beforehand",
     )
     keep_keys: float | None = Field(
         default=None, gt=0, le=1, description="`uniform`: share of the channels of keys alone, those of values get the rest"
