@@ -370,7 +370,7 @@ def notes(documents: list[tuple[str, dict[str, Any]]], shown: Iterable[str]) -> 
             protocol = document["protocol"]
             yield (
                 f"Caches: nats above `{protocol['model']}` on {protocol['windows']} windows of {protocol['length']} tokens of demo:heldout, each "
-                f"token with the 32 before it exactly and older ones from the cache; calibrated on {protocol['samples']} x {protocol['length']} tokens."
+                f"token with the 32 before it exactly, older ones from the cache; calibrated on {protocol['samples']} x {protocol['length']} tokens."
             )
         if name == "kv-recall":
             protocol = document["protocol"]
