@@ -535,3 +535,18 @@ def test_on_recall_methods_stand_in_their_order_and_starved_keys_collapse(retrie
     losses = [answered(keep=24 / 128, **options)[1] for options in ({}, {"method": "whitened"}, {"method": "asvd"}, {"method": "svd"})]
     assert losses[0] <= losses[1] <= min(losses[2:])
     assert answered(keep=(8 + 128) / 256, keep_keys=8 / 128)[0] < 0.3
+
+
+def test_four_bit_latents_of_a_fifth_hold_less_than_a_tenth_of_a_dense_cache_and_the_window(tmp_path: Path) -> None:
+    """After 1,024 tokens, counted in tensors held; the dense cache is in bfloat16."""
+    plain = {"calibration": {"samples": 4, "length": 128}, "evaluate": None, "passes": [{"kv_shrink": {"keep": 0.2, "bits": 4}}]}
+    compress(plain, "demo:dense", tmp_path / "out")
+    model = packed.load(tmp_path / "out")
+    cache = DynamicCache()
+    with torch.no_grad():
+        model(prompts(1, 1024), past_key_values=cache, use_cache=True)
+    config = model.config
+    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    window = sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
+    assert all(layer.keys.shape[2] < 64 for layer in cache.layers)
+    assert held_bytes(cache) - window <= 0.1 * 2 * per_token * 1024
