@@ -140,6 +140,8 @@ class Checkpoint:
                 "is a file, not a folder" if folder.exists() else "no such folder",
                 "give a local folder, a hub id or demo:dense, demo:moe, demo:vlm",
             )
+        self.wrapped_as: str | None = None
+        """Which of `WRAPPED` config.json calls the model."""
         self.config = self._config(problems)
         declared = self.config.get("quantization_config")
         if isinstance(declared, dict) and declared.get("weights") == PACKED:
@@ -170,10 +172,14 @@ class Checkpoint:
     def _config(self, problems: Problems) -> dict[str, Any]:
         path = self.folder / "config.json"
         try:
-            config = unwrapped(json.loads(path.read_text(encoding="utf-8")))
+            plain = json.loads(path.read_text(encoding="utf-8"))
+            config = unwrapped(plain)
+            if config is not plain:
+                self.wrapped_as = plain["model_type"]
             if isinstance(config, dict):
                 return config
-            problems.add("config.json", f"must hold a mapping, got {type(config).__name__}")
+            place = "config.json" if config is plain else "config.json: original"
+            problems.add(place, f"must hold a mapping, got {type(config).__name__}", "fetch it again")
         except OSError:
             problems.add(str(self.folder), "has no config.json", "MODEL must be a Hugging Face checkpoint folder")
         except (UnicodeDecodeError, json.JSONDecodeError) as error:

@@ -251,12 +251,12 @@ def windows(data: str, context: int, limit: int | None, tokenizer: Tokenizer, pl
     return Samples(data, tuple(Sample.of(ids[start : start + context]) for start in starts)[:limit])
 
 
-def sentence_pairs(data: str, tokenizer: Tokenizer) -> Samples:
+def sentence_pairs(data: str, tokenizer: Tokenizer, place: str = "evaluate: pairs") -> Samples:
     """Minimal pairs, the good sentence before the bad one, from a ``.jsonl`` of ``good`` and ``bad``.
 
     Their order is one by chance, always the same, so that a part of them has of everything that a file may be sorted by.
     """
-    place = f"evaluate: pairs: {data}"
+    place = f"{place}: {data}"
     path = demo_data(data) if data.startswith(DEMO) else Path(data).expanduser()
     if not path.is_file():
         raise InputError.one(place, "no such file", "give a .jsonl file of good and bad sentences, or demo:pairs")

@@ -33,7 +33,9 @@ def _tokens(tokens: list[int] | None) -> str:
     if not tokens:
         return ""
     least, most = min(tokens), max(tokens)
-    return f"{least:,} (expert {tokens.index(least)}), {median(tokens):,.0f}, {most:,} (expert {tokens.index(most)})"
+    told = f"{least:,} (expert {tokens.index(least)}), {median(tokens):,.0f}, {most:,} (expert {tokens.index(most)})"
+    unseen = [expert for expert, count in enumerate(tokens) if not count]
+    return f"{told}; none: {numbers(unseen)}" if len(unseen) > 1 else told
 
 
 def _how(record: dict[str, Any]) -> str:

@@ -20,7 +20,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from compress.errors import InputError
+from compress.errors import InputError, Problems
 from compress.numerics.blocks import BLOCK, Coding
 from compress.numerics.latents import by_head, rotate_back, side_by_side
 
@@ -162,9 +162,25 @@ def shapes(channels: int, tensors: Mapping[str, tuple[int, ...]]) -> dict[str, t
     wanted: dict[str, tuple[int, ...]] = dict.fromkeys(PARTS[4:], (1,))
     for down, up in (PARTS[:2], PARTS[2:4]):
         if down in tensors or up in tensors:
-            rank = tensors[down][0] if tensors.get(down) else 0
+            # Of one that is missing or no matrix the other tells the rank.
+            told = tensors[down][0] if len(tensors.get(down, ())) == 2 else tensors.get(up, (1,))[-1]
+            rank = min(max(1, told), channels)
             wanted |= {down: (rank, channels), up: (channels, rank)}
     return wanted
+
+
+def check_values(start: str, tensors: Mapping[str, Tensor], problems: Problems) -> None:
+    """Report values that no pass writes; names of ``tensors`` begin with `start`."""
+    numbers = {part: int(tensors[part]) for part in PARTS[4:]}
+    for part, sound, what in (
+        ("window", numbers["window"] >= 0, "must be at least 0"), ("bits", numbers["bits"] in (16, 4, 2), "must be 16, 4 or 2"),
+        ("commuting", numbers["commuting"] in (0, 1), "must be 0 or 1"),
+    ):  # fmt: skip
+        if not sound:
+            problems.add(start + part, f"{what}, got {numbers[part]}", "fetch the checkpoint again")
+    for part in PARTS[:4]:
+        if part in tensors and not bool(tensors[part].isfinite().all()):
+            problems.add(start + part, "holds NaN or infinity", "the artifact is damaged; fetch it again")
 
 
 class Turns:
@@ -341,8 +357,12 @@ class LatentLayer(DynamicLayer):  # type: ignore[misc]
         self._positions: Tensor | None = None
         self.old_tokens = 0
 
-    def update(self, key_states: Tensor, value_states: Tensor, positions: Tensor, **_: Any) -> tuple[Any, Any]:
+    def update(self, key_states: Tensor, value_states: Tensor, positions: Tensor | None = None, **_: Any) -> tuple[Any, Any]:
         """Keep new keys and values [rows, heads, tokens, d] at ``positions`` [rows or 1, tokens]; what to attend to, or one `View` twice."""
+        if positions is None:
+            raise InputError.one("cache", "keeps latents of another model", "begin with no cache")
+        if key_states.requires_grad:
+            raise InputError.one("cache", "of latents is not differentiable", "compute without gradients, or with use_cache=False")
         positions = positions.expand(len(key_states), -1).to(torch.int32)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)

@@ -22,6 +22,7 @@ from compress import declared, fused, hardware
 from compress.block import ADDED, DTYPES, EXACT, WIDTHS, Block, Cache, Slot, experts_forward
 from compress.checkpoint import (
     FLOATS,
+    LATENT,
     Checkpoint,
     Entry,
     TensorInfo,
@@ -40,13 +41,13 @@ from compress.formats.branch import Branch
 from compress.formats.nm_packed import Compact
 from compress.formats.sparse_residual import Residual
 from compress.latents import PARTS as LATENT_PARTS
-from compress.latents import Latents, Turns, attach, shapes
+from compress.latents import Latents, Turns, attach, check_values, shapes
 from compress.layout import MAP, BlockLayout, Layout
 from compress.numerics.activations import Activations
 from compress.numerics.grid import Quantized
 from compress.numerics.pattern import Pattern
 from compress.routing import MappedRouter
-from compress.scheme import Scheme
+from compress.scheme import LatentScheme, Scheme
 
 EXPERTS_FUNCTION = "compress"
 CACHE_BUFFERS = ("k_scale", "v_scale")
@@ -300,15 +301,24 @@ class Model:
     def _check_latents(self, problems: Problems) -> None:
         for block in self.blocks:
             start = f"{block.prefix}.{self.layout.arch.latents}."
-            found = {name.removeprefix(start): self.tensors[name].shape for name in block.tensors if name in self.layout.latents}
-            wanted = shapes(self.layout.cached_channels // 2, found) if found else {}
+            found = {name.removeprefix(start): self.tensors[name] for name in block.tensors if name in self.layout.latents}
+            if not found and (self.checkpoint.wrapped_as != LATENT or block.index not in LatentScheme.blocks(self.layout)):
+                continue
+            before = len(problems)
+            wanted = shapes(self.layout.cached_channels // 2, {part: info.shape for part, info in found.items()})
             for part in sorted(found.keys() | wanted.keys()):
                 if part not in found:
                     problems.add(start + part, "is missing from the checkpoint", "is the download complete?")
                 elif part not in wanted:
                     problems.add(start + part, "is not accounted for", "this variant is not supported")
-                elif found[part] != wanted[part]:
-                    problems.add(start + part, f"has the shape {list(found[part])}, not {list(wanted[part])}", "fetch the checkpoint again")
+                elif found[part].shape != wanted[part]:
+                    problems.add(start + part, f"has the shape {list(found[part].shape)}, not {list(wanted[part])}", "fetch the checkpoint again")
+                elif found[part].dtype not in (FLOATS if part in LATENT_PARTS[:4] else ("I32",)):
+                    problems.add(start + part, f"is {found[part].dtype}, which is none of its dtypes", "fetch the checkpoint again")
+            if len(problems) == before:
+                check_values(start, {part: read_tensor(info) for part, info in found.items()}, problems)
+        if self.layout.latents:
+            LatentScheme.refuse("config.json", self.layout, problems)
 
     def _needed(self, parameters: Mapping[str, Tensor]) -> dict[Slot, str]:
         """Everything a block must be given: slot to local name on disk."""
@@ -553,7 +563,7 @@ class Model:
         cache has its scales as buffers and rounds what goes into the cache. Raises `InputError` where only some experts of a block are quantised.
         """
         whole, table = self.skeleton, self.layout.arch.experts
-        turns = Turns(whole.get_submodule(self.layout.arch.module_blocks.rpartition(".")[0]).rotary_emb)
+        turns: Turns | None = None
         for layout, module, slots in zip(self.blocks, self._modules, self._slots, strict=True):
             stays = [each.name for each in layout.linears if self.packed_as(each.name) or self.is_compact(each.name)]
             packed = {name: slots[f"{name}.weight"] for name in stays}
@@ -579,6 +589,7 @@ class Model:
             if scales := self.cache_scales(layout):
                 _round_cache(module.get_submodule(self.layout.arch.attention), scales)
             if latents := self.latents(layout):
+                turns = turns or Turns(whole.get_submodule(self.layout.arch.module_blocks.rpartition(".")[0]).rotary_emb)
                 attach(module.get_submodule(self.layout.arch.attention), latents.to(self.dtype), turns)
         for config in (self._config, whole.config):  # what is registered under another name, a process that unpickles the model lacks
             config._experts_implementation = config.get_text_config()._experts_implementation = "eager"

@@ -107,6 +107,7 @@ def plan(recipe: Recipe, layout: Layout, schemes: dict[str, tuple[str, Scheme]])
             "bits_per_weight": 8 * stored / weights if weights else None,
             "at_most": mixed != per_linear or recipe.export[0] == "nm-packed" or keeps_branches(recipe) or estimated,
         },
+        "cache": caching.text if (caching := cache_scheme(recipe)) else None,
         "engines": verdicts(recipe, layout, mixed),
     }
 

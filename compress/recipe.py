@@ -34,7 +34,7 @@ from compress.passes.base import (
     Rewrite,
     Transform,
 )
-from compress.scheme import Caching, Scheme
+from compress.scheme import Caching, LatentScheme, Scheme
 
 
 class Section(Options):
@@ -333,7 +333,7 @@ def check(recipe: Recipe, layout: Layout, place: str, *, done: int = 0) -> dict[
     layout.refuse_quantized()  # of a model that cannot be compressed nothing else can be known
     of_cache = [index for index, (_, step) in enumerate(recipe.instances()) if isinstance(step, QuantizesCache)]
     for index in of_cache[1:]:
-        problems.add(f"{place}: passes[{index}]", f"the cache is already quantised by passes[{of_cache[0]}]", "keep one of them")
+        problems.add(f"{place}: passes[{index}]", f"the cache is already taken by passes[{of_cache[0]}]", "keep one of them")
     found: list[Layout] = []
     allocators, examples = 0, [dict[str, int]()]
     for index, (name, step) in list(enumerate(recipe.instances()))[done:]:
@@ -374,7 +374,15 @@ def check(recipe: Recipe, layout: Layout, place: str, *, done: int = 0) -> dict[
     for index, (name, step) in enumerate(recipe.instances()):
         if isinstance(step, Rewrite) and not len(problems):  # a plan with a fault in it says little
             step.check_plan(f"{place}: passes[{index}].{name}", {linear: scheme for linear, (_, scheme) in plan.items()}, problems)
-    _check_export(recipe, layout, place, {name: scheme for name, (_, scheme) in plan.items()}, examples, problems)
+    # Of passes in a wrong order some may plan for linears that others take away.
+    _check_export(recipe, layout, place, {name: scheme for name, (_, scheme) in plan.items() if name in layout.linears}, examples, problems)
+    caching = cache_scheme(recipe)
+    if isinstance(caching, LatentScheme) and recipe.evaluate and recipe.evaluate.context <= caching.window:
+        problems.add(
+            f"{place}: evaluate.context",
+            f"in {recipe.evaluate.context} tokens nothing is older than the window of {caching.window}, so what latents lose would not be measured",
+            "set it higher, or the window lower",
+        )
     beside = ["residuals"] * any(scheme.residuals for _, scheme in plan.values()) + ["branches"] * keeps_branches(recipe)
     if recipe.evaluate and recipe.evaluate.tasks and beside:
         problems.add(
@@ -502,6 +510,9 @@ def _check_data(recipe: Recipe, layout: Layout, place: str, problems: Problems) 
     longest = layout.text_config.get("max_position_embeddings")
     wanted = {"calibration.length": recipe.calibration.length} if any(step.needs_data for _, step in recipe.instances()) else {}
     names = {"calibration.data": recipe.calibration.data} if wanted else {}
+    for index, (name, step) in enumerate(recipe.instances()):
+        if isinstance(step, LearnsFromPairs) and step.pairs:
+            names[f"passes[{index}].{name}.pairs"] = step.pairs
     if recipe.evaluate:
         wanted["evaluate.context"] = recipe.evaluate.context
         names["evaluate.data"] = recipe.evaluate.data

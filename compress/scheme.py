@@ -141,6 +141,8 @@ class CacheScheme(BaseModel):
         return 4 * len(layout.blocks) * len(layout.arch.cache_scales) * (1 if self.granularity == "tensor" else layout.kv_heads)
 
 
+WIDEST = 1 << 24
+"""The longest window there may be, in tokens."""
 SPINNING = ("dynamic", "longrope")
 """Kinds of rotation whose frequencies depend on how long a text has become: what was rotated by others cannot be turned back."""
 

@@ -203,7 +203,7 @@ def test_a_plan_tells_the_size_and_what_each_engine_makes_of_the_cache(checkpoin
     ("steps", "message"),
     [
         ([{"kv_quant": {}}, {"rtn": {}}], "rtn belongs to stage quantize, but comes after a pass of stage cache"),
-        ([{"kv_quant": {}}, {"kv_quant": {"granularity": "head"}}], r"passes\[1\]: the cache is already quantised by passes\[0\]"),
+        ([{"kv_quant": {}}, {"kv_quant": {"granularity": "head"}}], r"passes\[1\]: the cache is already taken by passes\[0\]"),
         ([{"kv_quant": {"headroom": 0.5}}], "headroom: input should be greater than or equal to 1"),
         ([{"kv_quant": {"format": "int8"}}], "format: input should be 'fp8'"),
     ],

@@ -438,6 +438,7 @@ def test_a_run_says_what_became_of_the_cache_and_what_it_plans_is_what_it_writes
     planned = planning.plan(asked, layout, recipe.check(asked, layout, "r.yaml"))
     assert planned["size"]["after_bytes"] == result["size"]["after_bytes"] == Checkpoint(tmp_path / "out").nbytes
     assert planned["engines"]["transformers"] == "refuses a cache of latents"
+    assert planned["cache"] == "latents of 25 % of the channels, the newest 32 tokens exactly"
     page = (tmp_path / "out" / "report.html").read_text()
     assert "Keys and values cached as latents, the newest 32 tokens as they are." in page
     assert "latents of 25 % of the channels" in (tmp_path / "out" / "README.md").read_text()
@@ -477,6 +478,7 @@ def test_blocks_with_a_window_of_their_own_are_left_whole_and_told(checkpoint: C
         ("llama", {"keep_keys": 0.5, "ranks": "water_filling"}, "is an option of ranks: uniform"),
         ("llama", {"keep_keys": 1.0}, "leaves values 0"),
         ("llama", {"bits": 3}, "bits: input should be 16, 4 or 2"),
+        ("llama", {"window": 10**12}, "window: input should be less than or equal to"),
     ],
 )
 def test_what_cannot_be_is_refused_before_weights_load(
@@ -503,6 +505,17 @@ def test_a_damaged_artifact_is_refused(checkpoint: Callable[..., Path], tmp_path
         ({key: value for key, value in tensors.items() if key != name}, "key_up is missing from the checkpoint|key_up: is missing"),
         (tensors | {name: tensors[name][:, 1:].contiguous()}, "key_up.* has the shape"),
         (tensors | {"model.layers.1.self_attn.latents.more": torch.zeros(1)}, "more.* is not accounted for"),
+        (
+            {key: value for key, value in tensors.items() if ".1.self_attn.latents." not in key},
+            "1.self_attn.latents.bits is missing|latents.bits: is miss",
+        ),
+        (tensors | {name: tensors[name] * torch.nan}, "key_up: holds NaN or infinity"),
+        (tensors | {name: tensors[name].to(torch.int8)}, "key_up: is I8"),
+        *(
+            (tensors | {f"model.layers.1.self_attn.latents.{part}": torch.tensor([value], dtype=torch.int32)}, f"{part}: must be .*, got {value}")
+            for part, value in (("bits", 3), ("bits", 0), ("window", -1), ("commuting", 2))
+        ),
+        (tensors | {"model.layers.1.self_attn.latents.window": torch.tensor([1.5])}, "window: is F32"),
     ):
         save_file(damaged, file, metadata={"format": "pt"})
         with pytest.raises(InputError, match=message):
@@ -550,3 +563,21 @@ def test_four_bit_latents_of_a_fifth_hold_less_than_a_tenth_of_a_dense_cache_and
     window = sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
     assert all(layer.keys.shape[2] < 64 for layer in cache.layers)
     assert held_bytes(cache) - window <= 0.1 * 2 * per_token * 1024
+
+
+def test_a_window_that_nothing_measured_is_older_than_is_refused(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    plain = recipe_of(window=64) | {"evaluate": {"context": 64, "windows": 2}}
+    with pytest.raises(InputError, match="in 64 tokens nothing is older than the window of 64"):
+        compress(plain, checkpoint("llama"), tmp_path / "out")
+
+
+def test_caches_of_other_models_and_gradients_are_refused(shrunk: Callable[..., Any], checkpoint: Callable[..., Path]) -> None:
+    model, cache = shrunk("llama", keep=0.5), DynamicCache()
+    chunked(model, prompts(1, 60), 60, cache)
+    with pytest.raises(InputError, match="keeps latents of another model"):
+        dense(checkpoint("llama"))(prompts(1, 4), past_key_values=cache)
+    given = model.get_input_embeddings()(prompts(1, 60)).requires_grad_()
+    with pytest.raises(InputError, match="is not differentiable"):
+        model(inputs_embeds=given, use_cache=True)
+    model(inputs_embeds=given, use_cache=False).logits.sum().backward()
+    assert given.grad is not None

@@ -60,7 +60,9 @@ def alone(layout: Layout, options: Evaluation, tokenizer: Tokenizer, progress: P
         left_out = " and ".join(model.left_out)
         raise InputError.one("tasks", f"lm-eval runs the model in transformers, which leaves its {left_out} out", "leave the tasks out")
     if options.tasks and layout.wrapped_as:
-        raise InputError.one("tasks", "lm-eval runs the model in transformers, which refuses linears that are two of low rank", "leave the tasks out")
+        raise InputError.one(
+            "tasks", f"lm-eval runs the model in transformers, which refuses what config.json calls {layout.wrapped_as}", "leave the tasks out"
+        )
     both = _measure(model, model, options, tokenizer, progress)
     model.release()
     result = {"protocol": both["protocol"], **both["baseline"]}

@@ -197,7 +197,7 @@ class Pass(FewerExperts):
 
         if self.pairs is None:
             return divided(samples, self.held_out, "eep")
-        pairs = sentence_pairs(self.pairs, Tokenizer(model.checkpoint.folder))
+        pairs = sentence_pairs(self.pairs, Tokenizer(model.checkpoint.folder), "eep: pairs")
         items = pairs.items[: 2 * self.first] if self.first else pairs.items
         held = 2 * max(1, round(self.held_out * len(items) / 2))
         if held >= len(items):

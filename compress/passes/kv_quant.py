@@ -16,7 +16,7 @@ from pydantic import Field
 from compress.errors import InputError, Problems
 from compress.layout import Layout
 from compress.options import Options
-from compress.scheme import CacheScheme, Caching, LatentScheme, Scheme
+from compress.scheme import WIDEST, CacheScheme, Caching, LatentScheme, Scheme
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,7 +36,7 @@ class Pass(Options):
     format: Literal["fp8", "int4", "int2"] = Field(
         default="fp8", description="`fp8`: E4M3, what engines' caches hold; `int4`, `int2`: whole numbers, which only this program runs"
     )
-    window: int = Field(default=32, ge=0, description="`int4`, `int2`: newest tokens that stay exactly as they are, and up to 31 more")
+    window: int = Field(default=32, ge=0, le=WIDEST, description="`int4`, `int2`: newest tokens that stay exactly as they are, and up to 31 more")
     granularity: Literal["tensor", "head"] = Field(
         default="tensor", description="what shares a scale: all heads of a block, which every engine reads, or a head each, which SGLang ignores"
     )
@@ -53,7 +53,7 @@ class Pass(Options):
         read = ("granularity", "headroom") if self.format == "fp8" else ("window",)
         for option in sorted(self.model_fields_set & {"granularity", "headroom", "window"} - {*read}):
             problems.add(f"{place}: {option}", f"is no option of {self.format}", "leave it out")
-        if self.format != "fp8":
+        if self.format != "fp8" and not layout.arch.latent:
             LatentScheme.refuse(place, layout, problems)
         if layout.arch.latent:
             reason = f"a {layout.arch.model_type} caches one latent vector for all heads, neither keys nor values"

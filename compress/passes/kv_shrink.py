@@ -15,7 +15,7 @@ from pydantic import Field
 from compress.errors import InputError, Problems
 from compress.layout import Layout
 from compress.options import Options
-from compress.scheme import LatentScheme, Scheme
+from compress.scheme import WIDEST, LatentScheme, Scheme
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,7 +37,9 @@ class Pass(Options):
     needs_data: ClassVar[bool] = True
 
     keep: float = Field(default=0.5, gt=0, le=1, description="share of the channels of keys and values that latents have")
-    window: int = Field(default=32, ge=0, description="newest tokens that stay exactly as they are; up to 31 more do, since tokens leave by blocks")
+    window: int = Field(
+        default=32, ge=0, le=WIDEST, description="newest tokens that stay exactly as they are; up to 31 more do, since tokens leave by blocks"
+    )
     bits: Literal[16, 4, 2] = Field(
         default=16, description="of latents: 16, the dtype of the model; 4 or 2, keys by channel over 32 tokens, values by token after a rotation"
     )
@@ -80,7 +82,8 @@ class Pass(Options):
             elif not self.multiple_of <= int(self.keep_keys * channels) or int((2 * self.keep - self.keep_keys) * channels) not in range(
                 self.multiple_of, channels + 1
             ):
-                problems.add(f"{place}: keep_keys", f"{self.keep_keys:g} leaves values {2 * self.keep - self.keep_keys:g}", "take another share")
+                values = 2 * self.keep - self.keep_keys
+                problems.add(f"{place}: keep_keys", f"{self.keep_keys:g} leaves values {values:g} of their channels", "keep both between 0 and 1")
         if self.keys == "commuting" and self.method != "aware":
             problems.add(f"{place}: keys", f"commuting is of method aware, not {self.method}", "take joint, or aware")
         if self.keys == "commuting" and self.multiple_of % 2:

@@ -120,6 +120,9 @@ class Pass(FewerExperts):
             record["merged_into"] = [next(one for one in kept.tolist() if cluster[one] == mine) for mine in cluster]
         if tokens is not None:
             record["tokens"] = [int(count) for count in tokens]
+            unseen = [expert for expert, count in enumerate(record["tokens"]) if not count]
+            named = f"expert{'s' if len(unseen) > 1 else ''} {', '.join(map(str, unseen))}"
+            record["fallback"] = f"{named} saw none of the calibration tokens, which says nothing of what they are worth" if unseen else None
         if score is not None:
             record["scores"] = [float(f"{each:.6g}") for each in score]
         if protected is not None:
