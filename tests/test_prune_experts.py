@@ -285,3 +285,19 @@ def test_routing_among_fewer_is_undone(checkpoint: Callable[..., Path]) -> None:
 def test_the_pass_names_every_method_that_is_scored() -> None:
     assert set(numerics.SCORES) == set(prune_experts.SCORED) < set(get_args(prune_experts.Method))
     assert {name for name, score in numerics.SCORES.items() if score.mean} == set(prune_experts.MEANS)
+
+
+def test_an_expert_that_saw_nothing_is_a_fallback_and_named(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    plain = {"calibration": {"samples": 1, "length": 2}, "evaluate": None, "passes": [{"prune_experts": {"keep": 0.5}}]}
+    result = compress(plain, checkpoint("qwen3_moe"), tmp_path / "out")
+    records = [record for record in result["transforms"] if record.get("kind") == "expert"]
+    unseen = [[expert for expert, count in enumerate(record["tokens"]) if not count] for record in records]
+    assert all(unseen)
+    assert [record["fallback"].split(" saw")[0] for record in result["fallbacks"]] == [f"experts {', '.join(map(str, each))}" for each in unseen]
+    assert f"none: {', '.join(map(str, unseen[0]))}" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_pass_that_takes_away_what_one_before_it_rounds_is_told_its_place() -> None:
+    plain = {"passes": [{"rtn": {}}, {"prune_experts": {"keep": 0.5}}]}
+    with pytest.raises(InputError, match="prune_experts belongs to stage restructure, but comes after a pass of stage quantize"):
+        recipe.validate(plain, "r.yaml")
