@@ -209,18 +209,30 @@ def recipe_of(**options: Any) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def shrunk(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
-    """A model of `load`, of a kind with options; made once."""
+def loaded(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """The model of `load` that a recipe makes of a kind; made once."""
     made: dict[str, Path] = {}
 
-    def make(kind: str, **options: Any) -> Any:
-        key = f"{kind} {sorted(options.items())}"
+    def make(kind: str, plain: dict[str, Any]) -> Any:
+        key = f"{kind} {json.dumps(plain, sort_keys=True)}"
         if key not in made:
-            made[key] = tmp_path_factory.mktemp("shrunk") / "out"
-            compress(recipe_of(**options), checkpoint(kind), made[key])
+            made[key] = tmp_path_factory.mktemp("made") / "out"
+            compress(plain, checkpoint(kind), made[key])
         return packed.load(made[key])
 
     return make
+
+
+@pytest.fixture
+def shrunk(loaded: Callable[..., Any]) -> Callable[..., Any]:
+    """A model whose cache `kv_shrink` shrank, of a kind with options."""
+    return lambda kind, **options: loaded(kind, recipe_of(**options))
+
+
+@pytest.fixture
+def coded(loaded: Callable[..., Any]) -> Callable[..., Any]:
+    """One whose cache `kv_quant` codes."""
+    return lambda kind, **options: loaded(kind, {"evaluate": None, "passes": [{"kv_quant": options}]})
 
 
 def dense(folder: Path) -> Any:
@@ -376,20 +388,6 @@ def test_held_bytes_are_those_of_window_latents_and_positions(bits: int, each: i
 
 
 # Few bits for all channels ----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def coded(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
-    made: dict[str, Path] = {}
-
-    def make(kind: str, **options: Any) -> Any:
-        key = f"{kind} {sorted(options.items())}"
-        if key not in made:
-            made[key] = tmp_path_factory.mktemp("coded") / "out"
-            compress({"evaluate": None, "passes": [{"kv_quant": options}]}, checkpoint(kind), made[key])
-        return packed.load(made[key])
-
-    return make
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
