@@ -41,7 +41,7 @@ DTYPE_BYTES = {
 }  # fmt: skip
 TORCH_DTYPES = {
     "BOOL": "bool", "U8": "uint8", "I8": "int8", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
-    "I16": "int16", "F16": "float16", "BF16": "bfloat16", "I32": "int32", "F32": "float32", "I64": "int64", "F64": "float64",
+    "I16": "int16", "F16": "float16", "BF16": "bfloat16", "I32": "int32", "U32": "uint32", "F32": "float32", "I64": "int64", "F64": "float64",
 }  # fmt: skip
 DTYPE_NAMES = {torch_name: name for name, torch_name in TORCH_DTYPES.items()}
 FLOATS = ("F16", "BF16", "F32", "F64")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -247,6 +248,32 @@ def evaluate(
             typer.echo(json.dumps(result))
         else:
             view.evaluation(model, result)
+
+
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="a finished artifact, or any checkpoint compressed-tensors wrote")],
+    to: Annotated[str, typer.Option(help="layouts, parted by commas: gptq, awq, mlx, compressed-tensors")],
+    out: Annotated[Path | None, typer.Option(help="folder to write, with several layouts one inside it for each [default: DIR-LAYOUT]")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace what an earlier export wrote there")] = False,
+    rejected: Annotated[bool, typer.Option("--rejected", help="also where the artifact's gates failed")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write the codes of DIR in other layouts, for engines that read no other: no calibration, and what is lost is measured."""
+    with _errors(as_json):
+        targets = list(dict.fromkeys(name.strip() for name in to.split(",") if name.strip()))
+        if not targets:
+            raise InputError.one("--to", "names no layout")
+        from compress import exporting, view
+
+        artifact = Path(os.path.abspath(folder))  # so that it has a name where it was given as a dot
+        places = exporting.folders(artifact, targets, out)
+        with _interruptible(), view.watch(as_json) as progress:
+            results = exporting.export(artifact, places, progress, overwrite=overwrite, rejected=rejected)
+        if as_json:
+            typer.echo(json.dumps(results))
+        else:
+            view.exports(results)
 
 
 @app.command()

@@ -11,8 +11,9 @@ from typing import Any
 
 from compress.checkpoint import FLOATS
 from compress.errors import Problems
-from compress.formats.base import PARTS, find
+from compress.formats.base import PARTS, RESIDUAL_PARTS, find
 from compress.layout import Layout, Linear
+from compress.scheme import LAYOUTS, CacheScheme, Scheme
 
 PLACE = "config.json: quantization_config"
 REMEDY = "do config.json and the weights belong together?"
@@ -78,6 +79,48 @@ def check(layout: Layout) -> None:
         else:
             _compare(linear, says, {part: (info.dtype, info.shape) for part, info in parts.items()}, problems)
     problems.raise_if_any()
+
+
+def schemes(layout: Layout) -> dict[str, Scheme]:
+    """How each quantised linear of a checkpoint that `check` finds sound is stored, by name."""
+    config = layout.checkpoint.config.get("quantization_config", {})
+    groups = _groups(config, Problems())
+    inputs = {name: group.get("input_activations") for name, group in config.get("config_groups", {}).items()}
+    found = {}
+    for name, linear in layout.linears.items():
+        dtypes = {part: info.dtype for part in PARTS if (info := layout.checkpoint.tensors.get(f"{name}.{part}"))}
+        if any(dtypes.get(part, "") in FLOATS for part in ("weight", "nm_values")) or not dtypes:
+            continue
+        says = next(says for targets, says in groups if any(fits(target, name) for target in targets))
+        rounded = inputs.get(says.group)
+        found[name] = Scheme(
+            format=_format(says),
+            bits=says.bits,
+            group_size=says.inputs or linear.columns,
+            symmetric=says.symmetric,
+            activations="none" if not rounded else "dynamic" if rounded.get("dynamic") else "static",
+            residuals=_residuals(layout, linear),
+        )
+    return found
+
+
+def cache(layout: Layout) -> CacheScheme | None:
+    """How keys and values are stored by a checkpoint whose config tells of their scales."""
+    scheme = layout.checkpoint.config.get("quantization_config", {}).get("kv_cache_scheme")
+    return CacheScheme(format="fp8", granularity="tensor" if scheme.get("strategy") == "tensor" else "head") if scheme else None
+
+
+def _residuals(layout: Layout, linear: Linear) -> float:
+    values = layout.checkpoint.tensors.get(f"{linear.name}.{RESIDUAL_PARTS[-1]}")
+    return values.shape[0] / (linear.rows * linear.columns) if values else 0.0
+
+
+def _format(says: Weights) -> str:
+    """What a scheme calls a layout."""
+    if says.type == "int":
+        return "int"
+    blocks = says.outputs > 1
+    return next(name for name, layout in LAYOUTS.items() if layout == says.format and blocks == (name == "fp8-block"))
 
 
 def _compare(linear: Linear, says: Weights, parts: dict[str, tuple[str, tuple[int, ...]]], problems: Problems) -> None:

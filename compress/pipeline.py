@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 import yaml
 
-from compress import __version__, allocation
+from compress import __version__, allocation, exporting
 from compress.allocation import Allocation
 from compress.checkpoint import Checkpoint, copy_file, sha256, sync_folder, write_text
 from compress.errors import InputError
@@ -103,6 +103,9 @@ def _check_target(request: Request, layout: Layout) -> None:
         raise InputError.one(str(request.out), "exists already", "choose another --out or pass --overwrite")
     if request.out.exists() and not (request.out / "manifest.json").is_file() and not (request.out.is_dir() and not any(request.out.iterdir())):
         raise InputError.one(str(request.out), "exists and is no artifact of ours, so it is not overwritten", "choose another --out")
+    for place in exporting.folders(request.out, request.recipe.export[1:]).values():
+        if place.exists() and not (request.overwrite and (place / exporting.FILE).is_file()):
+            raise InputError.one(str(place), "exists already", "choose another --out, or move it away")
     _make(request.out.absolute().parent, "--out")
 
 
@@ -246,7 +249,14 @@ class _Run:
         }
         report.write(result, staging)
         self._deliver(staging)
+        if others := self.recipe.export[1:]:
+            result["exports"] = self._export_copies(others) if accepted else []
         return result
+
+    def _export_copies(self, targets: tuple[str, ...]) -> list[dict[str, Any]]:
+        self.model.release()
+        places = exporting.folders(self.request.out, targets)
+        return exporting.export(self.request.out, places, self.progress, overwrite=self.request.overwrite)
 
     def _verify_source(self) -> dict[str, str]:
         total = sum(path.stat().st_size for path in self.source.checkpoint.shards)

@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from compress.errors import InputError, Problems
+from compress.export import base as export_base
 from compress.layout import Layout
 from compress.numerics.pattern import Pattern
 from compress.options import Options
@@ -105,7 +106,11 @@ class Recipe(Section):
     gates: dict[Annotated[str, Field(description="what is measured")], Bound] = Field(
         default={}, description="a run whose figures leave these bounds exits with 3"
     )
-    export: tuple[str, ...] = Field(default=("compressed-tensors",), min_length=1, max_length=1, description="each is one file in `compress/export/`")
+    export: tuple[str, ...] = Field(
+        default=("compressed-tensors",),
+        min_length=1,
+        description="each is one file in `compress/export/`: first the layout of the artifact, then those that copies of it beside it shall have",
+    )
     verify: Literal["auto", "full", "streamed"] = Field(
         default="auto",
         description="how the artifact is reopened: `full` loads all of it into plain transformers and compares logits, `streamed` compares "
@@ -280,9 +285,16 @@ def _check_names(plain: dict[str, Any], place: str, problems: Problems) -> None:
         elif name in MEASURED_GATES and "evaluate" in plain and plain["evaluate"] is None:
             problems.add(f"{place}: gates.{name}", "needs an evaluation, but evaluate is null", "give evaluate some data or drop the gate")
     exports = plain.get("export")
-    for name in exports if isinstance(exports, list) else ():
+    exports = exports if isinstance(exports, list) else []
+    for name in exports:
         if name not in export_names():
             problems.add(f"{place}: export", f"no export is called {name!r}", _suggest(str(name), export_names()))
+        elif (name == exports[0]) != export_module(name).READABLE:
+            first = [each for each in export_names() if export_module(each).READABLE]
+            what = f"{name} comes first, but compress cannot read it back" if name == exports[0] else f"{name} can only come first"
+            problems.add(f"{place}: export", what, f"begin with one of {', '.join(first)}, then name those to be made of it")
+        elif exports.count(name) > 1:
+            problems.add(f"{place}: export", f"names {name} twice", "name it once")
 
 
 def _report(error: ValidationError, place: str, model: type[BaseModel], problems: Problems) -> None:
@@ -469,6 +481,11 @@ def _check_export(recipe: Recipe, layout: Layout, place: str, plan: dict[str, Sc
             schemes = plan | {name: plan[name].model_copy(update={"bits": bits[name]}) for name in plan.keys() & bits.keys()}
             exporter = export_module(target)
             exporter.check(f"{place}: export", layout, schemes, found)
+            if not exporter.READABLE:
+                export_base.refuse(f"{place}: export", target, layout, schemes, cache_scheme(recipe), found)
+                if keeps_branches(recipe):
+                    found.add(f"{place}: export", f"{target} has no place for branches", "merge or drop them, or leave it out")
+                continue
             verdict = exporter.verdicts(layout, schemes, cache_scheme(recipe))["transformers"]
             if recipe.verify == "full" and verdict.startswith("refuses"):
                 found.add(f"{place}: verify", f"full opens the artifact with transformers, which {verdict}", "take auto, or streamed")

@@ -259,6 +259,24 @@ def allocation(result: dict[str, Any]) -> None:
     console.print(f"{result['score']} predicts {result['predicted']:.4g}; {uniform}", highlight=False, soft_wrap=True)
 
 
+def exports(results: list[dict[str, Any]]) -> None:
+    """What was written, who reads it and what it lost."""
+    console = Console()
+    for result in results:
+        lost = result["losses"]
+        table = Table(title=f"{result['target']}: {result['folder']}, {human(result['bytes'])}", title_justify="left")
+        table.add_column("engine")
+        table.add_column("reads it")
+        for engine, verdict in result["engines"].items():
+            table.add_row(engine, verdict)
+        console.print(table)
+        exact = f"{result['exact']} of {result['exact'] + len(lost)} tensors exact"
+        if lost:
+            worst = max(lost, key=lambda name: lost[name])
+            exact += f"; of the others {worst} lost most: {lost[worst]:.1e} of its energy (all in {result['folder']}/export.json)"
+        console.print(exact if result["exact"] + len(lost) else "byte for byte what the artifact holds", markup=False, soft_wrap=True)
+
+
 def inspection(result: dict[str, Any]) -> None:
     """The table of `compress inspect`."""
     console = Console(width=None if sys.stdout.isatty() else 200)  # a name broken in two cannot be searched for

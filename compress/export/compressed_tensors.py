@@ -30,6 +30,7 @@ from compress.checkpoint import (
     write_text,
 )
 from compress.errors import InputError, Problems
+from compress.export.base import outside
 from compress.formats.base import BESIDE_PARTS, BRANCH_PARTS, RESIDUAL_PARTS
 from compress.layout import BlockLayout, Layout
 from compress.scheme import CacheScheme, Caching, LatentScheme, Scheme
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
     from compress.model import Model
 
+READABLE = True
 SHARD_BYTES = 5_000_000_000
 BFLOAT16_ONLY = ("nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized")
 EXPERT_FORMATS = {"int", "fp8", "mxfp4"}
@@ -249,7 +251,7 @@ def _target(layout: Layout, linear: str) -> str:
 
 def _ignored(layout: Layout, plan: dict[str, Scheme]) -> list[str]:
     """Modules with a matrix that stays as it is. Anything before the blocks goes by different names in different engines."""
-    ignored = {"lm_head"} | {f"re:.*{tower}.*" for tower in _towers(layout)}
+    ignored = {"lm_head"} | {f"re:.*{tower}.*" for tower in outside(layout)}
     for name in layout.linears:
         if name not in plan:
             ignored.add(_target(layout, name))
@@ -259,18 +261,6 @@ def _ignored(layout: Layout, plan: dict[str, Scheme]) -> list[str]:
                 ignored.add(_target(layout, f"{block.prefix}.{_renamed(layout, local)}"))
                 ignored.add(_target(layout, f"{block.prefix}.{local}"))
     return sorted(ignored)
-
-
-def _towers(layout: Layout) -> set[str]:
-    """What lies beside the language model: the first part of a name in which it differs from those of blocks."""
-    blocks = layout.arch.blocks.split(".")
-    found = set()
-    for name in layout.checkpoint.tensors:
-        parts = name.split(".")
-        depth = next(depth for depth, part in enumerate(parts) if part != dict(enumerate(blocks)).get(depth))
-        if depth < len(blocks) - 1:
-            found.add(parts[depth])
-    return found - {"lm_head"}
 
 
 def _renamed(layout: Layout, local: str) -> str:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from compress.model import Model
 
 __all__ = ["check", "compare", "verdicts", "write"]
+READABLE = True
 FORMAT = "mxfp4"
 
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from compress.checkpoint import INDEX, PACKED, Entry, entry, read_entry, write_safetensors, write_text
+from compress.checkpoint import PACKED, Entry, entry, read_entry, write_text
 from compress.errors import InputError, Problems
 from compress.export import compressed_tensors
+from compress.export.base import by_block, write_by_block
 from compress.export.compressed_tensors import bits
 from compress.formats.base import BRANCH_PARTS
 from compress.layout import Layout
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from compress.model import Model
 
 __all__ = ["check", "compare", "verdicts", "write"]
+READABLE = True
 ALONE = "refuses: only compress reads nm-packed"
 
 
@@ -43,40 +46,24 @@ def verdicts(layout: Layout, plan: dict[str, Scheme], cache: Caching | None = No
 
 def write(model: Model, plan: dict[str, Scheme], cache: Caching | None, folder: Path) -> None:
     """Write weights, a shard for each block and one for the rest, and config.json into `folder`; no more than a block is held."""
-    weights = folder / PACKED
-    weights.mkdir()
-    weight_map: dict[str, str] = {}
-    total, count = 0, len(model.blocks) + 1
-    for number, entries in enumerate(_shards(model), 1):
-        file = f"model-{number:05d}-of-{count:05d}.safetensors"
-        write_safetensors(weights / file, entries, {"format": "pt"})
-        weight_map |= {item.name: file for item in entries}
-        total += sum(item.nbytes for item in entries)
-    write_text(weights / INDEX, json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n")
+    (folder / PACKED).mkdir()
+    write_by_block(model, partial(_entries, model), folder / PACKED)
     config = model.config
     config["quantization_config"] = compressed_tensors.quantization_config(model.layout, plan, cache) | {"quant_method": "compress"}
     config["quantization_config"]["weights"] = PACKED
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
 
-def _shards(model: Model) -> Iterator[list[Entry]]:
-    """Everything outside the blocks, then each block, packed."""
-    by_block: dict[int, list[str]] = {index: [] for index in (-1, *(block.index for block in model.blocks))}
-    prefix = model.layout.arch.blocks + "."
-    for name in sorted(model.tensors):
-        if not model.layout.dropped(name):
-            by_block[int(name.removeprefix(prefix).partition(".")[0]) if name.startswith(prefix) else -1].append(name)
-    for names in by_block.values():
-        entries = []
-        for name in names:
-            linear, _, part = name.rpartition(".")
-            if linear not in model.patterns or part == "bias":
-                entries.append(model.final(name))
-            elif part in ("weight", "weight_packed"):
-                entries += [entry(packed, tensor) for packed, tensor in _packed(model, linear).items()]
-            elif part in ("input_scale", *BRANCH_PARTS):
-                entries.append(model.final(name))
-        yield entries
+def _entries(model: Model, names: list[str]) -> Iterator[Entry]:
+    """What becomes of the tensors called `names`."""
+    for name in names:
+        linear, _, part = name.rpartition(".")
+        if linear not in model.patterns or part == "bias":
+            yield model.final(name)
+        elif part in ("weight", "weight_packed"):
+            yield from (entry(packed, tensor) for packed, tensor in _packed(model, linear).items())
+        elif part in ("input_scale", *BRANCH_PARTS):
+            yield model.final(name)
 
 
 def _packed(model: Model, linear: str) -> dict[str, Tensor]:
@@ -101,7 +88,7 @@ def compare(model: Model, folder: Path) -> int:
     from compress.checkpoint import Checkpoint, read_tensor
 
     written = type(model)(Layout(Checkpoint(folder)))
-    expected = {item.name for entries in _shards(model) for item in entries}
+    expected = {item.name for names in by_block(model) for item in _entries(model, names)}
     if set(written.tensors) != expected:
         raise InputError.one(str(folder), f"tensors differ from those meant: {sorted(set(written.tensors) ^ expected)[:3]}", "report this")
     for name in sorted(expected & model.tensors.keys()):

@@ -1,6 +1,7 @@
 """How a linear is found on disk: every layout is one file beside this one, named after what compressed-tensors calls it.
 
-A layout has ``NAME``, ``holds`` (is this one of mine, by the dtypes of its parts), ``pack`` and ``unpack``.
+A layout that `compress` reads has ``NAME``, ``holds`` (is this one of mine, by the dtypes of its parts), ``pack`` and ``unpack``; those that are
+written for other engines alone have no ``holds``.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ BESIDE_PARTS = (*RESIDUAL_PARTS, *BRANCH_PARTS)
 @cache
 def layouts() -> tuple[ModuleType, ...]:
     """Every layout, found by file name."""
-    names = [module.name for module in pkgutil.iter_modules(importlib.import_module("compress.formats").__path__)]
-    return tuple(importlib.import_module(f"compress.formats.{name}") for name in names if name not in ("base", "branch", "sizes", "sparse_residual"))
+    names = [module.name for module in pkgutil.iter_modules(importlib.import_module("compress.formats").__path__) if module.name != "base"]
+    modules = [importlib.import_module(f"compress.formats.{name}") for name in names]
+    return tuple(module for module in modules if hasattr(module, "holds"))
 
 
 def find(dtypes: dict[str, str]) -> ModuleType | None:
