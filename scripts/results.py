@@ -1,7 +1,7 @@
-"""Write the table of results in README.md from bench/results/*.json, so that no figure is typed by hand.
+"""Write the tables of results in docs/results.md, and the most telling rows in README.md, from bench/results/*.json: no figure is typed by hand.
 
-    python scripts/results.py          # write it
-    python scripts/results.py --check  # exit 1 if README.md says anything else
+    python scripts/results.py          # write them
+    python scripts/results.py --check  # exit 1 if either says anything else
 
 Each file says which benchmark it is of (bench/README.md). Of each tool's methods the one with the smallest mean loss is shown; the JSON
 has them all.
@@ -10,12 +10,12 @@ has them all.
 import argparse
 import json
 import statistics
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / "README.md"
+README, ALL = ROOT / "README.md", ROOT / "docs" / "results.md"
 RESULTS = ROOT / "bench" / "results"
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 OURS, BASELINE = "ours", "rtn"
@@ -308,6 +308,29 @@ LOSSES = ("quality", "pruning", "experts", "vlm", "kv", "kv-recall")
 """Those that say what was lost."""
 
 
+HEADLINES = (
+    "W4 g128 symmetric, excess loss",
+    "W3 g128 symmetric, excess loss",
+    "W2 g64 symmetric, excess loss",
+    "2.5 bits stored per weight, mixed, excess loss",
+    "W8A8 integers, excess loss",
+    "NVFP4 weights, excess loss",
+    "a fifth of each block's parameters taken out of MLPs, excess loss",
+    "half of the weights removed, 2:4, excess loss",
+    "three quarters of the experts, or of their channels, excess loss",
+    "W3 g128 with outlier channels of a model that sees, excess loss of answers",
+    "cache of 20 % of the channels, 512 tokens, KL divergence",
+    "GPTQ of one Qwen3-MoE block (2048 wide, 128 experts of 768), wall seconds",
+    "GPTQ of one Llama block (2048 wide, MLP 5632), wall seconds",
+    "GPTQ of a checkpoint of 6.03 GB, peak memory",
+    "killed at random moments, 30 times, and started again",
+    "decoding 3b in 4 bits, one thread, tokens/s",
+    "decoding 3b in 3 bits, one thread, tokens/s",
+    "cache of 20 % of the channels, a Llama-3-8B layer, 32768 tokens, ms a step",
+)
+"""The rows that README.md shows."""
+
+
 def which(document: dict[str, Any]) -> str:
     """The benchmark that wrote a file."""
     return str(document.get("benchmark") or ("kill" if "kills" in document else "?"))
@@ -319,14 +342,23 @@ def read(folder: Path) -> list[tuple[str, dict[str, Any]]]:
     return sorted(((which(document), document) for document in documents if which(document) in ROWS), key=lambda item: list(ROWS).index(item[0]))
 
 
+def halves(documents: list[tuple[str, dict[str, Any]]]) -> list[Rows]:
+    """What was lost, and what it cost: few tools are in both."""
+    return [[row for name, document in documents if (name in LOSSES) is lost for row in ROWS[name](document)] for lost in (True, False)]
+
+
 def render(documents: list[tuple[str, dict[str, Any]]]) -> str:
-    """The table and what has to be known to read it."""
-    if not documents:
-        return "*No results yet: see [bench/](bench/README.md).*"
-    # What was lost, and what it cost: few tools are in both.
-    halves = [[row for name, document in documents if (name in LOSSES) is lost for row in ROWS[name](document)] for lost in (True, False)]
-    tools = {tool for rows in halves for _, cells in rows for tool in cells}
-    return "\n\n".join([*(table(rows) for rows in halves if rows), " ".join(notes(documents, tools))])
+    """All tables and what has to be known to read them."""
+    tools = {tool for rows in halves(documents) for _, cells in rows for tool in cells}
+    return "\n\n".join([*(table(rows) for rows in halves(documents) if rows), "\n".join(f"* {note}" for note in notes(documents, tools))])
+
+
+def brief_tables(documents: list[tuple[str, dict[str, Any]]], wanted: Collection[str]) -> str:
+    """The `wanted` rows. Exits with a message if there is no such row any more."""
+    found = halves(documents)
+    if missing := set(wanted) - {label for rows in found for label, _ in rows}:
+        raise SystemExit(f"no results have the rows {sorted(missing)}: mend HEADLINES")
+    return "\n\n".join(table([row for row in rows if row[0] in wanted]) for rows in found)
 
 
 def table(rows: Rows) -> str:
@@ -401,29 +433,30 @@ def notes(documents: list[tuple[str, dict[str, Any]]], shown: Iterable[str]) -> 
     yield from (f"{machine}." for machine in sorted(machines))
 
 
-def replaced(readme: str, block: str) -> str:
-    """README.md with `block` between the markers."""
-    head, begin, rest = readme.partition(BEGIN)
+def replaced(text: str, block: str) -> str:
+    """A document with `block` between the markers."""
+    head, begin, rest = text.partition(BEGIN)
     _, end, tail = rest.partition(END)
     if not begin or not end:
-        raise SystemExit(f"README.md has no {BEGIN} ... {END}")
+        raise SystemExit(f"there is no {BEGIN} ... {END} to write between")
     return f"{head}{BEGIN}\n{block}\n{END}{tail}"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if README.md differs")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a document differs")
     arguments = parser.parse_args()
-    block = render(read(RESULTS))
-    before = README.read_text()
-    after = replaced(before, block)
-    print(block)
-    if not arguments.check:
-        README.write_text(after)
-    elif before != after:
-        print("README.md says something else: run python scripts/results.py")
-        return 1
-    return 0
+    documents = read(RESULTS)
+    differing = 0
+    for path, block in ((README, brief_tables(documents, HEADLINES)), (ALL, render(documents))):
+        before = path.read_text()
+        after = replaced(before, block)
+        if not arguments.check:
+            path.write_text(after)
+        elif before != after:
+            print(f"{path.name} says something else: run python scripts/results.py")
+            differing = 1
+    return differing
 
 
 if __name__ == "__main__":

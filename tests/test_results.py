@@ -84,9 +84,16 @@ def test_every_benchmark_has_its_row_and_every_rival_its_column(results: Any) ->
     assert table[12] == "| W4 64 x 32 times 16 inputs, one thread, ms | 4.0 (2.0 with one digit) |  |  |  | 8.0 (int4), 16.0 (bfloat16) |"
     assert table[13] == "| decoding 3b in 4 bits, 2 threads, tokens/s | 6.0 (12.0 with one digit) |  |  | 5.0 (Q4_0) |  |"
     assert table[14].startswith("| GPU instructions per weight, sm_90 (two digits / one; speed not measured) | W4 1.20 / 0.60 |")
-    assert (
-        "mean of 2 draws" in table[16] and "LLM Compressor 0.14." in table[16] and "A Processor, 2 cores, 2026-01-02, commit 012345678." in table[16]
-    )
+    noted = "\n".join(table[16:])
+    assert "mean of 2 draws" in noted and "LLM Compressor 0.14." in noted and "A Processor, 2 cores, 2026-01-02, commit 012345678." in noted
+
+
+def test_the_readme_has_the_rows_it_asks_for_and_misses_none_in_silence(results: Any) -> None:
+    wanted = ("W8A8 integers, excess loss", "killed at random moments, 30 times, and started again")
+    table = results.brief_tables(documents(), wanted).splitlines()
+    assert [line.partition(" |")[0] for line in table] == ["|", "|---|---:|", f"| {wanted[0]}", "", "|", "|---|---:|", f"| {wanted[1]}"]
+    with pytest.raises(SystemExit, match="no such row"):
+        results.brief_tables(documents(), (*wanted, "no such row"))
 
 
 def test_every_grid_has_its_label_and_planted_outliers_are_said(results: Any, monkeypatch: pytest.MonkeyPatch) -> None:
