@@ -357,6 +357,17 @@ class Layout:
         if experts := self.arch.experts:
             pattern = re.compile(re.escape(experts.prefix) + r"\.(\d+)\.")
             numbers = sorted({int(match[1]) for name in locals_ if (match := pattern.match(name))})
+            said = next((count for key in experts.counts if (count := self.setting(key, index)) is not None), None)
+            for number in sorted(set(range(said)) ^ set(numbers)) if numbers and isinstance(said, int) else ():
+                start = f"{experts.prefix}.{number}"
+                if number in numbers:
+                    start, what = (
+                        next(name for name in locals_ if name.startswith(f"{start}.")),
+                        f"is of an expert more than config.json says: {said}",
+                    )
+                else:
+                    what = f"is missing, though config.json says {said} experts"
+                problems.add(f"{prefix}.{start}", what, "do config.json and the weights belong together?")
             fused = [name for name in locals_ if name.startswith(experts.prefix + ".") and not pattern.match(name)]
             if fused:
                 problems.add(f"{prefix}.{fused[0]}", "holds experts in a form that is not known", "save the checkpoint with one tensor per expert")
