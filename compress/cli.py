@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -65,7 +66,10 @@ def run(
         target = out or Path(f"{model.rstrip('/').replace(':', '-').rpartition('/')[2]}-{path.stem}")
         from compress import pipeline, view
 
-        request = pipeline.Request(chosen, path.name, model, target, work or target.with_name(target.name + ".work"), overwrite)
+        options = {"--out": out, "--work": work, "--overwrite": overwrite, "--json": as_json}
+        words = [word for name, value in options.items() if value for word in ((name,) if value is True else (name, str(value)))]
+        command = shlex.join(["compress", "run", str(recipe), model, *words])
+        request = pipeline.Request(chosen, path.name, model, target, work or target.with_name(target.name + ".work"), overwrite, command)
         with _interruptible(), view.watch(as_json) as progress:
             result = pipeline.run(request, progress)
         if as_json:
@@ -171,7 +175,9 @@ def bench(
 @app.command()
 def retrieval(
     model: ModelArgument,
-    task: Annotated[str, typer.Option(help="lines (one of many lines is asked for) or passkey (one number hidden in filler)")] = "lines",
+    task: Annotated[
+        str, typer.Option(help="lines (one of many is asked for), passkey (a number hidden in filler) or recall (pairs of tokens)")
+    ] = "lines",
     lengths: Annotated[str, typer.Option(help="of prompts in tokens, parted by commas")] = "512,1024",
     depths: Annotated[str, typer.Option(help="where it stands, from 0 (the beginning) to 1 (the end), parted by commas")] = "0,0.25,0.5,0.75,1",
     cases: Annotated[int, typer.Option(help="prompts for each length and depth")] = 10,

@@ -23,7 +23,7 @@ import yaml
 from compress import __version__, allocation, exporting
 from compress.allocation import Allocation
 from compress.checkpoint import Checkpoint, copy_file, sha256, sync_folder, write_text
-from compress.errors import InputError
+from compress.errors import InputError, Problem
 from compress.formats.base import BESIDE_PARTS, PARTS
 from compress.layout import Layout
 from compress.passes.base import Allocator, Pass, Prunes, Quantize, Restructure, Rewrite
@@ -68,6 +68,8 @@ class Request:
     out: Path
     work: Path
     overwrite: bool
+    command: str | None = None
+    """What was typed, for the report."""
 
 
 def open_layout(model: str) -> Layout:
@@ -205,6 +207,7 @@ class _Run:
         samples = self._calibration()
         if self.recipe.evaluate is not None:
             measure.read(self.recipe.evaluate, self.tokenizer)  # to be told of its faults now, not after hours
+            self._prompts()
         given = [self._drawn(step.own_samples) if isinstance(step, Rewrite) and step.own_samples else samples for _, step in self.steps]
         work = self._work_folder(sources, [drawn.digest for drawn in given if drawn])
         for index, ((name, step), drawn) in enumerate(zip(self.steps, given, strict=True)):
@@ -223,9 +226,12 @@ class _Run:
         accepted = all(gate["passed"] for gate in gates)
         self._manifest(staging, sources, samples, accepted)
         result = {
+            "schema": report.SCHEMA,
             "accepted": accepted,
             "compress": __version__,
             "model": self.request.model,
+            "source": {"name": self.request.model, "sha256": sources},
+            "command": self.request.command,
             "recipe": self.recipe.resolved(),
             "recipe_hash": self.recipe.hash,
             "seconds": time.monotonic() - self.began,
@@ -422,11 +428,41 @@ class _Run:
         self.progress.step("evaluate", 2 * len(self.layout.blocks))
         self.model.release()
         result = measure.against_source(self.source, staging, self.recipe.evaluate, self.tokenizer, self.progress)
+        if self.recipe.evaluate.retrieval is not None:
+            self._retrieve(staging, result)
         if left_out := " and ".join(self.model.left_out):
             self.progress.step(f"evaluate without {left_out}", 2 * len(self.layout.blocks))
             bare = measure.against_source(self.source, staging, self.recipe.evaluate, self.tokenizer, self.progress, in_engines=True)
             result[f"without_{left_out.replace(' ', '_')}"] = bare["compressed"]
         return result
+
+    def _prompts(self) -> tuple[Any, Any] | None:
+        """What retrieval is measured with, if it is: cells and their prompts."""
+        from compress.evaluate import retrieval
+
+        wanted = self.recipe.evaluate.retrieval if self.recipe.evaluate else None
+        if wanted is None:
+            return None
+        lengths, depths = tuple(sorted(set(wanted.lengths))), tuple(sorted(set(wanted.depths)))
+        cells = retrieval.Wish(wanted.task, lengths, depths, wanted.cases, wanted.seed)
+        try:
+            return cells, retrieval.prompts(cells, self.tokenizer.plain, self.progress)
+        except InputError as error:
+            raise InputError(Problem(f"evaluate.retrieval: {each.place}", each.what, each.remedy) for each in error.problems) from error
+
+    def _retrieve(self, staging: Path, result: dict[str, Any]) -> None:
+        """Measure retrieval before and after, packed as `compress.load` runs it, and add it to `result`."""
+        from compress import runtime
+        from compress.evaluate import retrieval
+
+        asked = self._prompts()
+        assert asked is not None
+        wanted, made = asked
+        before, after = (
+            retrieval.measure(runtime.load(folder), self.tokenizer.plain, wanted, made, self.progress)
+            for folder in (self.source.checkpoint.folder, staging)
+        )
+        result["retrieval"], result["figures"]["retrieval_drop"], result["intervals"]["retrieval_drop"] = retrieval.compared(before, after)
 
     def _ledger(self) -> list[dict[str, Any]]:
         """What became of every tensor of the source, and what is new. Raises AssertionError if one is not accounted for: a bug, not a warning."""

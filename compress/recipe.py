@@ -55,6 +55,34 @@ class Calibration(Section):
     seed: int = Field(default=0, description="of the draw")
 
 
+NEW_TOKENS = {"lines": 100, "passkey": 16, "recall": 1}
+"""By task of retrieval: so many tokens at most an answer has."""
+RECALLED = range(5, 260)
+"""Tokens of a sequence of associative recall that asks once: BOS, one to 128 pairs, SEP and a key."""
+
+
+class Retrieval(Section):
+    """Whether the model, before and after, finds what it was told long ago; all of it is loaded for this, packed."""
+
+    task: Literal["lines", "passkey", "recall"] = Field(
+        default="lines",
+        description="`lines`: one of many lines is asked for; `passkey`: one number hidden in filler; `recall`: a key among pairs of tokens, for "
+        "models that were trained on nothing else",
+    )
+    lengths: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(512, 1024), min_length=1, description="of prompts, in tokens")
+    depths: tuple[Annotated[float, Field(ge=0, le=1)], ...] = Field(
+        default=(0.0, 0.25, 0.5, 0.75, 1.0), min_length=1, description="where it stands, from 0 (the beginning) to 1 (the end)"
+    )
+    cases: int = Field(default=10, ge=1, description="prompts for each length and depth")
+    seed: int = Field(default=0, description="of what prompts say")
+
+    @model_validator(mode="after")
+    def _room_for_pairs(self) -> Retrieval:
+        if self.task == "recall" and not set(self.lengths) <= set(RECALLED):
+            raise ValueError(f"lengths of recall must be from {RECALLED.start} to {RECALLED.stop - 1}, for 1 to 128 pairs")
+        return self
+
+
 class Evaluation(Section):
     """What the model is measured with before and after."""
 
@@ -68,6 +96,7 @@ class Evaluation(Section):
     pairs: str | None = Field(default=None, min_length=1, description="minimal pairs (`.jsonl` of `good` and `bad`, or `demo:pairs`) for `accuracy`")
     skip_pairs: int = Field(default=0, ge=0, description="leave out so many of the pairs, those that a pass with `first` has learnt from")
     tasks: tuple[str, ...] = Field(default=(), description="lm-eval tasks: names, or paths of task files; the whole model is loaded for these")
+    retrieval: Retrieval | None = Field(default=None, description="also measure retrieval from long prompts, for `retrieval_drop`; `null` to skip")
 
 
 class Bound(Section):
@@ -88,6 +117,7 @@ MEASURED_GATES = {
     "kl": "mean Kullback-Leibler divergence from the original's next-token distribution, in nats",
     "top1_agreement": "share of positions where both models predict the same token",
     "accuracy_drop": "accuracy before minus accuracy after",
+    "retrieval_drop": "share of answers right before minus share right after, over all of `evaluate.retrieval`",
 }
 RECORDED_GATES = {
     "bits_per_weight": "of everything stored for the weights of the quantised linears",
@@ -284,6 +314,8 @@ def _check_names(plain: dict[str, Any], place: str, problems: Problems) -> None:
             problems.add(f"{place}: gates.{name}", "nothing of this name is measured", _suggest(str(name), list(GATES)))
         elif name in MEASURED_GATES and "evaluate" in plain and plain["evaluate"] is None:
             problems.add(f"{place}: gates.{name}", "needs an evaluation, but evaluate is null", "give evaluate some data or drop the gate")
+        elif name == "retrieval_drop" and not (isinstance(evaluation := plain.get("evaluate"), dict) and evaluation.get("retrieval") is not None):
+            problems.add(f"{place}: gates.{name}", "needs evaluate.retrieval, which is not set", "set it, such as to {}, or drop the gate")
     exports = plain.get("export")
     exports = exports if isinstance(exports, list) else []
     for name in exports:
@@ -402,6 +434,7 @@ def check(recipe: Recipe, layout: Layout, place: str, *, done: int = 0) -> dict[
             f"lm-eval runs the artifact in transformers, which leaves {' and '.join(beside)} out",
             "drop the tasks; the other figures are measured with them",
         )
+    _check_retrieval(recipe, layout, place, {name: scheme for name, (_, scheme) in plan.items()}, problems)
     _check_data(recipe, layout, place, problems)
     problems.raise_if_any()
     return plan
@@ -519,6 +552,22 @@ def _check_pairs(recipe: Recipe, evaluation: Evaluation, place: str, problems: P
             problems.add(f"{place}: evaluate.pairs", f"{name} learns from all pairs of {step.pairs}", f"set {name}.first, and skip_pairs to as many")
         elif evaluation.skip_pairs < step.first:
             problems.add(f"{place}: evaluate.skip_pairs", f"{name} learns from the first {step.first} pairs", f"set it to {step.first} or more")
+
+
+def _check_retrieval(recipe: Recipe, layout: Layout, place: str, plan: dict[str, Scheme], problems: Problems) -> None:
+    """Prompts must fit into the model, and `compress.load` must open what comes out."""
+    wanted = recipe.evaluate.retrieval if recipe.evaluate else None
+    if wanted is None:
+        return
+    longest, new = layout.text_config.get("max_position_embeddings"), NEW_TOKENS[wanted.task]
+    for length in wanted.lengths:
+        if isinstance(longest, int) and length + new > longest:
+            fits = f"choose at most {longest - new}" if longest > new else "drop it"
+            problems.add(f"{place}: evaluate.retrieval.lengths", f"{length} and {new} new tokens exceed the model's {longest}", fits)
+    if rounded := next((name for name, scheme in sorted(plan.items()) if scheme.activations != "none" and name in layout.of_experts), None):
+        problems.add(
+            f"{place}: evaluate.retrieval", f"is measured by compress.load, which does not round the inputs of experts such as {rounded}", "drop it"
+        )
 
 
 def _check_data(recipe: Recipe, layout: Layout, place: str, problems: Problems) -> None:

@@ -95,6 +95,10 @@ def run(result: dict[str, Any], out: Path) -> None:
         table.add_row("accuracy", f"{before['accuracy']:.2%}", f"{after['accuracy']:.2%}", evaluation["protocol"]["accuracy"])
         table.add_row("KL divergence", "", f"{after['kl']:.5f}", "nats")
         table.add_row("same top token", "", f"{after['top1_agreement']:.2%}", "")
+        if found := evaluation.get("retrieval"):
+            lost = evaluation["intervals"]["retrieval_drop"]
+            told = f"{found['task']}, lost {evaluation['figures']['retrieval_drop']:.2%}  [{lost[0]:.2%}, {lost[1]:.2%}]"
+            table.add_row("retrieval", f"{found['baseline']['accuracy']:.2%}", f"{found['compressed']['accuracy']:.2%}", told)
         for task, figures in after.get("tasks", {}).items():
             for metric, value in figures.items():
                 table.add_row(f"{task} {metric}", f"{before['tasks'][task][metric]:.4f}", f"{value:.4f}", "")

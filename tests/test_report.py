@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 
 from compress import plots, report
+from compress.report import records
+from compress.report.text import DASH, percent_text, size_text, time_text
 
 VOID = {"meta", "input", "br"}
 SKIPPABLE = (
@@ -195,7 +197,8 @@ def test_values_are_escaped_everywhere() -> None:
 def test_nothing_is_fetched() -> None:
     html = report.page(moe(2, 3))
     assert not re.search(r"https?:|//[a-z]|@import|url\(", html)
-    assert not [item for item in Page(html).attributes if item[1] in ("src", "href", "srcset", "action", "data")]
+    assert not [item for item in Page(html).attributes if item[1] in ("src", "srcset", "action", "data")]
+    assert all(value.startswith("#") for _, name, value in Page(html).attributes if name == "href")
     assert "default-src 'none'" in html
 
 
@@ -279,7 +282,7 @@ def test_what_was_pruned_is_a_row_per_kind_of_linear() -> None:
     result = run_result([], transforms=[removed("up", 0, 0.5), removed("up", 1, 0.5), removed("down", 0, 0.49)])
     result["verification"] |= {"pruned_linears": 3, "pruned_density": 0.497}
     text = " ".join(read(result).text.replace("\u00a0", " ").split())
-    assert "model.layers.{0-1}.up 2:4 prune_nm, sparsegpt 50.0 % 5.0 %".replace("-", report.DASH) in text
+    assert "model.layers.{0-1}.up 2:4 prune_nm, sparsegpt 50.0 % 5.0 %".replace("-", DASH) in text
     assert "down 2:4 prune_nm, sparsegpt, inputs reordered 49.0 % 5.0 %" in text
     assert "No linear was quantised. 3 linears pruned to 2:4." in text and "all 3 pruned linears keep their pattern; 49.7 % of" in text
     assert "What was rewritten before rounding" not in text
@@ -318,7 +321,7 @@ def test_kept_linears_are_on_the_map_of_bits() -> None:
 
 def test_ledger_rows_stand_for_all_their_tensors() -> None:
     ledger = [tensor(f"model.layers.{block}.mlp.experts.{expert}.up_proj.weight", [8, 8]) for block in (0, 1, 3) for expert in range(4)]
-    (row,) = report._ledger([*ledger, tensor("model.norm.weight", [8], "kept", "outside the decoder blocks")])[:1]
+    (row,) = ledger.rows([*ledger, tensor("model.norm.weight", [8], "kept", "outside the decoder blocks")])[:1]
     assert row["name"] == "model.layers.{0\u20131,3}.mlp.experts.{0\u20133}.up_proj.weight"
     assert (row["count"], row["key"], row["bytes"]) == (12, "model.layers.#.mlp.experts.#.up_proj.weight", "1.54\u00a0kB")
 
@@ -327,23 +330,23 @@ def test_ledger_rows_stand_for_all_their_tensors() -> None:
     ("value", "text"), [(0, "0 B"), (999, "999 B"), (999_999, "1.00 MB"), (8_393_216, "8.39 MB"), (6e10, "60.0 GB"), (2e12, "2.00 TB")]
 )
 def test_bytes(value: float, text: str) -> None:
-    assert report.size_text(value).replace("\u00a0", " ") == text
+    assert size_text(value).replace("\u00a0", " ") == text
 
 
 @pytest.mark.parametrize(("value", "text"), [(0.04, "0.0 s"), (59.94, "59.9 s"), (59.96, "1 min 0 s"), (3599.6, "1 h 0 min"), (8123, "2 h 15 min")])
 def test_seconds(value: float, text: str) -> None:
-    assert report.time_text(value).replace("\u00a0", " ") == text
+    assert time_text(value).replace("\u00a0", " ") == text
 
 
 @pytest.mark.parametrize(("value", "text"), [(0, "0.0 %"), (1, "100.0 %"), (0.938, "93.8 %"), (0.99987, "99.987 %"), (0.0002, "0.020 %")])
 def test_percents_have_the_digits_it_takes(value: float, text: str) -> None:
-    assert report.percent_text(value).replace("\u00a0", " ") == text
+    assert percent_text(value).replace("\u00a0", " ") == text
 
 
 def test_places_of_linears() -> None:
-    assert report.place("model.layers.3.mlp.experts.17.up_proj", 3) == report.Place(3, "mlp.experts", "up_proj", 17)
-    assert report.place("model.layers.3.mlp.up_proj.1", 3) == report.Place(3, "mlp", "up_proj.1", None)
-    assert report.place("model.language_model.layers.10.self_attn.q_proj", 10) == report.Place(10, "self_attn", "q_proj", None)
+    assert records.place("model.layers.3.mlp.experts.17.up_proj", 3) == records.Place(3, "mlp.experts", "up_proj", 17)
+    assert records.place("model.layers.3.mlp.up_proj.1", 3) == records.Place(3, "mlp", "up_proj.1", None)
+    assert records.place("model.language_model.layers.10.self_attn.q_proj", 10) == records.Place(10, "self_attn", "q_proj", None)
 
 
 @pytest.mark.parametrize(

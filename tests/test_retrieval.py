@@ -369,7 +369,7 @@ def test_the_command_measures_and_writes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["--task", "haystack"], "--task: must be one of lines, passkey, got 'haystack'"),
+        (["--task", "haystack"], "--task: must be one of lines, passkey, recall, got 'haystack'"),
         (["--lengths", "many"], "--lengths: must be numbers parted by commas, got 'many'; give tokens, such as 512,1024"),
         (["--lengths", ""], "--lengths: must be numbers parted by commas, got ''"),
         (["--lengths", "0"], "--lengths: must be positive, got 0"),
@@ -407,7 +407,7 @@ def test_a_heat_map_has_a_cell_for_every_share() -> None:
     assert all(float(x) + float(width) <= plots.WIDTH for x, _, width, _ in cells)
     assert "<title>tokens 32,768, depth 0.5: 3 of 10</title>" in svg and svg.count(">30%</text>") == svg.count(">100%</text>") == 3
     assert 'aria-label="retrieval &lt;by&gt; place"' in svg and "retrieval <by>" not in svg
-    assert ".heat {" in (Path(report.__file__).parent / "report.html.j2").read_text()
+    assert ".heat {" in (Path(report.__file__).parent / "style.css.j2").read_text()
 
 
 def test_names_and_figures_of_many_columns_do_not_touch() -> None:

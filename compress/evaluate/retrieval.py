@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from compress.errors import InputError, Problems
+from compress.evaluate.scoring import paired_interval
+from compress.recipe import NEW_TOKENS, RECALLED
 
 BOS, SEP = 0, 1
 KEYS, VALUES = range(16, 144), range(144, 272)
@@ -176,9 +178,26 @@ def _passkey(depth: float, numbers: random.Random) -> Draft:
 
 
 TASKS = {
-    "lines": Task(_lines, 100, re.compile(r"[0-9][^\n]*\n"), last_integer, "the last integer said, up to the end of its line"),
-    "passkey": Task(_passkey, 16, re.compile(r"[0-9][^0-9]"), first_integer, "the first integer said"),
+    "lines": Task(_lines, NEW_TOKENS["lines"], re.compile(r"[0-9][^\n]*\n"), last_integer, "the last integer said, up to the end of its line"),
+    "passkey": Task(_passkey, NEW_TOKENS["passkey"], re.compile(r"[0-9][^0-9]"), first_integer, "the first integer said"),
 }
+
+RECALL = "recall"
+RECALL_RULE = "the likeliest token, if it is the value that was told with the key"
+
+
+def _recall(tokenizer: Any, length: int, depth: float, numbers: random.Random) -> Prompt:
+    """``BOS (k1 v1)...(kN vN) SEP k``, the key of the pair at `depth`: 0 is the first, 1 the last. See `associative_recall`."""
+    if length not in RECALLED:
+        what = f"must be from {RECALLED.start} to {RECALLED.stop - 1} tokens for {RECALL}, got {length}"
+        raise InputError.one("lengths", what, f"there are {len(KEYS)} keys")
+    if len(tokenizer) < VALUES.stop:
+        raise InputError.one("tokenizer", f"has {len(tokenizer)} tokens, {RECALL} needs {VALUES.stop}", "choose another task")
+    pairs = (length - 3) // 2
+    keys, values = numbers.sample(KEYS, pairs), numbers.choices(VALUES, k=pairs)
+    before = round(depth * (pairs - 1))
+    told = [token for pair in zip(keys, values, strict=True) for token in pair]
+    return Prompt("", torch.tensor([BOS, *told, SEP, keys[before]]), values[before], pairs, before)
 
 
 def prompt(task: str, tokenizer: Any, length: int, depth: float, case: int = 0, seed: int = 0) -> Prompt:
@@ -188,7 +207,10 @@ def prompt(task: str, tokenizer: Any, length: int, depth: float, case: int = 0, 
     tokenizer knows no word of padding that is one token, some tokens fewer than `length`. Raises `InputError` where `length` is too short for the
     task, or too long for there are only so many names of lines.
     """
-    draft = TASKS[task].draft(depth, random.Random(f"{seed} {task} {length} {float(depth)} {case}"))
+    numbers = random.Random(f"{seed} {task} {length} {float(depth)} {case}")
+    if task == RECALL:
+        return _recall(tokenizer, length, depth, numbers)
+    draft = TASKS[task].draft(depth, numbers)
 
     def ids(text: str) -> list[int]:
         found: list[int] = tokenizer(text)["input_ids"]
@@ -246,11 +268,11 @@ def wish(task: str, lengths: str, depths: str, cases: int, seed: int, most: int 
     Raises `InputError` with all mistakes at once.
     """
     problems = Problems()
-    if task not in TASKS:
-        problems.add("--task", f"must be one of {', '.join(TASKS)}, got {task!r}")
+    if task not in NEW_TOKENS:
+        problems.add("--task", f"must be one of {', '.join(NEW_TOKENS)}, got {task!r}")
     of_length = _numbers("--lengths", lengths, int, "tokens, such as 512,1024", problems)
     of_depth = _numbers("--depths", depths, float, "shares, such as 0,0.5,1", problems)
-    new = TASKS[task].new_tokens if task in TASKS else 0
+    new = NEW_TOKENS.get(task, 0)
     for length in of_length:
         if length < 1:
             problems.add("--lengths", f"must be positive, got {length}")
@@ -302,6 +324,14 @@ def answer(model: Any, tokenizer: Any, task: Task, ids: Tensor) -> str:
     return text
 
 
+@torch.no_grad()
+def recalled(model: Any, ids: Tensor) -> int:
+    """The likeliest token behind the prompt `ids` [tokens], of which the last comes alone: it has to find the others in the cache."""
+    given = ids[None].to(model.device)
+    told = model(given[:, :-1], use_cache=True)
+    return int(model(given[:, -1:], past_key_values=told.past_key_values, use_cache=True).logits[0, -1].argmax())
+
+
 def measure(model: Any, tokenizer: Any, wanted: Wish, made: dict[tuple[int, float], list[Prompt]], progress: Progress) -> dict[str, Any]:
     """Ask `model`, one of transformers or of `compress.load`, for the answers to the prompts `made` for a wish.
 
@@ -309,13 +339,13 @@ def measure(model: Any, tokenizer: Any, wanted: Wish, made: dict[tuple[int, floa
     ``correct``, their share (``accuracy``), and each of the ``answers`` with the ``tokens`` and ``units`` of its prompt, of which so many stood
     ``before`` what was asked for, what was ``expected`` and what ``said``.
     """
-    task, cells, digest, done = TASKS[wanted.task], [], hashlib.sha256(), 0
+    task, cells, digest, done = TASKS.get(wanted.task), [], hashlib.sha256(), 0
     progress.step("retrieval", sum(map(len, made.values())))
     for (length, depth), of_cell in made.items():
         answers, correct = [], 0
         for each in of_cell:
-            said = answer(model, tokenizer, task, each.ids)
-            right = task.read(said) == each.answer
+            said = answer(model, tokenizer, task, each.ids) if task else str(recalled(model, each.ids))
+            right = (task.read(said) if task else int(said)) == each.answer
             correct += right
             about = {"tokens": len(each.ids), "units": each.units, "before": each.before}
             answers.append(about | {"expected": each.answer, "said": said, "correct": right})
@@ -326,10 +356,27 @@ def measure(model: Any, tokenizer: Any, wanted: Wish, made: dict[tuple[int, floa
         cells.append(figures | {"answers": answers})
     return {
         "task": wanted.task,
-        "rule": task.rule,
-        "new_tokens": task.new_tokens,
+        "rule": task.rule if task else RECALL_RULE,
+        "new_tokens": NEW_TOKENS[wanted.task],
         "cases": wanted.cases,
         "seed": wanted.seed,
         "tokens_sha256": digest.hexdigest(),
         "cells": cells,
     }
+
+
+def compared(before: dict[str, Any], after: dict[str, Any]) -> tuple[dict[str, Any], float, tuple[float, float]]:
+    """Two results of `measure` on the same prompts beside each other, without what was said; the share of right answers that was lost, and its
+    confidence interval by paired bootstrap over prompts."""
+    sides = {"baseline": before, "compressed": after}
+    right = {side: [each["correct"] for cell in result["cells"] for each in cell["answers"]] for side, result in sides.items()}
+    common = {key: value for key, value in before.items() if key != "cells"}
+    told: dict[str, Any] = {
+        side: {
+            "accuracy": sum(right[side]) / len(right[side]),
+            "cells": [{key: cell[key] for key in ("length", "depth", "correct", "cases", "accuracy")} for cell in result["cells"]],
+        }
+        for side, result in sides.items()
+    }
+    drop = torch.tensor(right["baseline"], dtype=torch.float64) - torch.tensor(right["compressed"], dtype=torch.float64)
+    return common | told, float(drop.mean()), paired_interval(drop)

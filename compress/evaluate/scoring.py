@@ -155,6 +155,13 @@ def intervals(scores: Scores, base_correct: Tensor, correct: Tensor, seed: int =
     return {name: _ends(values, tail) for name, values in samples.items()}
 
 
+def paired_interval(differences: Tensor, seed: int = 0) -> tuple[float, float]:
+    """Confidence interval of the mean of `differences` (float64 [n]) by bootstrap."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randint(len(differences), (RESAMPLES, len(differences)), generator=generator)
+    return _ends(differences[chosen].mean(1).tolist(), (1 - CONFIDENCE) / 2)
+
+
 def _ends(values: list[float], tail: float) -> tuple[float, float]:
     ends = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64))
     return float(ends[0]), float(ends[1])

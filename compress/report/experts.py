@@ -1,11 +1,9 @@
-"""What the report says of experts that were chosen among, and of what a search or training has come to."""
+"""What the report says of experts that were chosen among."""
 
 from __future__ import annotations
 
 from statistics import median
 from typing import Any
-
-ARROW = "→"
 
 
 def experts(transforms: list[dict[str, Any]]) -> list[dict[str, str]]:
@@ -51,20 +49,3 @@ def _how(record: dict[str, Any]) -> str:
     if record.get("active"):
         said.append(f"{record['active']} to a token")
     return ", ".join(said)
-
-
-def outcomes(transforms: list[dict[str, Any]]) -> list[dict[str, str]]:
-    """A row per search or training: before and after, on what it learnt from and on what it did not see."""
-    rows = []
-    if searched := next((record for record in transforms if record["pass"] == "eep"), None):
-        seen, held = searched["fitness"], searched["held_out"]
-        rows.append({
-            "what": f"eep: {searched['method']}, the higher the better, {searched['evaluated']:,} choices",
-            "seen": f"{seen['before']:.4f} {ARROW} {seen['after']:.4f}; best one-shot {seen['one_shot']:.4f}",
-            "held": f"{held['before']:.4f} {ARROW} {held['after']:.4f}",
-        })  # fmt: skip
-    healed = [record for record in transforms if record["pass"] == "heal" and "loss" in record]
-    # Every block says the same of the pass that it was healed by.
-    for steps, tokens, (first, best) in dict.fromkeys((record["steps"], record["tokens"], tuple(record["loss"])) for record in healed):
-        rows.append({"what": f"heal: loss in nats, {steps:,} steps, {tokens:,} tokens", "seen": "", "held": f"{first:.4f} {ARROW} {best:.4f}"})
-    return rows

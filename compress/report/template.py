@@ -1,0 +1,24 @@
+"""Pages from templates: whatever is filled in is escaped, and one file is all there is."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+
+@cache
+def _environment() -> Environment:
+    loader = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["rows"] = lambda records, *keys: [[record[key] for key in keys] for record in records]
+    return environment
+
+
+def render(name: str, **values: Any) -> str:
+    """The template of this folder called `name`, with `values`."""
+    html = _environment().get_template(name).render(**values)
+    # ASCII reads the same in whatever encoding the file is written and opened.
+    return html.encode("ascii", "xmlcharrefreplace").decode("ascii") + "\n"

@@ -1,0 +1,123 @@
+"""How figures are written: sizes, times, shares, intervals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from statistics import median
+from typing import Any
+
+DASH, TIMES, SPACE, MINUS, ARROW = "\u2013", "\u00d7", "\u00a0", "\u2212", "\u2192"
+
+FEW = 8
+"""So many values of one kind are named one by one."""
+
+GATE_NAMES = {
+    "perplexity_ratio": "perplexity, after / before",
+    "kl": "KL divergence",
+    "top1_agreement": "top-1 agreement",
+    "accuracy_drop": "accuracy lost",
+    "retrieval_drop": "retrieval lost",
+    "bits_per_weight": "bits per weight",
+    "size_ratio": "size, after / before",
+    "fallbacks": "fallbacks",
+}
+
+
+def size_text(count: float) -> str:
+    """Bytes in decimal units, three digits."""
+    for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= factor * 0.9995:
+            return f"{digits(count / factor)}{SPACE}{unit}"
+    return f"{count:.0f}{SPACE}B"
+
+
+def time_text(seconds: float) -> str:
+    """Seconds as a person says them."""
+    if seconds < 59.95:
+        return f"{seconds:.1f}{SPACE}s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes}{SPACE}min {rest}{SPACE}s"
+    return f"{minutes // 60}{SPACE}h {minutes % 60}{SPACE}min"
+
+
+def percent_text(share: float) -> str:
+    """A share in percent, as many digits as it takes to see it: also what is close to none or to all."""
+    far = min(abs(share), abs(1 - share)) * 100
+    digits = 1 if far >= 1 or far == 0 else min(1 - math.floor(math.log10(far)), 6)
+    return f"{share * 100:.{digits}f}{SPACE}%"
+
+
+def share_text(share: float) -> str:
+    """A share on an axis, where round numbers have no digits to spare."""
+    return f"{share * 100:.3g}{SPACE}%" if share >= 1e-6 or share == 0 else f"{share * 100:.0e}{SPACE}%"
+
+
+def count_text(value: float) -> str:
+    """A count with its thousands set apart, large ones rounded."""
+    return f"{digits(value / 1e9)} billion" if value >= 1e9 else f"{digits(value / 1e6)} million" if value >= 1e6 else f"{value:,.0f}"
+
+
+def digits(value: float) -> str:
+    """Three significant digits, without an exponent for what is shown here."""
+    return f"{value:.0f}" if abs(value) >= 99.95 else f"{value:.1f}" if abs(value) >= 9.995 else f"{value:.2f}"
+
+
+def digits4(value: float) -> str:
+    return f"{value:.4g}" if value < 1e4 else f"{value:,.0f}"
+
+
+def small(value: float) -> str:
+    return f"{value:.3g}"
+
+
+def points(value: float) -> str:
+    """A difference of shares in percentage points, with its sign."""
+    rounded = f"{abs(value) * 100:.2f}"
+    return f"{MINUS if value < 0 and float(rounded) else ''}{rounded}{SPACE}points"
+
+
+def figure_text(name: str, value: float | None) -> str:
+    """A gated figure in its unit."""
+    if value is None:
+        return "not measured"
+    match name:
+        case "perplexity_ratio":
+            return f"{TIMES}{value:.4f}"
+        case "kl":
+            return f"{small(value)}{SPACE}nats"
+        case "top1_agreement" | "size_ratio":
+            return percent_text(value)
+        case "accuracy_drop" | "retrieval_drop":
+            return points(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def interval_text(name: str, interval: Iterable[float | None] | None) -> str | None:
+    ends = list(interval or ())
+    if len(ends) != 2 or None in ends:
+        return None
+    if ends[0] == ends[1]:
+        return "exact"
+    # The unit stands once, behind the upper end.
+    return f"{figure_text(name, ends[0]).partition(SPACE)[0]} to {figure_text(name, ends[1])}"
+
+
+def spread(values: list[float], text: Callable[[float], str], *, middle_only: bool = False) -> str:
+    """A few values in order, or the ends and the middle of many."""
+    if not values:
+        return ""
+    if middle_only:
+        return text(median(values))
+    if len(values) <= FEW:
+        return ", ".join(map(text, values))
+    return f"{text(min(values))} to {text(max(values))}, median {text(median(values))}"
+
+
+def plain(mapping: dict[str, Any] | None) -> list[tuple[str, str]]:
+    return [(key.replace("_", " "), value_text(value)) for key, value in (mapping or {}).items() if value is not None]
+
+
+def value_text(value: object) -> str:
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else small(value) if isinstance(value, float) else str(value)
