@@ -283,6 +283,27 @@ def export(
 
 
 @app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="folders of artifacts, or their files report.json")],
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="write one page with plots too, which needs nothing else")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Runs of one model beside each other: which are worth their bytes, and what their recipes do differently."""
+    with _errors(as_json):
+        from compress import compare, view
+        from compress.report import comparison
+
+        _check_new(html, "choose another --html")
+        result = compare.compare(compare.read(runs))
+        if html is not None:
+            _write_new(html, comparison.page(result), "choose another --html")
+        if as_json:
+            typer.echo(json.dumps(result))
+        else:
+            view.comparison(result, {run["name"]: comparison.worth(run["name"], result)[0] for run in result["runs"]})
+
+
+@app.command()
 def inspect(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="an artifact, or any checkpoint folder")],
     as_json: JsonOption = False,

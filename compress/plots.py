@@ -68,6 +68,18 @@ class Mark:
 
 
 @dataclass(frozen=True)
+class Point:
+    """A named point of a plane with the interval its height may lie in; one of those that are `best` is joined to the others."""
+
+    name: str
+    x: float
+    y: float
+    interval: tuple[float, float]
+    shade: int
+    best: bool
+
+
+@dataclass(frozen=True)
 class Share:
     """What part of the ``cases`` in a cell of a table was right."""
 
@@ -179,6 +191,51 @@ def front(curve: Sequence[tuple[float, float]], marks: Sequence[Mark], units: tu
     return _svg(HEIGHT, label, parts)
 
 
+def scatter(points: Sequence[Point], units: tuple[str, str], shows: tuple[Format, Format], label: str) -> Markup:
+    """Points with their intervals, the best of them joined; `units` and `shows` along and up."""
+    ends = [value for point in points for value in (point.y, *point.interval)]
+    rough = round_domain([value for value in ends if value > 0] if all(point.y > 0 for point in points) else [])
+    low, high, log = rough if rough[2] else (*padded(ends), False)
+    x = Scale(*padded([point.x for point in points]), 72, WIDTH - 24)
+    y = Scale(low, high, BASE, TOP, log)
+    parts = [_axes(x, y, units[1] + (", log scale" if log else ""), shows[1], x.ticks, units[0], shows[0])]
+    best = sorted({(x(point.x), y(point.y)) for point in points if point.best})
+    if len(best) > 1:
+        parts.append(f'<path class="front" d="M{" ".join(f"{_n(across)} {_n(up)}" for across, up in best)}"/>')
+    taken = [(x(point.x) - 6, y(point.y) - 6, x(point.x) + 6, y(point.y) + 6) for point in points]
+    for point in points:
+        across, up, shade = x(point.x), y(point.y), f"c{point.shade % COLOURS}"
+        told = f"{point.name}: {shows[0](point.x)}, {shows[1](point.y)}, 95 % {shows[1](point.interval[0])} to {shows[1](point.interval[1])}"
+        parts.append(f"<g><title>{escape(told)}</title>")
+        parts.append(f'<path class="line {shade}" d="M{_n(across)} {_n(y(point.interval[0]))}V{_n(y(point.interval[1]))}"/>')
+        parts.append(f'<circle class="point {shade} {"best" if point.best else "beaten"}" cx="{_n(across)}" cy="{_n(up)}" r="5"/></g>')
+    for point in points:
+        if place := _free(x(point.x), y(point.y), LETTER * len(point.name), taken, x.end + 20):
+            taken.append(place)
+            parts.append(f'<text class="name" x="{_n(place[0])}" y="{_n(place[3] - 3)}">{escape(point.name)}</text>')
+    return _svg(HEIGHT, label, parts)
+
+
+def padded(values: Sequence[float]) -> tuple[float, float]:
+    """Ends of a linear axis with some room around `values`."""
+    low, high = min(values), max(values)
+    room = 0.12 * (high - low) or 0.1 * abs(high) or 1.0
+    return low - room, high + room
+
+
+Box = tuple[float, float, float, float]
+
+
+def _free(x: float, y: float, width: float, taken: Sequence[Box], right: float) -> Box | None:
+    """Where around a point a name of that width covers nothing; None, nowhere: hovering still tells it."""
+    for left, middle in ((x + 9, y), (x - 9 - width, y), (x - width / 2, y - 15), (x - width / 2, y + 15), (x + 6, y - 13), (x + 6, y + 13)):
+        box = (left, middle - LINE / 2, left + width, middle + LINE / 2)
+        inside = left >= 64 and box[2] <= right and box[1] >= TOP - LINE and box[3] <= BASE + 4
+        if inside and not any(box[0] < other[2] and other[0] < box[2] and box[1] < other[3] and other[1] < box[3] for other in taken):
+            return box
+    return None
+
+
 def runs_along_blocks(rows: Sequence[tuple[str, Sequence[Run]]], blocks: range, label: str) -> Markup:
     """A row per kind of linear, cut into runs of blocks that are treated alike."""
     left, row, top = 10 + LETTER * max(len(name) for name, _ in rows), 22, 4
@@ -278,7 +335,7 @@ def _frame(blocks: range, domain: tuple[float, float, bool], right: float, lift:
     return Scale(*ends, 72, WIDTH - right), Scale(low, high, BASE - lift, TOP, log)
 
 
-def _axes(x: Scale, y: Scale, unit: str, show: Format, ticks: Sequence[float], name: str) -> str:
+def _axes(x: Scale, y: Scale, unit: str, show: Format, ticks: Sequence[float], name: str, along: Format = lambda value: f"{value:g}") -> str:
     """Both axes with what they count: `unit` up, `name` along, of which `ticks` are shown."""
     left, parts = x.start - 10, [f'<text class="unit" x="2" y="12">{escape(unit)}</text>']
     for tick in y.ticks:
@@ -286,7 +343,7 @@ def _axes(x: Scale, y: Scale, unit: str, show: Format, ticks: Sequence[float], n
         parts.append(f'<path class="grid" d="M{_n(left)} {at}H{_n(x.end + 4)}"/>')
         parts.append(f'<text class="tick" x="{_n(left - 6)}" y="{_n(y(tick) + 4)}" text-anchor="end">{escape(show(tick))}</text>')
     for tick in ticks:
-        parts.append(f'<text class="tick" x="{_n(x(tick))}" y="{HEIGHT - 22}" text-anchor="middle">{tick:g}</text>')
+        parts.append(f'<text class="tick" x="{_n(x(tick))}" y="{HEIGHT - 22}" text-anchor="middle">{escape(along(tick))}</text>')
     parts.append(f'<text class="unit" x="{_n((x.start + x.end) / 2)}" y="{HEIGHT - 4}" text-anchor="middle">{escape(name)}</text>')
     return "".join(parts)
 

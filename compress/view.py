@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -111,6 +111,53 @@ def run(result: dict[str, Any], out: Path) -> None:
         console.print(f"{len(result['fallbacks'])} fallbacks taken, see the report", style="yellow")
     console.print(f"{result['seconds']:.0f} s, {human(result['peak_bytes'])} peak memory, report: {out / 'report.html'}", highlight=False)
     console.print("accepted" if result["accepted"] else "not accepted", style="bold green" if result["accepted"] else "bold red")
+
+
+def comparison(result: dict[str, Any], worth: dict[str, str]) -> None:
+    """The tables of `compress compare`; `worth` says by run whether it is worth its bytes."""
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    runs = result["runs"]
+    table = Table(title=f"{result['model']}, {len(runs)} runs", title_justify="left", show_edge=False)
+    for heading in ("run", "size", "bits/weight", "perplexity x", "KL, nats", "time", "peak", "worth its bytes?", "verdict"):
+        table.add_column(heading, justify="left" if heading in ("run", "worth its bytes?", "verdict") else "right", overflow="fold")
+    for run in runs:
+        bits = run["bits_per_weight"]
+        table.add_row(
+            run["name"], human(run["after_bytes"]), "" if bits is None else f"{bits:.3f}", _with_interval(run, "perplexity_ratio", 4),
+            _with_interval(run, "kl", 5), _duration(run["seconds"]), human(run["peak_bytes"]), worth[run["name"]],
+            {True: "accepted", False: "NOT ACCEPTED"}.get(run["accepted"], "not judged"),
+        )  # fmt: skip
+    console.print(table)
+    for title, rows in (
+        ("what differs between the recipes", [[row["key"], *row["values"]] for row in result["recipes"]]),
+        ("gates", _by_run(runs, lambda run: {gate["name"]: _gate_text(gate) for gate in run["gates"]})),
+        ("engines", _by_run(runs, lambda run: run["engines"])),
+    ):
+        if rows:
+            table = Table("", *(run["name"] for run in runs), title=title, title_justify="left", show_edge=False)
+            for row in rows:
+                table.add_row(*row)
+            console.print()
+            console.print(table, markup=False)
+
+
+def _by_run(runs: list[dict[str, Any]], told: Callable[[dict[str, Any]], dict[str, str]]) -> list[list[str]]:
+    """A row per name that any run tells something of."""
+    each = [told(run) for run in runs]
+    return [[name, *(said.get(name, "") for said in each)] for name in dict.fromkeys(name for said in each for name in said)]
+
+
+def _with_interval(run: dict[str, Any], name: str, digits: int) -> str:
+    if run[name] is None:
+        return "not measured"
+    low, high = run["intervals"].get(name) or (None, None)
+    return f"{run[name]:.{digits}f}" + (f" [{low:.{digits}f}, {high:.{digits}f}]" if low is not None and high is not None else "")
+
+
+def _gate_text(gate: dict[str, Any]) -> str:
+    value = "not measured" if gate["value"] is None else f"{gate['value']:.4g}"
+    noise = "" if gate["certain"] or gate["value"] is None else ", within noise"
+    return f"{value} ({'passed' if gate['passed'] else 'FAILED'}{noise})"
 
 
 def plan(result: dict[str, Any]) -> None:

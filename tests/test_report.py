@@ -13,6 +13,7 @@ import pytest
 
 from compress import plots, report
 from compress.report import records
+from compress.report.ledger import rows
 from compress.report.text import DASH, percent_text, size_text, time_text
 
 VOID = {"meta", "input", "br"}
@@ -321,7 +322,7 @@ def test_kept_linears_are_on_the_map_of_bits() -> None:
 
 def test_ledger_rows_stand_for_all_their_tensors() -> None:
     ledger = [tensor(f"model.layers.{block}.mlp.experts.{expert}.up_proj.weight", [8, 8]) for block in (0, 1, 3) for expert in range(4)]
-    (row,) = ledger.rows([*ledger, tensor("model.norm.weight", [8], "kept", "outside the decoder blocks")])[:1]
+    (row,) = rows([*ledger, tensor("model.norm.weight", [8], "kept", "outside the decoder blocks")])[:1]
     assert row["name"] == "model.layers.{0\u20131,3}.mlp.experts.{0\u20133}.up_proj.weight"
     assert (row["count"], row["key"], row["bytes"]) == (12, "model.layers.#.mlp.experts.#.up_proj.weight", "1.54\u00a0kB")
 

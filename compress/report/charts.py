@@ -11,7 +11,7 @@ from typing import Any
 from markupsafe import Markup
 
 from compress import plots
-from compress.report.records import Place, caches, place, tensor_bytes, treatment
+from compress.report.records import Place, caches, measured, place, tensor_bytes, treatment
 from compress.report.text import percent_text, share_text, size_text, small
 from compress.report.training import block_losses
 
@@ -99,9 +99,8 @@ def _error_plots(records: list[tuple[Place, dict[str, Any]]], blocks: range) -> 
         series = {panel: [_series(kind, values) for kind, values in kinds.items()] for panel, kinds in panels.items()}
         every = [each for members in series.values() for each in members]
         domain = plots.round_domain(value for each in every for ends in (each.lows, each.highs) for value in ends.values())
-        what = "outputs, on calibration data" if step == "gptq" else "weights"
         for panel, members in series.items():
-            caption = f"Squared error of a linear's {what}, as a share of their sum of squares; pass {step}."
+            caption = f"Squared error of a linear's {measured(step)}, as a share of their sum of squares; pass {step}."
             if any(each.lows != each.highs for each in members):
                 caption += " Lines are medians over the experts of a block, bands reach from the least to the largest."
             title = f"Relative error of {panel or 'the linears'}"

@@ -39,6 +39,11 @@ def treatment(record: dict[str, Any]) -> str:
     return f"{record['bits']} bits, group {record['group_size']}{'' if record['symmetric'] else ', asymmetric'}"
 
 
+def measured(step: str) -> str:
+    """What the error of a linear's record is one of, by its pass; errors of different things do not compare."""
+    return "outputs, on calibration data" if step.startswith(("gptq", "low_rank")) else "weights"
+
+
 def caches(result: dict[str, Any]) -> list[dict[str, Any]]:
     """Records of blocks whose keys and values are quantised, or kept as latents."""
     return [record for record in result.get("transforms") or [] if "key_error" in record]

@@ -94,6 +94,12 @@ def figure_text(name: str, value: float | None) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
+def bound_text(name: str, bound: dict[str, float | None]) -> str:
+    """What a gate lets through."""
+    limits = [("at least", bound.get("min")), ("at most", bound.get("max"))]
+    return ", ".join(f"{side} {figure_text(name, limit)}" for side, limit in limits if limit is not None)
+
+
 def interval_text(name: str, interval: Iterable[float | None] | None) -> str | None:
     ends = list(interval or ())
     if len(ends) != 2 or None in ends:

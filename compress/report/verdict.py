@@ -6,7 +6,7 @@ from typing import Any
 
 from compress import plots
 from compress.report.records import caches, caching, treatment
-from compress.report.text import GATE_NAMES, SPACE, count_text, digits4, figure_text, interval_text, percent_text, size_text, time_text
+from compress.report.text import GATE_NAMES, SPACE, bound_text, count_text, digits4, figure_text, interval_text, percent_text, size_text, time_text
 
 
 def summary(result: dict[str, Any]) -> str:
@@ -30,7 +30,11 @@ def sentence(accepted: bool | None, gates: list[dict[str, Any]]) -> str:
         return "Nothing was judged."
     if not gates:
         return "The recipe sets no gates, so any loss is accepted."
-    told = f"Failed: {', '.join(failed)}." if failed else "The gate passed." if len(gates) == 1 else f"All {len(gates)} gates passed."
+    told = (
+        f"Failed: {', '.join(failed)}."
+        if failed
+        else {1: "The gate passed.", 2: "Both gates passed."}.get(len(gates), f"All {len(gates)} gates passed.")
+    )
     return f"{told} Within noise, so that other data of this size could turn the verdict: {', '.join(noisy)}." if noisy else told
 
 
@@ -85,16 +89,15 @@ def _tile(name: str, before: str | None, value: str, note: str | None) -> dict[s
 def gate(gate: dict[str, Any]) -> dict[str, Any]:
     name, value, bound = gate["name"], gate.get("value"), gate.get("bound") or {}
     least, most = bound.get("min"), bound.get("max")
-    limits = [f"at {side} {figure_text(name, limit)}" for side, limit in (("least", least), ("most", most)) if limit is not None]
     interval = gate.get("interval") or [None, None]
     drawing = None
     if value is not None:
         ends = (value, value) if None in interval else (interval[0], interval[1])
-        drawing = plots.against_bound(value, ends, (least, most), gate["passed"], f"{figure_text(name, value)}, {' and '.join(limits)}")
+        drawing = plots.against_bound(value, ends, (least, most), gate["passed"], f"{figure_text(name, value)}, {bound_text(name, bound)}")
     return {
         "name": GATE_NAMES.get(name, name),
         "value": figure_text(name, value),
-        "bound": ", ".join(limits),
+        "bound": bound_text(name, bound),
         "interval": interval_text(name, interval),
         "passed": gate["passed"],
         "noise": value is not None and not gate.get("certain", True),
