@@ -105,7 +105,7 @@ def _check(runs: list[Run], problems: Problems) -> None:
 
 def _source(run: Run) -> list[str]:
     """Hashes of the files of weights that were compressed, whatever they are called."""
-    return sorted((run.report["source"]["sha256"]).values())
+    return sorted(((run.report.get("source") or {}).get("sha256") or {}).values())
 
 
 def _short(hashes: list[str]) -> str:

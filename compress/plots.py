@@ -201,7 +201,9 @@ def scatter(points: Sequence[Point], units: tuple[str, str], shows: tuple[Format
     parts = [_axes(x, y, units[1] + (", log scale" if log else ""), shows[1], x.ticks, units[0], shows[0])]
     best = sorted({(x(point.x), y(point.y)) for point in points if point.best})
     if len(best) > 1:
-        parts.append(f'<path class="front" d="M{" ".join(f"{_n(across)} {_n(up)}" for across, up in best)}"/>')
+        # In steps: between two sizes the best there is stays what the smaller one loses.
+        steps = "".join(f"H{_n(across)}V{_n(up)}" for across, up in best[1:])
+        parts.append(f'<path class="front" d="M{_n(best[0][0])} {_n(best[0][1])}{steps}"/>')
     taken = [(x(point.x) - 6, y(point.y) - 6, x(point.x) + 6, y(point.y) + 6) for point in points]
     for point in points:
         across, up, shade = x(point.x), y(point.y), f"c{point.shade % COLOURS}"

@@ -434,7 +434,7 @@ def check(recipe: Recipe, layout: Layout, place: str, *, done: int = 0) -> dict[
             f"lm-eval runs the artifact in transformers, which leaves {' and '.join(beside)} out",
             "drop the tasks; the other figures are measured with them",
         )
-    _check_retrieval(recipe, layout, place, {name: scheme for name, (_, scheme) in plan.items()}, problems)
+    _check_retrieval(recipe, layout, place, problems)
     _check_data(recipe, layout, place, problems)
     problems.raise_if_any()
     return plan
@@ -554,8 +554,8 @@ def _check_pairs(recipe: Recipe, evaluation: Evaluation, place: str, problems: P
             problems.add(f"{place}: evaluate.skip_pairs", f"{name} learns from the first {step.first} pairs", f"set it to {step.first} or more")
 
 
-def _check_retrieval(recipe: Recipe, layout: Layout, place: str, plan: dict[str, Scheme], problems: Problems) -> None:
-    """Prompts must fit into the model, and `compress.load` must open what comes out."""
+def _check_retrieval(recipe: Recipe, layout: Layout, place: str, problems: Problems) -> None:
+    """Prompts and answers must fit into the model."""
     wanted = recipe.evaluate.retrieval if recipe.evaluate else None
     if wanted is None:
         return
@@ -564,10 +564,6 @@ def _check_retrieval(recipe: Recipe, layout: Layout, place: str, plan: dict[str,
         if isinstance(longest, int) and length + new > longest:
             fits = f"choose at most {longest - new}" if longest > new else "drop it"
             problems.add(f"{place}: evaluate.retrieval.lengths", f"{length} and {new} new tokens exceed the model's {longest}", fits)
-    if rounded := next((name for name, scheme in sorted(plan.items()) if scheme.activations != "none" and name in layout.of_experts), None):
-        problems.add(
-            f"{place}: evaluate.retrieval", f"is measured by compress.load, which does not round the inputs of experts such as {rounded}", "drop it"
-        )
 
 
 def _check_data(recipe: Recipe, layout: Layout, place: str, problems: Problems) -> None:

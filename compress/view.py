@@ -123,8 +123,8 @@ def comparison(result: dict[str, Any], worth: dict[str, str]) -> None:
     for run in runs:
         bits = run["bits_per_weight"]
         table.add_row(
-            run["name"], human(run["after_bytes"]), "" if bits is None else f"{bits:.3f}", _with_interval(run, "perplexity_ratio", 4),
-            _with_interval(run, "kl", 5), _duration(run["seconds"]), human(run["peak_bytes"]), worth[run["name"]],
+            run["name"], _known(run["after_bytes"], human), "" if bits is None else f"{bits:.3f}", _with_interval(run, "perplexity_ratio", 4),
+            _with_interval(run, "kl", 5), _known(run["seconds"], _duration), _known(run["peak_bytes"], human), worth[run["name"]],
             {True: "accepted", False: "NOT ACCEPTED"}.get(run["accepted"], "not judged"),
         )  # fmt: skip
     console.print(table)
@@ -139,6 +139,10 @@ def comparison(result: dict[str, Any], worth: dict[str, str]) -> None:
                 table.add_row(*row)
             console.print()
             console.print(table, markup=False)
+
+
+def _known(value: float | None, told: Callable[[float], str]) -> str:
+    return "" if value is None else told(value)
 
 
 def _by_run(runs: list[dict[str, Any]], told: Callable[[dict[str, Any]], dict[str, str]]) -> list[list[str]]:

@@ -23,6 +23,7 @@ MEASURE = """(() => {
     dark: matchMedia('(prefers-color-scheme: dark)').matches, over: over.slice(0, 5).map(each => each.outerHTML.slice(0, 120)),
     fetched: performance.getEntriesByType('resource').map(each => each.name)});
 })()"""
+BARE = "document.head.append(Object.assign(document.createElement('style'), {textContent: 'html::-webkit-scrollbar { display: none }'}));"
 UNFOLD = "document.querySelectorAll('details').forEach(each => each.open = true);"
 
 
@@ -42,13 +43,16 @@ def take(page: Path, width: int, unfold: bool, picture: Path) -> dict[str, objec
     def measured(found: str) -> None:
         told.update(json.loads(found))
         view.resize(width, min(int(str(told["height"])), TALLEST))
-        QTimer.singleShot(1500, finished)
+        QTimer.singleShot(200, wait)
+
+    def wait() -> None:
+        view.page().runJavaScript("innerHeight", lambda height: QTimer.singleShot(*((2500, finished) if height == view.height() else (200, wait))))
 
     def finished() -> None:
         view.grab().save(str(picture))
         application.quit()
 
-    view.loadFinished.connect(lambda _: view.page().runJavaScript((UNFOLD if unfold else "") + MEASURE, measured))
+    view.loadFinished.connect(lambda _: view.page().runJavaScript(BARE + (UNFOLD if unfold else "") + MEASURE, measured))
     view.load(QUrl.fromLocalFile(str(page.resolve())))
     application.exec()
     return told
@@ -56,7 +60,7 @@ def take(page: Path, width: int, unfold: bool, picture: Path) -> dict[str, objec
 
 def shot(page: Path, width: int, dark: bool, unfold: bool, picture: Path) -> dict[str, object]:
     """`take` in a process of its own: a browser has one colour scheme."""
-    flags = "--no-sandbox --disable-gpu --hide-scrollbars" + (" --blink-settings=preferredColorScheme=0" if dark else "")
+    flags = "--no-sandbox --disable-gpu" + (" --blink-settings=preferredColorScheme=0" if dark else "")
     environment = os.environ | {"QT_QPA_PLATFORM": "offscreen", "QT_QUICK_BACKEND": "software", "QTWEBENGINE_CHROMIUM_FLAGS": flags}
     words = [sys.executable, __file__, "--take", str(page), str(width), str(int(unfold)), str(picture)]
     done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120)

@@ -7,7 +7,19 @@ from typing import Any
 from compress import plots
 from compress.report.origins import verdict_state
 from compress.report.template import render
-from compress.report.text import GATE_NAMES, bound_text, count_text, figure_text, interval_text, percent_text, share_text, size_text, time_text
+from compress.report.text import (
+    GATE_NAMES,
+    SPACE,
+    TIMES,
+    bound_text,
+    count_text,
+    figure_text,
+    interval_text,
+    percent_text,
+    share_text,
+    size_text,
+    time_text,
+)
 
 LONGEST = 18
 """Letters of a name in a plot."""
@@ -58,7 +70,8 @@ def _run(run: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
     before, after = run["before_bytes"], run["after_bytes"]
 
     def figure(name: str) -> tuple[str, str | None]:
-        return figure_text(name, run[name]), interval_text(name, run["intervals"].get(name))
+        interval = interval_text(name, run["intervals"].get(name))
+        return figure_text(name, run[name]), interval and interval.replace(TIMES, "").partition(SPACE)[0]
 
     return {
         "name": run["name"],
@@ -68,7 +81,7 @@ def _run(run: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
         "worth": told,
         "state": state,
         "size": size_text(after) if after else "not known",
-        "share": f"{percent_text(after / before)} of the source" if after and before else None,
+        "share": percent_text(after / before) if after and before else None,
         "bits": figure_text("bits_per_weight", run["bits_per_weight"]) if run["bits_per_weight"] is not None else "none quantised",
         "figures": [(label, *figure(name)) for label, name in FIGURES.items()],
         "retrieval": figure("retrieval_drop"),

@@ -30,11 +30,8 @@ def sentence(accepted: bool | None, gates: list[dict[str, Any]]) -> str:
         return "Nothing was judged."
     if not gates:
         return "The recipe sets no gates, so any loss is accepted."
-    told = (
-        f"Failed: {', '.join(failed)}."
-        if failed
-        else {1: "The gate passed.", 2: "Both gates passed."}.get(len(gates), f"All {len(gates)} gates passed.")
-    )
+    passed = {1: "The gate passed.", 2: "Both gates passed."}.get(len(gates), f"All {len(gates)} gates passed.")
+    told = f"Failed: {', '.join(failed)}." if failed else passed
     return f"{told} Within noise, so that other data of this size could turn the verdict: {', '.join(noisy)}." if noisy else told
 
 
