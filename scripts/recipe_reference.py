@@ -124,6 +124,10 @@ expression that may match anywhere (`re:layers\\.[01]\\.`). A pattern that match
 
 {table(recipe.Evaluation)}
 
+### `evaluate.retrieval`
+
+{table(recipe.Retrieval)}
+
 ## `gates`
 
 Each gate is a name with `max`, `min` or both: `perplexity_ratio: {{max: 1.02}}`. Those of the first table need an evaluation.

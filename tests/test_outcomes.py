@@ -65,5 +65,5 @@ def test_learned_rounding_is_told_by_block() -> None:
 def test_the_page_has_all_of_it() -> None:
     html = page({"transforms": [PRUNED, HEALED | {"name": "model.layers.0"}, SEARCHED]})
     assert '<h2 id="experts">Experts</h2>' in html and "0 (expert 1), 24, 1,200 (expert 2)" in html
-    assert "best one-shot -0.4500" in html and "4.2000 &#8594; 4.0500" in html
+    assert "best one-shot -0.4500" in html and "perplexity &#215;0.8607" in html
     assert "<h2>Experts</h2>" not in page({})

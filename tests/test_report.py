@@ -408,3 +408,66 @@ def test_residuals_are_told_with_what_they_are_good_for(kept: bool) -> None:
     else:
         expected = "No weight was given a residual. Loss on the calibration data: 3.7000 before quantising, 3.9000 after; residuals would"
     assert expected in text and "adds up to 99.80 % of" in text
+
+
+def low_rank(name: str, block: int, rank: int, error: float) -> dict[str, Any]:
+    kind = "left whole" if rank == 128 else name.rpartition(".")[2]
+    record = {"name": f"model.layers.{block}.{name}", "block": block, "pass": "low_rank", "method": "svd_llm", "kind": kind, "tokens": 64}
+    return record | {"rank": [128, rank], "error": error, "fallback": None}
+
+
+def test_linears_of_low_rank_are_told_with_those_left_whole() -> None:
+    records = [low_rank("mlp.up_proj", 0, 32, 0.04), low_rank("mlp.up_proj", 1, 16, 0.08)]
+    records += [low_rank("mlp.down_proj", block, 128, 0.0) for block in (0, 1)]
+    page = read(run_result([], transforms=records))
+    text = " ".join(page.text.split())
+    assert "2 linears made two of low rank by low_rank." in text
+    assert "svd_llm up_proj 2 128 32, 16 4 %, 8 %" in text
+    assert f"svd_llm model.layers.{{0{DASH}1}}.mlp.down_proj 2 128 left whole nothing" in text
+    assert "Relative error of mlp" in page.titles and "up_proj, block 1: rank 16" in page.text
+
+
+def test_the_page_says_how_it_was_made() -> None:
+    digest = "ab" * 32
+    named = {"command": "compress run w4 demo:dense --out 'my folder'", "source": {"name": "demo:dense", "sha256": {"model.safetensors": digest}}}
+    text = read(dense(**named)).text
+    assert "compress run w4 demo:dense --out 'my folder'" in text and digest in text and "2.13.0" in text and "min_tokens" in text
+
+
+@pytest.mark.parametrize(
+    ("section", "keys"),
+    [
+        ("charts", ("linears", "ledger", "size")),
+        ("figures", ("size", "evaluation", "seconds", "peak_bytes")),
+        ("engines", ("engines",)),
+        ("details", ("linears", "ledger")),
+    ],
+)
+def test_a_section_is_there_with_its_records_and_gone_without(section: str, keys: tuple[str, ...]) -> None:
+    def found(result: dict[str, Any]) -> tuple[bool, bool]:
+        attributes = read(result).attributes
+        return ("h2", "id", section) in attributes, ("a", "href", f"#{section}") in attributes
+
+    assert found(dense(transforms=[])) == (True, True)
+    assert found({key: value for key, value in dense(transforms=[]).items() if key not in keys}) == (False, False)
+
+
+def test_the_verdict_comes_first_and_says_what_failed() -> None:
+    html = report.page(dense())
+    assert 0 < html.index('id="gates"', html.index("<h1")) < html.index('class="tiles"') and "The gate passed." in Page(html).text
+    bad = {"name": "kl", "value": 0.1, "bound": {"max": 0.01}, "interval": [0.05, 0.2], "passed": False, "certain": True}
+    noisy = {"name": "fallbacks", "value": 1, "bound": {"max": 1}, "interval": [0, 2], "passed": True, "certain": False}
+    assert "Failed: KL divergence. Within noise, so that other data" in read(dense(gates=[bad, noisy], accepted=False)).text
+    assert "Both gates passed." in read(dense(gates=[noisy | {"certain": True}] * 2)).text
+    assert "so any loss is accepted" in read(dense(gates=[])).text and "Nothing was judged" in read({}).text
+
+
+def test_tables_have_heads_and_pictures_have_words() -> None:
+    html = report.page(moe(2, 3))
+    page = Page(html)
+    assert html.count("<table") == html.count("<thead>") and "<th>" not in html
+    for attribute in ("role", "aria-label"):
+        assert len([value for tag, name, value in page.attributes if tag == "svg" and name == attribute and value]) == html.count("<svg")
+    assert ("html", "lang", "en") in page.attributes and re.search("<title>demo:dense - compress report</title>", html)
+    anchors = [value[1:] for tag, name, value in page.attributes if name == "href"]
+    assert set(anchors) <= {value for _, name, value in page.attributes if name == "id"}

@@ -11,7 +11,7 @@ from typing import Any
 from markupsafe import Markup
 
 from compress import plots
-from compress.report.records import Place, caches, measured, place, tensor_bytes, treatment
+from compress.report.records import Place, caches, factored, measured, place, tensor_bytes, treatment
 from compress.report.text import percent_text, share_text, size_text, small
 from compress.report.training import block_losses
 
@@ -31,11 +31,12 @@ REWRITTEN = ("rewritten, as large as before", "c3")
 def figures(result: dict[str, Any]) -> list[dict[str, Any]]:
     """Plots with titles, captions and legends; those that have nothing to show are left out."""
     records = [(place(record["name"], record["block"]), record) for record in result.get("linears") or []]
-    drawn = [_allocation_plot(result.get("allocation") or {}), _size_plot(result), _bits_plot(records, result.get("ledger") or [])]
-    if records:
-        numbers = [where.block for where, _ in records]
+    halves = [(place(record["name"], record["block"]), record) for record in factored(result)]
+    drawn = [_allocation_plot(result.get("allocation") or {}), _size_plot(result), _bits_plot(records, halves, result.get("ledger") or [])]
+    if records or halves:
+        numbers = [where.block for where, _ in (*halves, *records)]
         blocks = range(min(numbers), max(numbers) + 1)
-        drawn = [*_error_plots(records, blocks), *drawn, _tokens_plot(records, blocks, result), _damp_plot(records, blocks, result)]
+        drawn = [*_error_plots([*halves, *records], blocks), *drawn, _tokens_plot(records, blocks, result), _damp_plot(records, blocks, result)]
     return [each for each in [*drawn, _training_plot(result.get("linears") or []), _cache_plot(caches(result))] if each]
 
 
@@ -167,12 +168,18 @@ def _size_plot(result: dict[str, Any]) -> dict[str, Any] | None:
     return _plot("Size before and after", plots.stacked(rows, size_text, "Size before and after"), "Bytes of all tensors.", legend)
 
 
-def _bits_plot(records: list[tuple[Place, dict[str, Any]]], ledger: list[dict[str, Any]]) -> dict[str, Any] | None:
+def _bits_plot(
+    records: list[tuple[Place, dict[str, Any]]], halves: list[tuple[Place, dict[str, Any]]], ledger: list[dict[str, Any]]
+) -> dict[str, Any] | None:
     """Which bits each kind of linear has in each block, kept ones too."""
     cells: dict[str, dict[int, set[tuple[str, str]]]] = {}
     for where, record in records:
         cell = (f"b{record['bits']}", treatment(record))
         cells.setdefault(_row_name(where), {}).setdefault(where.block, set()).add(cell)
+    quantised = {record["name"] for _, record in records}
+    for where, record in halves:
+        if f"{record['name']}.0" not in quantised:
+            cells.setdefault(_row_name(where), {}).setdefault(where.block, set()).add(("mixed", f"rank {record['rank'][1]}"))
     for item in ledger:
         if item["action"] == "kept" and item["why"] == "no pass takes this linear" and (match := re.search(r"\.(\d+)\.", item["name"])):
             where = place(item["name"].removesuffix(".weight"), int(match[1]))

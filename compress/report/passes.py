@@ -81,7 +81,7 @@ def factored(result: dict[str, Any]) -> list[dict[str, str]]:
             "kind": with_ranges(kind, [record["name"] for record in members]) if "#" in kind else kind,
             "count": f"{len(members):,}",
             "before": spread(sorted({record["rank"][0] for record in members}), str),
-            "after": "whole: no lower rank is smaller" if "#" in kind else spread([record["rank"][1] for record in members], str),
+            "after": "left whole" if "#" in kind else spread([record["rank"][1] for record in members], str),
             "error": spread([record["error"] for record in members if record["error"] is not None], share_text) if "#" not in kind else "nothing",
         }
         for (method, kind), members in rows.items()

@@ -44,6 +44,11 @@ def measured(step: str) -> str:
     return "outputs, on calibration data" if step.startswith(("gptq", "low_rank")) else "weights"
 
 
+def factored(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Records of linears that became two of low rank."""
+    return [record for record in result.get("transforms") or [] if "rank" in record and record["rank"][1] < record["rank"][0]]
+
+
 def caches(result: dict[str, Any]) -> list[dict[str, Any]]:
     """Records of blocks whose keys and values are quantised, or kept as latents."""
     return [record for record in result.get("transforms") or [] if "key_error" in record]

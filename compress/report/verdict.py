@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from compress import plots
-from compress.report.records import caches, caching, treatment
+from compress.report.records import caches, caching, factored, treatment
 from compress.report.text import GATE_NAMES, SPACE, bound_text, count_text, digits4, figure_text, interval_text, percent_text, size_text, time_text
 
 
@@ -17,6 +17,8 @@ def summary(result: dict[str, Any]) -> str:
     removed = [record["pattern"] for record in result.get("transforms") or [] if record.get("pattern")]
     if removed:
         rest = f" {len(removed):,} linear{'s' if len(removed) > 1 else ''} pruned to {' and '.join(sorted(set(removed)))}.{rest}"
+    if of_low_rank := factored(result):
+        rest = f" {len(of_low_rank):,} linear{'s' if len(of_low_rank) > 1 else ''} made two of low rank by {of_low_rank[0]['pass']}.{rest}"
     if not records:
         return f"No linear was quantised.{rest}"
     ways = sorted({f"{treatment(record)} by {record['pass']}" for record in records})
