@@ -13,7 +13,7 @@ from typing import Any
 
 from compress.errors import InputError, Problems
 from compress.report import SCHEMA
-from compress.report.records import measured
+from compress.report.records import factored, measured
 from compress.report.verdict import summary
 
 COSTS = ("after_bytes", "bits_per_weight")
@@ -266,8 +266,7 @@ def _errors(runs: Sequence[Run]) -> dict[str, dict[str, dict[int, float]]]:
     found: dict[str, dict[str, dict[int, list[float]]]] = {}
     for run in runs:
         linears = run.report.get("linears") or []
-        factored = [record for record in run.report.get("transforms") or [] if "rank" in record]
-        for record in (*linears, *factored):
+        for record in (*linears, *factored(run.report)):
             if record.get("error") is not None:
                 of = found.setdefault(measured(record["pass"]), {}).setdefault(run.name, {})
                 of.setdefault(record["block"], []).append(record["error"])

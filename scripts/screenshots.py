@@ -1,10 +1,10 @@
 """Pictures of pages in Chromium (Qt WebEngine): docs/report.png and docs/compare.png, and what a phone and dark mode make of them.
 
 pip install PyQt6-WebEngine
-python scripts/screenshots.py docs/report.png=w4/report.html docs/compare.png=compare.html [--also FOLDER] [--top PIXELS]
+python scripts/screenshots.py docs/report.png=w4/report.html#engines docs/compare.png=compare.html#recipes [--also FOLDER]
 
 Every page is opened 1280 and 390 pixels wide, light and dark, with everything folded out. Exits with 1 if one is wider than its window or asks for
-anything but itself. Pictures named before ``=`` are of 1280 pixels in light mode; `--also` keeps all others, `--top` cuts the named ones.
+anything but itself. Pictures named before ``=`` are of 1280 pixels in light mode, up to the section behind ``#``; `--also` keeps all others.
 """
 
 import argparse
@@ -21,6 +21,7 @@ MEASURE = """(() => {
   const over = [...document.querySelectorAll('body *')].filter(out);
   return JSON.stringify({width: document.documentElement.scrollWidth, window: innerWidth, height: document.documentElement.scrollHeight,
     dark: matchMedia('(prefers-color-scheme: dark)').matches, over: over.slice(0, 5).map(each => each.outerHTML.slice(0, 120)),
+    tops: Object.fromEntries([...document.querySelectorAll('h2[id]')].map(each => [each.id, Math.floor(each.getBoundingClientRect().top)])),
     fetched: performance.getEntriesByType('resource').map(each => each.name)});
 })()"""
 BARE = "document.head.append(Object.assign(document.createElement('style'), {textContent: 'html::-webkit-scrollbar { display: none }'}));"
@@ -78,16 +79,17 @@ def cut(picture: Path, top: int) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pages", nargs="+", metavar="PICTURE=PAGE")
+    parser.add_argument("pages", nargs="+", metavar="PICTURE=PAGE[#SECTION]")
     parser.add_argument("--also", type=Path, help="folder for the pictures of phones, dark mode and everything folded out")
-    parser.add_argument("--top", type=int, default=TALLEST, help="keep so many pixels of the named pictures")
     options = parser.parse_args()
     bad = 0
     for each in options.pages:
-        picture, page = map(Path, each.split("="))
+        named, _, rest = each.partition("=")
+        picture, page, section = Path(named), Path(rest.partition("#")[0]), rest.partition("#")[2]
         told = shot(page, WIDTHS[0], False, False, picture)
         print(f"{picture}: Chromium {told['chromium']}, {told['width']} x {told['height']}")
-        cut(picture, options.top)
+        if section:
+            cut(picture, dict(told["tops"])[section])  # type: ignore[call-overload]
         for width in WIDTHS:
             for dark in (False, True):
                 folder = options.also or picture.parent

@@ -114,7 +114,7 @@ def _fronts(result: dict[str, Any]) -> list[dict[str, Any]]:
             svg = plots.scatter(points, (axis, unit), (along, up), title)
             left = len(result["runs"]) - len(points)
             caption = "Filled: no other run is as small and loses as little. Bars are 95 % intervals."
-            drawn.append({"title": title, "svg": svg, "caption": caption + (f" {left} not measured." if left else ""), "legend": []})
+            drawn.append({"title": title, "svg": svg, "caption": caption + (f" {left} without such a figure." if left else ""), "legend": []})
     return drawn
 
 
