@@ -38,7 +38,7 @@ def _healed(transforms: list[dict[str, Any]]) -> list[dict[str, str]]:
     for record in passes.values():
         first, best = record["loss"]
         note = f"{record['steps']:,} steps, {record['tokens']:,} tokens"
-        if copies := record.get("copies"):
+        if len(copies := record.get("copies") or ()) > 1:
             note += f"; {len(copies)} copies ended at {', '.join(f'{loss:.4f}' for loss in copies)}, {record['averaged']} averaged"
         if record.get("branch"):
             note += f"; branches of one weight per {record['branch']} inputs, {record['branch_after']} afterwards"
