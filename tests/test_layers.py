@@ -26,6 +26,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "formats.mlx": ("errors", "numerics", "formats.pack_quantized"),
     "formats.branch": ("errors", "numerics", "formats.base"),
     "formats.nm_packed": ("errors", "numerics", "formats.pack_quantized"),
+    "formats.gguf_blocks": ("errors", "numerics", "formats.mxfp4_pack_quantized"),
     "formats.nvfp4_pack_quantized": ("errors", "numerics", "formats.mxfp4_pack_quantized"),
     "arch": ("errors", "arch.base"),
     "checkpoint": ("errors",),
