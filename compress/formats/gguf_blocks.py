@@ -94,17 +94,6 @@ class Fields:
     e: Tensor | None
     t: Tensor | None
 
-    def values(self) -> Tensor:
-        """The weights as an engine reads them, float32 [rows, columns]."""
-        rows, blocks = self.d.shape
-        each = self.d[..., None] if self.s is None else self.d[..., None] * self.s
-        fields = self.q.view(rows, blocks, each.shape[2], -1).float()
-        if self.kind.offset is not None:
-            return (each[..., None] * (fields - self.kind.offset)).view(rows, -1)
-        assert self.e is not None
-        lowest = self.e[..., None] if self.t is None else self.e[..., None] * self.t
-        return (each[..., None] * fields - lowest[..., None]).view(rows, -1)
-
 
 def refusal(columns: int, group_size: int) -> str | None:
     """Why no layout holds rows of `columns` with a scale for every `group_size` of them, or None."""
@@ -140,17 +129,9 @@ def choose(weights: Iterable[Quantized]) -> str:
     raise InputError.one("GGUF", "no type holds codes of 8 bits with a zero point", "set symmetric: true")
 
 
-def pack(weight: Quantized, name: str) -> tuple[Tensor, float]:
-    """Rows of blocks uint8 [rows, bytes], and the squared error of what they hold relative to ``weight``, both in float32; 0.0 is exact to the bit.
-
-    Raises `InputError` for scales that float16 does not hold at all.
-    """
-    if name == MXFP4:
-        return _mxfp4(weight), 0.0
-    found = fields(weight, TYPES[name])
-    meant = weight.dequantize(torch.float32)
-    error = (found.values() - meant).square_().sum(dtype=torch.float64)
-    return _packed(found), float(error / meant.square_().sum(dtype=torch.float64).clamp_min(1e-300))
+def pack(weight: Quantized, name: str) -> Tensor:
+    """Rows of blocks, uint8 [rows, bytes]. Raises `InputError` for scales that float16 does not hold at all."""
+    return _mxfp4(weight) if name == MXFP4 else _packed(fields(weight, TYPES[name]))
 
 
 def fields(weight: Quantized, kind: Type) -> Fields:
