@@ -259,7 +259,7 @@ def evaluate(
 @app.command()
 def export(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="a finished artifact, or any checkpoint compressed-tensors wrote")],
-    to: Annotated[str, typer.Option(help="layouts, parted by commas: gptq, awq, mlx, compressed-tensors")],
+    to: Annotated[str, typer.Option(help="layouts, parted by commas: gptq, awq, mlx, gguf, compressed-tensors")],
     out: Annotated[Path | None, typer.Option(help="folder to write, with several layouts one inside it for each [default: DIR-LAYOUT]")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace what an earlier export wrote there")] = False,
     rejected: Annotated[bool, typer.Option("--rejected", help="also where the artifact's gates failed")] = False,

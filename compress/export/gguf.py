@@ -108,11 +108,14 @@ def check(place: str, layout: Layout, plan: dict[str, Scheme], problems: Problem
         for role, names in _roles(layout, block).items():
             if 0 < sum(name in plan for name in names) < len(names):
                 problems.add(place, f"{block.prefix}.{role} is one tensor there, but only some of its experts are quantised", "treat them alike")
-    unnamed = [
-        name
-        for name in layout.checkpoint.tensors
-        if not layout.dropped(name) and name.rpartition(".")[0] not in layout.of_experts and _named(layout, target, *_parted(name)) is None
-    ]
+    known = _names(layout, target)
+    unnamed = []
+    for name in layout.checkpoint.tensors:
+        owner, part = _parted(name)
+        if layout.dropped(name) or owner in layout.of_experts:
+            continue
+        if owner not in known or (part == "bias" and known[owner].rpartition(".")[2] not in target.biases):
+            unnamed.append(name)
     if unnamed:
         more = f" (and {len(unnamed) - 1} more)" if unnamed[1:] else ""
         problems.add(place, f"llama.cpp has no place for {unnamed[0]}{more} in a {kind}", "choose another target")
@@ -177,14 +180,6 @@ def _parted(name: str) -> tuple[str, str]:
     return owner, "bias" if part == "bias" else "weight"
 
 
-def _named(layout: Layout, target: Target, owner: str, part: str) -> str | None:
-    """The name in the file of what belongs to ``owner``, None if llama.cpp has none."""
-    name = _names(layout, target).get(owner)
-    if name is None or (part == "bias" and name.rpartition(".")[2] not in target.biases):
-        return None
-    return f"{name}.{part}"
-
-
 def _names(layout: Layout, target: Target) -> dict[str, str]:
     """Names in the file, without what follows the last dot, of all that is not part of an expert."""
     import gguf
@@ -244,7 +239,7 @@ def write(model: Model, plan: dict[str, Scheme], cache: Caching | None, folder: 
     planned = [(item, _type(model, item)) for item in _planned(model)]
     writer = gguf.GGUFWriter(folder / FILE, TARGETS[model.layout.arch.model_type].name)
     _tell(model, writer)
-    _tell_type(writer, [(kind, len(item.owners)) for item, kind in planned if item.owners[0] in plan])
+    _tell_type(writer, [(kind, len(item.owners)) for item, kind in planned if item.part == "weight" and item.owners[0] in plan])
     gguf_vocabulary.read(model.checkpoint.folder, _vocabulary_size(model.layout)).add(writer)
     factors = _rotation_factors(model)
     if factors is not None:
