@@ -164,6 +164,15 @@ def test_a_minimum_that_float16_holds_saves_half_a_bit() -> None:
     assert torch.equal(read(pack(weight, "Q4_1"), "Q4_1"), weight.dequantize(torch.float32))
 
 
+@pytest.mark.parametrize(("zeros", "fits"), [((0, 0), True), ((0, 1), False), ((-1, 0), False), ((1, 1), False), ((-1, -1), False)])
+def test_zero_points_move_the_range_that_a_type_must_hold(zeros: tuple[int, int], fits: bool) -> None:
+    weight = weight_of(1, 64, 32, Integer(4, False), torch.bfloat16)
+    weight.zero_point[:] = torch.tensor(zeros)  # type: ignore[index]
+    found = choose([weight])
+    assert (found == "Q4_0") == fits
+    assert torch.equal(read(pack(weight, found), found), weight.dequantize(torch.float32))
+
+
 def test_one_type_for_all_that_share_a_tensor() -> None:
     four, three, five = (weight_of(2, 256, 128, Integer(bits, True), torch.bfloat16) for bits in (4, 3, 5))
     assert choose(iter([four, three])) == "Q4_0" and choose([four, five, three]) == "Q5_0"

@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from test_exporting import exported, plain
+from test_run import compress
 from tokenizers import Tokenizer as Fast
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -102,6 +104,41 @@ def test_rotations_are_those_of_transformers(
     same_logits(folder, tmp_path)
 
 
+TYPES: dict[str, dict[str, Any]] = {
+    "Q4_0": {"bits": 4, "group_size": 128},
+    "Q5_0": {"bits": 5, "group_size": 128},
+    "Q8_0": {"bits": 8, "group_size": "channel"},
+    "Q2_K": {"bits": 2, "group_size": 256},
+    "Q3_K": {"bits": 3, "group_size": 256},
+    "Q4_K": {"bits": 4, "group_size": 256, "symmetric": False},
+    "Q5_K": {"bits": 5, "group_size": 256, "symmetric": False},
+    "Q6_K": {"bits": 6, "group_size": 256},
+    "MXFP4": {"format": "mxfp4"},
+}
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_every_type_is_multiplied_as_it_was_meant(kind: str, tmp_path: Path) -> None:
+    """Up to the rounding of inputs to 8 bits, which is far less than any misplaced bit."""
+    import gguf as package
+
+    compress(plain({"rtn": TYPES[kind]}), demo.path("dense"), tmp_path / "out")
+    file = Path(exported(tmp_path / "out", "gguf")["gguf"]["folder"]) / gguf.FILE
+    assert kind in {tensor.tensor_type.name for tensor in package.GGUFReader(file).tensors}
+    ids = torch.randint(4, tiny.VOCABULARY, (40,)).tolist()
+    found = torch.from_numpy(ask(tmp_path, file=str(file), forced=[ids])["logits_0"])
+    artifact = Model(Layout(Checkpoint(tmp_path / "out")))
+    model = tiny.plain(demo.path("dense"))
+    with torch.no_grad():
+        for linear in artifact.layout.linears:
+            weight = artifact.quantized(linear)
+            assert weight
+            model.get_submodule(linear).weight.copy_(weight.dequantize(torch.float32))
+        meant = model(torch.tensor([ids])).logits[0]
+    assert float((found - meant).norm() / meant.norm()) < 0.05
+    assert float((found.argmax(-1) == meant.argmax(-1)).double().mean()) > 0.9
+
+
 TEXTS = (
     "The old man said: \"I can't come\", and it's 12345 o'clock.",
     "  two spaces, a\ttab\n\n\nthree lines \n  indented  ",
@@ -113,18 +150,18 @@ TEXTS = (
 
 def trained(name: str, steps: list[dict[str, Any]], ignores: bool) -> dict[str, Any]:
     """A small tokenizer that cuts text by ``steps``, as `tokenizer.json` has it."""
-    plain = Fast(models.BPE())
-    told = json.loads(plain.to_str())
+    cutter = Fast(models.BPE())
+    told = json.loads(cutter.to_str())
     told["pre_tokenizer"] = {
         "type": "Sequence",
         "pretokenizers": [{"trim_offsets": True} | step if step["type"] == "ByteLevel" else step for step in steps],
     }
-    plain = Fast.from_str(json.dumps(told))
-    plain.decoder = decoders.ByteLevel()
+    cutter = Fast.from_str(json.dumps(told))
+    cutter.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=1500, special_tokens=["<|endoftext|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     text = (Path(demo.__file__).parent / "data" / "heldout.txt").read_text()[:200_000]
-    plain.train_from_iterator([text, *TEXTS * 20], trainer)
-    told = json.loads(plain.to_str())
+    cutter.train_from_iterator([text, *TEXTS * 20], trainer)
+    told = json.loads(cutter.to_str())
     told["model"]["ignore_merges"] = ignores
     return dict(told)
 
@@ -156,16 +193,16 @@ def test_text_is_cut_as_the_tokenizer_cuts_it(name: str, steps: list[dict[str, A
 @pytest.mark.parametrize("form", ["normalizer", "metaspace"])
 def test_sentencepiece_is_cut_as_the_tokenizer_cuts_it(form: str, tmp_path: Path) -> None:
     space = gguf_vocabulary.SPACE
-    plain = Fast(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
-    plain.pre_tokenizer = pre_tokenizers.Metaspace(replacement=space, prepend_scheme="first", split=True)  # SentencePiece keeps words apart, too
+    cutter = Fast(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    cutter.pre_tokenizer = pre_tokenizers.Metaspace(replacement=space, prepend_scheme="first", split=True)  # SentencePiece keeps words apart, too
     octets = [f"<0x{octet:02X}>" for octet in range(256)]
     trainer = trainers.BpeTrainer(vocab_size=1500, special_tokens=["<unk>", "<s>", "</s>", *octets], limit_alphabet=80)
-    plain.train_from_iterator([(Path(demo.__file__).parent / "data" / "heldout.txt").read_text()[:200_000]], trainer)
-    plain.pre_tokenizer = None
+    cutter.train_from_iterator([(Path(demo.__file__).parent / "data" / "heldout.txt").read_text()[:200_000]], trainer)
+    cutter.pre_tokenizer = None
     if form == "normalizer":
-        plain.normalizer = normalizers.Sequence([normalizers.Prepend(space), normalizers.Replace(" ", space)])
+        cutter.normalizer = normalizers.Sequence([normalizers.Prepend(space), normalizers.Replace(" ", space)])
     else:
-        plain.pre_tokenizer = pre_tokenizers.Metaspace(replacement=space, prepend_scheme="first", split=False)
-    told = json.loads(plain.to_str())
+        cutter.pre_tokenizer = pre_tokenizers.Metaspace(replacement=space, prepend_scheme="first", split=False)
+    told = json.loads(cutter.to_str())
     told["added_tokens"] = [each for each in told["added_tokens"] if each["content"] not in octets]
     same_tokens(told, tmp_path, TEXTS if form == "normalizer" else tuple(text for text in TEXTS if not text.startswith(" ")))
