@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.errors import InputError, Problems
+from compress.formats.sizes import ggml_refusal
 from compress.layout import EXPERTS_OUT, BlockLayout, Layout
 from compress.scheme import Caching, Scheme
 
@@ -127,8 +128,6 @@ def check(place: str, layout: Layout, plan: dict[str, Scheme], problems: Problem
 
 
 def _check_schemes(place: str, layout: Layout, plan: dict[str, Scheme], problems: Problems) -> None:
-    from compress.formats.gguf_blocks import refusal
-
     if floats := sorted({scheme.format for scheme in plan.values()} - {"int", "mxfp4"}):
         problems.add(place, f"gguf holds integers and mxfp4, not {', '.join(floats)}", "choose compressed-tensors")
     if any(scheme.activations != "none" for scheme in plan.values()):
@@ -137,7 +136,7 @@ def _check_schemes(place: str, layout: Layout, plan: dict[str, Scheme], problems
         problems.add(place, "gguf holds no codes of 8 bits with a zero point", "set symmetric: true, or bits: 7")
     odd: dict[str, str] = {}
     for name, scheme in plan.items():
-        if reason := refusal(layout.linears[name].columns, scheme.group_size):
+        if reason := ggml_refusal(layout.linears[name].columns, scheme.group_size):
             odd.setdefault(reason, name)
     for reason, name in odd.items():
         problems.add(place, f"{name}: {reason}", "leave such linears out of quantisation, choose another group_size or another target")

@@ -34,6 +34,7 @@ from torch import Tensor
 
 from compress.errors import InputError
 from compress.formats.mxfp4_pack_quantized import pack_nibbles
+from compress.formats.sizes import ggml_refusal
 from compress.numerics.grid import E2M1, Integer, Quantized
 
 SUPER = 256
@@ -95,13 +96,6 @@ class Fields:
     t: Tensor | None
 
 
-def refusal(columns: int, group_size: int) -> str | None:
-    """Why no layout holds rows of `columns` with a scale for every `group_size` of them, or None."""
-    if columns % 32:
-        return f"rows of {columns} weights are no whole number of GGML's blocks of 32"
-    return f"groups of {group_size} do not end where GGML's blocks of 32 do" if group_size % 32 else None
-
-
 def choose(weights: Iterable[Quantized]) -> str:
     """The type with the fewest bits that holds each of ``weights`` exactly; where none does, the smallest that holds their codes.
 
@@ -111,7 +105,7 @@ def choose(weights: Iterable[Quantized]) -> str:
     exact = {*TYPES, MXFP4}
     close = {name for name, kind in TYPES.items() if kind.limits is None and kind.offset is not None}
     for weight in weights:
-        if reason := refusal(weight.codes.shape[1], weight.group_size):
+        if reason := ggml_refusal(weight.codes.shape[1], weight.group_size):
             raise InputError.one("GGUF", reason, "choose another target")
         if isinstance(weight.grid, Integer):
             exact = {name for name in exact if name in TYPES and _exact(weight, TYPES[name])}

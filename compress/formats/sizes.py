@@ -20,3 +20,10 @@ def stored_bytes(
 def residual_bytes(rows: int, columns: int, entries: int, value_bytes: int) -> int:
     """Bytes of so many residuals of one linear."""
     return 4 * (rows + 1) + entries * (value_bytes + (2 if columns <= 1 << 15 else 4))
+
+
+def ggml_refusal(columns: int, group_size: int) -> str | None:
+    """Why no block of GGML holds rows of `columns` weights with a scale for every `group_size` of them, or None."""
+    if columns % 32:
+        return f"rows of {columns} weights are no whole number of GGML's blocks of 32"
+    return f"groups of {group_size} do not end where GGML's blocks of 32 do" if group_size % 32 else None
