@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     help="A compiler for LLM and VLM checkpoints: a recipe and a model in, a packed checkpoint and a report of what was lost out.",
-    epilog="Exit codes: 0 accepted, 1 a bug of ours, 2 bad recipe, model or data, 3 a gate failed (`pattern`: none is so fast), 4 interrupted "
-    "(the same command continues).",
+    epilog="Exit codes: 0 accepted, 1 a bug of ours, 2 bad recipe, model or data, 3 a gate failed (`gate`: or cannot tell, `pattern`: none is so "
+    "fast), 4 interrupted (the same command continues).",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -301,6 +301,48 @@ def compare(
             typer.echo(json.dumps(result))
         else:
             view.comparison(result, {run["name"]: comparison.worth(run["name"], result)[0] for run in result["runs"]})
+
+
+@app.command()
+def gate(
+    candidate: Annotated[str, typer.Argument(metavar="CANDIDATE", help="the model to judge: a folder, a hub id, or demo:dense, demo:moe, demo:vlm")],
+    rules: Annotated[Path, typer.Option("--gate", metavar="FILE", help="what is measured and how much worse it may get")] = Path("gate.yaml"),
+    against: Annotated[str | None, typer.Option(metavar="MODEL", help="the model it must not be worse than, or the .json of a baseline")] = None,
+    baseline: Annotated[
+        Path | None, typer.Option("--save-baseline", metavar="FILE", help="judge nothing; keep what is measured as a baseline")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the whole result here")] = None,
+    junit: Annotated[Path | None, typer.Option(metavar="FILE", help="write JUnit XML here")] = None,
+    markdown: Annotated[Path | None, typer.Option(metavar="FILE", help="write a comment for a pull request here")] = None,
+) -> None:
+    """Whether CANDIDATE got worse: exact checks, and paired tests that noise does not fail; exits with 3 if it did."""
+    with _errors(False):
+        from compress.gate import rules as files
+
+        chosen = files.load(rules)
+        if (against is None) == (baseline is None):
+            raise InputError.one("compress gate", "takes either --against or --save-baseline", "give one of them")
+        reports = [path for path in (out, junit, markdown) if path is not None]
+        if baseline is not None and reports:
+            raise InputError.one(str(reports[0]), "is for a verdict, and --save-baseline gives none", "leave it out")
+        for path in reports:
+            if path.is_dir() or not path.parent.is_dir():
+                raise InputError.one(str(path), "is a folder" if path.is_dir() else "lies in no folder that exists", "choose another file")
+        from compress import view
+        from compress.checkpoint import write_text
+        from compress.gate import report, run
+
+        with _interruptible(), view.watch(False) as progress:
+            if baseline is not None:
+                run.save_baseline(chosen, candidate, baseline, progress)
+                raise typer.Exit(Exit.ACCEPTED)
+            assert against is not None
+            result = run.judge(chosen, candidate, against, progress)
+        for file, text in ((out, json.dumps(result, indent=2) + "\n"), (junit, report.junit(result)), (markdown, report.markdown(result))):
+            if file is not None:
+                write_text(file, text)
+        view.gate(result)
+        raise typer.Exit(Exit.ACCEPTED if result["verdict"] == "passed" else Exit.GATE_FAILED)
 
 
 @app.command()

@@ -213,9 +213,9 @@ def calibration(data: str, samples: int, length: int, seed: int, tokenizer: Toke
     if path.suffix == ".txt" and path.is_file():
         items = _passages(_read(path, place), samples, length, rng, tokenizer, place)
     elif path.suffix == ".jsonl" and path.is_file():
-        items = _documents(_json_lines(path, place), samples, length, rng, tokenizer, place)
+        items = _documents(json_lines(path, place), samples, length, rng, tokenizer, place)
     elif path.is_dir() and (path / "data.jsonl").exists():
-        rows = list(_json_lines(path / "data.jsonl", place))
+        rows = list(json_lines(path / "data.jsonl", place))
         rng.shuffle(rows)
         items = [_seen(row, path, tokenizer, place) for row in rows[:samples]]
     elif path.is_dir() or HUB_ID.fullmatch(data.partition("#")[0]):
@@ -236,7 +236,7 @@ def windows(data: str, context: int, limit: int | None, tokenizer: Tokenizer, pl
     """
     path = demo_data(data) if data.startswith(DEMO) else Path(data).expanduser()
     if path.is_dir() and (path / "data.jsonl").exists():
-        rows = list(_json_lines(path / "data.jsonl", place))[:limit]
+        rows = list(json_lines(path / "data.jsonl", place))[:limit]
         return Samples(data, tuple(_seen(row, path, tokenizer, place) for row in rows))
     if not path.is_file():
         raise InputError.one(f"{place}: {data}", "no such file", "give a .txt file, a folder of images with data.jsonl, or demo:heldout")
@@ -261,7 +261,7 @@ def sentence_pairs(data: str, tokenizer: Tokenizer, place: str = "evaluate: pair
     if not path.is_file():
         raise InputError.one(place, "no such file", "give a .jsonl file of good and bad sentences, or demo:pairs")
     items: list[tuple[Sample, Sample]] = []
-    for row in _json_lines(path, place):
+    for row in json_lines(path, place):
         if not isinstance(row.get("good"), str) or not isinstance(row.get("bad"), str):
             raise InputError.one(place, f"a line without good and bad sentences: {row}")
         if not row["good"].strip() or not row["bad"].strip():
@@ -302,7 +302,8 @@ def _read(path: Path, place: str) -> str:
         raise InputError.one(place, f"cannot be read as text ({error})") from error
 
 
-def _json_lines(path: Path, place: str) -> Iterator[dict[str, Any]]:
+def json_lines(path: Path, place: str) -> Iterator[dict[str, Any]]:
+    """The objects of a file of JSON lines. Raises `InputError` for a line that holds none."""
     for number, line in enumerate(_read(path, place).split("\n"), 1):  # splitlines would also split inside a string
         if line.strip():
             try:

@@ -199,12 +199,12 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def read(path: Path) -> object:
-    """The plain data of a recipe file. Raises `InputError` if it is not YAML."""
+def read(path: Path, remedy: str = "`compress recipes` lists those that ship with the project") -> object:
+    """The plain data of a recipe file, or of another in YAML. Raises `InputError` if it is none, with the `remedy` for one that cannot be read."""
     try:
         return yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
-        raise InputError.one(str(path), f"cannot be read ({error.strerror})", "`compress recipes` lists those that ship with the project") from error
+        raise InputError.one(str(path), f"cannot be read ({error.strerror})", remedy) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError.one(str(path), f"is not YAML ({' '.join(str(error).split())})") from error
 
@@ -223,7 +223,7 @@ def validate(plain: object, place: str) -> Recipe:
     try:
         recipe = Recipe.model_validate(plain)
     except ValidationError as error:
-        _report(error, place, Recipe, problems)
+        report(error, place, Recipe, problems)
     _check_passes(plain.get("passes"), place, problems)
     _check_names(plain, place, problems)
     problems.raise_if_any()
@@ -295,7 +295,7 @@ def _check_passes(steps: object, place: str, problems: Problems) -> None:
         try:
             cls.model_validate(options or {})
         except ValidationError as error:
-            _report(error, f"{where}.{name}", cls, problems)
+            report(error, f"{where}.{name}", cls, problems)
         stage = STAGES.index(cls.stage)
         if stage < stage_reached:
             reason = WHY.get((cls.stage, STAGES[stage_reached]))
@@ -329,7 +329,8 @@ def _check_names(plain: dict[str, Any], place: str, problems: Problems) -> None:
             problems.add(f"{place}: export", f"names {name} twice", "name it once")
 
 
-def _report(error: ValidationError, place: str, model: type[BaseModel], problems: Problems) -> None:
+def report(error: ValidationError, place: str, model: type[BaseModel], problems: Problems) -> None:
+    """Tell `problems`, in our words, all that pydantic found wrong with data for `model`."""
     refused: dict[str, tuple[list[str], Any]] = {}
     for item in error.errors():
         if item["loc"][:1] == ("passes",) and (len(item["loc"]) > 1 or (item["type"] == "too_short" and item["input"])):
@@ -351,8 +352,8 @@ def _report(error: ValidationError, place: str, model: type[BaseModel], problems
 
 def _keys(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
     """Keys allowed at a place inside a recipe section."""
-    for part in path:
-        field = model.model_fields.get(str(part))
+    for part in (each for each in path if not isinstance(each, int)):
+        field = model.model_fields.get(part)
         inner = [kind for kind in (getattr(field.annotation, "__args__", ()) or (field.annotation,)) if isinstance(kind, type)] if field else []
         models = [kind for kind in inner if issubclass(kind, BaseModel)]
         if not models:

@@ -277,6 +277,27 @@ def retrieval(result: dict[str, Any]) -> None:
         console.print(remark, style="dim")
 
 
+def gate(result: dict[str, Any]) -> None:
+    """The table of `compress gate`."""
+    from compress.gate import report
+
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+    table = Table(show_edge=False)
+    for heading in ("check", "", "change, 95 % interval", "allowed", "p, corrected", "would find", ""):
+        table.add_column(
+            heading, justify="right" if heading in ("change, 95 % interval", "allowed", "p, corrected", "would find") else "left", overflow="fold"
+        )
+    colours = {"passed": "green", "failed": "bold red"}
+    for check in result["checks"]:
+        style = colours.get(check["status"], "bold yellow")
+        cells = (f"{check['suite']}: {check['name']}", check["status"], *report.figures(check), report.about(check))
+        table.add_row(*(Text(cell, style=style if index == 1 else "") for index, cell in enumerate(cells)))
+    console.print(table)
+    for note in result["notes"]:
+        console.print(note, style="dim", markup=False)
+    console.print(report.headline(result), style=colours.get(result["verdict"], "bold yellow"), markup=False)
+
+
 def patterns(result: dict[str, Any]) -> None:
     """The table of `compress pattern`, and what to write into a recipe."""
     console = Console(highlight=False)

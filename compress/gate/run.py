@@ -1,0 +1,123 @@
+"""The table of contents of `compress gate`: open both sides, check what must be the same, measure, decide."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from compress import __version__
+from compress.checkpoint import Checkpoint
+from compress.data import Tokenizer
+from compress.errors import InputError, Problems
+from compress.gate import decide, integrity, observe, record
+from compress.gate.integrity import Exact
+from compress.gate.observe import Progress
+from compress.gate.record import Record
+from compress.gate.rules import Rules
+from compress.layout import Layout
+from compress.source import locate_model
+
+
+def save_baseline(rules: Rules, model: str, path: Path, progress: Progress) -> None:
+    """Measure a model and write what a later candidate is compared with. Raises `InputError` for what is wrong with the model or the data."""
+    record.check_new(path)
+    layout = Layout(Checkpoint(locate_model(model)))
+    found = measured(rules, model, layout, None, progress)
+    if faulty := integrity.finite(layout.checkpoint).what:
+        raise InputError.one(model, f"is no baseline: {faulty[0]}", "fetch it again")
+    record.save(found, path)
+
+
+def judge(rules: Rules, candidate: str, against: str, progress: Progress) -> dict[str, Any]:
+    """Compare `candidate` with `against`, a model or the JSON file of a baseline: the whole result as plain data, with ``verdict``, ``checks`` and
+    ``notes``. Raises `InputError` for whatever keeps the two from being compared."""
+    problems = Problems()
+    sides: list[Layout | Record | None] = []
+    for name in (candidate, against):
+        try:
+            stored = name is against and Path(name).suffix == ".json"
+            sides.append(record.load(Path(name)) if stored else Layout(Checkpoint(locate_model(name))))
+        except InputError as error:
+            problems.absorb(error)
+    problems.raise_if_any()
+    layout, other = sides
+    assert isinstance(layout, Layout) and other is not None
+    observe.check(rules, layout)
+    notes = []
+    if isinstance(other, Record):
+        _refuse_another_protocol(other.protocol, observe.protocol(rules, other.protocol.get("stored", "float32")), against)
+        base, facts, data = other, other.facts, other.data
+        notes += [f"{name} {other.versions.get(name)} measured the baseline, {now} the candidate" for name, now in observe.versions().items()
+                  if other.versions.get(name) != now]  # fmt: skip
+    else:
+        observe.check(rules, other)
+        facts = integrity.facts(other)
+    progress.step("integrity", 1)
+    exact = [*integrity.compared(facts, integrity.facts(layout), rules.integrity.allow), integrity.finite(layout.checkpoint)]
+    if listed := integrity.manifest(layout.checkpoint.folder, rules.integrity.allow):
+        exact.append(listed)
+    given = observe.given(rules, layout, Tokenizer(layout.checkpoint.folder), progress)
+    if not isinstance(other, Record):
+        data = {title: each.digest for title, each in observe.given(rules, other, Tokenizer(other.checkpoint.folder), progress).items()}
+    exact.append(
+        Exact("tokens", tuple(f"{title} is other tokens than the baseline's" for title, each in given.items() if each.digest != data[title]))
+    )
+    if any(each.what for each in exact if each.name in ("finite", "tokens", "tensors")):
+        # Figures of models that are given other tokens, or that compute no numbers, say nothing.
+        checks, protocol = decide.exact(exact) + decide.not_run(rules), observe.protocol(rules, _stored(layout))
+    else:
+        if not isinstance(other, Record):
+            base = measured(rules, against, other, None, progress)
+        found = measured(rules, candidate, layout, base, progress)
+        _refuse_another_protocol(base.protocol, found.protocol | {key: base.protocol[key] for key in ("stored", "dtype")}, against)
+        if base.protocol["dtype"] != found.protocol["dtype"]:
+            notes.append(f"the baseline computes in {base.protocol['dtype']}, the candidate in {found.protocol['dtype']}")
+        if rules.integrity.max_gain is not None:
+            exact.append(integrity.gains(base.norms, found.norms, rules.integrity.max_gain, rules.integrity.allow))
+        checks, protocol = decide.exact(exact) + decide.decide(rules, base.arrays, found.arrays), base.protocol
+    notes += [
+        f"{check.suite}: {check.name}: would find {check.detectable:.3g} above its bound, not {check.target:.3g}: give it more data"
+        for check in checks
+        if not check.powered and check.detectable is not None
+    ]
+    return {
+        "verdict": decide.verdict(checks),
+        "candidate": candidate,
+        "against": against,
+        "alpha": rules.alpha,
+        "checks": [asdict(check) for check in checks],
+        "notes": notes,
+        "rules": rules.model_dump(mode="json"),
+        "protocol": protocol,
+        "protocol_sha256": record.digest(protocol),
+        "versions": {"compress": __version__} | observe.versions(),
+    }
+
+
+def measured(rules: Rules, name: str, layout: Layout, base: Record | None, progress: Progress) -> Record:
+    """Everything about a model, for a comparison with `base` or as a baseline of its own."""
+    protocol = observe.protocol(rules, _stored(layout))
+    given = observe.given(rules, layout, Tokenizer(layout.checkpoint.folder), progress)
+    arrays, told = observe.observe(name, layout, rules, given, base.arrays if base else None, progress)
+    protocol["suites"] = {title: about | told.get(title, {}) for title, about in protocol["suites"].items()}
+    norms = integrity.norms(layout) if rules.integrity.max_gain is not None else {}
+    data = {title: each.digest for title, each in given.items()}
+    return Record(name, protocol, integrity.facts(layout), observe.versions(), data, arrays, norms)
+
+
+def _stored(layout: Layout) -> str:
+    from compress.model import Model
+
+    return str(Model(layout).stored).removeprefix("torch.")
+
+
+def _refuse_another_protocol(before: dict[str, Any], now: dict[str, Any], place: str) -> None:
+    """Raise `InputError` with all that differs, but for what is known only after measuring, where one of them has not been measured yet."""
+    known = {title: about.keys() for title, about in now["suites"].items()}
+    suites = {title: {key: about[key] for key in about if key not in ("items_sha256", "task_versions") or key in known.get(title, ())}
+              for title, about in before["suites"].items()}  # fmt: skip
+    problems = Problems()
+    for what in record.differences(before | {"suites": suites}, now):
+        problems.add(place, f"was measured in another way: {what}", "make the baseline again with --save-baseline, or gate as it was made")
+    problems.raise_if_any()
