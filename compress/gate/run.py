@@ -12,7 +12,7 @@ from compress.data import Tokenizer
 from compress.errors import InputError, Problems
 from compress.gate import decide, integrity, observe, record
 from compress.gate.integrity import Exact
-from compress.gate.observe import Progress
+from compress.gate.observe import Given, Progress
 from compress.gate.record import Record
 from compress.gate.rules import Rules
 from compress.layout import Layout
@@ -23,7 +23,7 @@ def save_baseline(rules: Rules, model: str, path: Path, progress: Progress) -> N
     """Measure a model and write what a later candidate is compared with. Raises `InputError` for what is wrong with the model or the data."""
     record.check_new(path)
     layout = Layout(Checkpoint(locate_model(model)))
-    found = measured(rules, model, layout, None, progress)
+    found = measured(rules, model, layout, inputs(rules, layout, progress), None, progress)
     if faulty := integrity.finite(layout.checkpoint).what:
         raise InputError.one(model, f"is no baseline: {faulty[0]}", "fetch it again")
     record.save(found, path)
@@ -57,9 +57,10 @@ def judge(rules: Rules, candidate: str, against: str, progress: Progress) -> dic
     exact = [*integrity.compared(facts, integrity.facts(layout), rules.integrity.allow), integrity.finite(layout.checkpoint)]
     if listed := integrity.manifest(layout.checkpoint.folder, rules.integrity.allow):
         exact.append(listed)
-    given = observe.given(rules, layout, Tokenizer(layout.checkpoint.folder), progress)
+    given = inputs(rules, layout, progress)
     if not isinstance(other, Record):
-        data = {title: each.digest for title, each in observe.given(rules, other, Tokenizer(other.checkpoint.folder), progress).items()}
+        of_base = inputs(rules, other, progress)
+        data = {title: each.digest for title, each in of_base.items()}
     exact.append(
         Exact("tokens", tuple(f"{title} is other tokens than the baseline's" for title, each in given.items() if each.digest != data[title]))
     )
@@ -68,8 +69,8 @@ def judge(rules: Rules, candidate: str, against: str, progress: Progress) -> dic
         checks, protocol = decide.exact(exact) + decide.not_run(rules), observe.protocol(rules, _stored(layout))
     else:
         if not isinstance(other, Record):
-            base = measured(rules, against, other, None, progress)
-        found = measured(rules, candidate, layout, base, progress)
+            base = measured(rules, against, other, of_base, None, progress)
+        found = measured(rules, candidate, layout, given, base, progress)
         _refuse_another_protocol(base.protocol, found.protocol | {key: base.protocol[key] for key in ("stored", "dtype")}, against)
         if base.protocol["dtype"] != found.protocol["dtype"]:
             notes.append(f"the baseline computes in {base.protocol['dtype']}, the candidate in {found.protocol['dtype']}")
@@ -95,10 +96,14 @@ def judge(rules: Rules, candidate: str, against: str, progress: Progress) -> dic
     }
 
 
-def measured(rules: Rules, name: str, layout: Layout, base: Record | None, progress: Progress) -> Record:
+def inputs(rules: Rules, layout: Layout, progress: Progress) -> dict[str, Given]:
+    """What each suite gives a model, by the tokenizer beside it."""
+    return observe.given(rules, layout, Tokenizer(layout.checkpoint.folder), progress)
+
+
+def measured(rules: Rules, name: str, layout: Layout, given: dict[str, Given], base: Record | None, progress: Progress) -> Record:
     """Everything about a model, for a comparison with `base` or as a baseline of its own."""
     protocol = observe.protocol(rules, _stored(layout))
-    given = observe.given(rules, layout, Tokenizer(layout.checkpoint.folder), progress)
     arrays, told = observe.observe(name, layout, rules, given, base.arrays if base else None, progress)
     protocol["suites"] = {title: about | told.get(title, {}) for title, about in protocol["suites"].items()}
     norms = integrity.norms(layout) if rules.integrity.max_gain is not None else {}
