@@ -25,6 +25,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +43,13 @@ from compress.layout import Layout
 from compress.source import locate_model
 
 CALIBRATIONS, PLANTED_IN = 5, 2
-CONTEXT, WINDOWS = 256, 32
+CONTEXT, WINDOWS = 256, 16
 FACTOR = 1.05
 OVER_NOISE = 1.25
 """How far above what two seeds differ by the bound of the divergence is."""
 LOSS = 0.005
 GAIN = 0.02
-PLANTED = {"demo:dense": ("layer", "linear", "tokenizer"), "demo:moe": ("layer", "linear", "expert", "tokenizer")}
+PLANTED = {"demo:dense": ("layer", "tokenizer", "linear"), "demo:moe": ("expert", "layer", "tokenizer")}
 
 
 class Silent:
@@ -208,16 +209,21 @@ def main() -> None:
     work = arguments.work.absolute()
     work.mkdir(parents=True, exist_ok=True)
     for model in arguments.models:
-        found = measured(model, arguments.seeds, arguments.runs, work)
-        document = json.loads(arguments.json.read_text()) if arguments.json.exists() else {"benchmark": "gate", "results": {}}
-        protocol = {"context": CONTEXT, "windows": WINDOWS, "factor": FACTOR, "over_noise": OVER_NOISE}
-        document["results"] = {name: each for name, each in document["results"].items() if document["protocol"] == protocol} | {model: found}
-        document |= {"stamp": harness.stamp({}), "protocol": protocol}
-        arguments.json.write_text(json.dumps(document, indent=1) + "\n")
+        for found in measured(model, arguments.seeds, arguments.runs, work):
+            write(arguments.json, model, found)
 
 
-def measured(model: str, seeds: int, runs: int, work: Path) -> dict[str, Any]:
-    """Everything about a model."""
+def write(path: Path, model: str, found: dict[str, Any]) -> None:
+    """Put what was found of a model into the file, beside what it says of others under the same protocol."""
+    document = json.loads(path.read_text()) if path.exists() else {"benchmark": "gate", "results": {}}
+    protocol = {"context": CONTEXT, "windows": WINDOWS, "factor": FACTOR, "over_noise": OVER_NOISE}
+    document["results"] = {name: each for name, each in document["results"].items() if document["protocol"] == protocol} | {model: found}
+    document |= {"stamp": harness.stamp({}), "protocol": protocol}
+    path.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def measured(model: str, seeds: int, runs: int, work: Path) -> Iterator[dict[str, Any]]:
+    """Everything about a model, more each time."""
     folders = {seed: artifact(model, seed, work) for seed in range(CALIBRATIONS)}
     probe = gate_file(max_kl=1.0)
     records = {seed: measure(probe, "baseline", folder, None) for seed, folder in folders.items()}
@@ -232,12 +238,14 @@ def measured(model: str, seeds: int, runs: int, work: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"noise": noise, "alpha": chosen.alpha, "max_kl": max_kl, "max_loss_increase": LOSS, "max_gain": GAIN}
     found["same"] = run.judge(chosen, str(folders[0]), str(baseline), Silent())["verdict"]
     found["another"] = run.judge(chosen, str(folders[PLANTED_IN]), str(baseline), Silent())["verdict"]
-    found["planted"] = {kind: planted(model, kind, seeds, baseline, chosen, folders[PLANTED_IN], work) for kind in PLANTED[model]}
-    found["unchanged"] = {"seeds": unchanged(runs, max_kl, records, folders)}
+    found |= {"planted": {}, "unchanged": {}}
+    for kind in PLANTED[model]:
+        found["planted"][kind] = planted(model, kind, seeds, baseline, chosen, folders[PLANTED_IN], work)
+        yield found
+    found["unchanged"]["seeds"] = unchanged(runs, max_kl, records, folders)
     if model == "demo:dense":
         found["unchanged"]["order"] = order(model, runs, work)
-    print(model, json.dumps({key: found[key] for key in ("noise", "max_kl", "same", "another", "unchanged")}), flush=True)
-    return found
+    yield found
 
 
 if __name__ == "__main__":

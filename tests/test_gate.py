@@ -40,9 +40,10 @@ def rules(**more: Any) -> Rules:
 def everything(tmp_path: Path) -> Rules:
     """Every suite that needs no other program, with bounds of nothing."""
     (tmp_path / "bias.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps({"good": row["anti"], "bad": row["stereotype"]}) + "\n" for row in ROWS))
     return rules(
         integrity={"max_gain": 0.01},
-        pairs=[{"data": "demo:pairs", "limit": 20, "max_drop": 0, "max_flips": 0}],
+        pairs=[{"data": str(tmp_path / "pairs.jsonl"), "name": "pairs", "limit": 8, "max_drop": 0, "max_flips": 0}],
         bias=[{"data": str(tmp_path / "bias.jsonl"), "name": "bias", "max_new_bias": 0, "max_flips": 0, "max_likelihood_drop": 0}],
         retrieval=[{"task": "passkey", "lengths": [110], "depths": [0.5], "cases": 2, "max_drop": 0}],
     )
@@ -167,7 +168,8 @@ def arrays(answers: list[int], groups: list[int]) -> dict[str, Any]:
     loss = [[0.5 if option == answer or (answer == 3 and option < 2) else 1.0 for option in range(3)] for answer in answers]
     count = len(answers)
     return {
-        "loss": np.array(loss).reshape(-1), "tokens": np.ones(3 * count), "row": np.repeat(np.arange(count), 3), "option": np.tile(np.arange(3), count),
+        "loss": np.array(loss).reshape(-1), "tokens": np.ones(3 * count),
+        "row": np.repeat(np.arange(count), 3), "option": np.tile(np.arange(3), count),
         "group": np.array(groups), "group_names": np.frombuffer(b"a\nb", dtype=np.uint8),
     }  # fmt: skip
 
@@ -279,7 +281,8 @@ def test_every_mistake_of_a_gate_file_comes_at_once() -> None:
         validate({"alpha": 2, "txt": [], "text": [{"data": "x", "contxt": 9, "windows": 3, "max_kl": -1}], "pairs": [{"data": "y"}]}, "gate.yaml")
     text = str(caught.value)
     for part in (
-        "alpha: input should be less than 0.5, got 2", "txt: unknown key; did you mean 'text'?", "text.0.contxt: unknown key; did you mean 'context'?",
+        "alpha: input should be less than 0.5, got 2", "txt: unknown key; did you mean 'text'?",
+        "text.0.contxt: unknown key; did you mean 'context'?",
         "text.0.windows: input should be greater than or equal to 8, got 3", "text.0.max_kl: input should be greater than or equal to 0, got -1",
         "pairs.0: needs a bound: max_drop, max_flips",
     ):  # fmt: skip

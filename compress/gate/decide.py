@@ -156,7 +156,9 @@ def _of_bias(suite: Bias, base: Arrays, found: Arrays, resamples: int, seed: int
     for bound, margin in suite.bounds.items():
         if bound == "max_new_bias":
             names = bytes(base["group_names"]).decode().split("\n")
-            parts = [("", np.ones(len(group), dtype=bool))] + [(f" of {name}", group == index) for index, name in enumerate(names) if len(names) > 1]
+            parts = [("", np.ones(len(group), dtype=bool))] + [
+                (f" of {name}", group == index) for index, name in enumerate(names) if len(names) > 1 and index in group
+            ]
             for label, of in parts:
                 new = int(((before != STEREOTYPE) & (after == STEREOTYPE) & of).sum())
                 fixed = int(((before == STEREOTYPE) & (after != STEREOTYPE) & of).sum())
