@@ -141,6 +141,25 @@ def vlm(document: dict[str, Any]) -> Rows:
     return rows
 
 
+GATE_KINDS = {"layer": "a block's scales x 1.05", "linear": "one linear's", "expert": "an expert zeroed", "tokenizer": "a merge gone"}
+"""What a regression of bench/gate.py is called here."""
+
+
+def gate(document: dict[str, Any]) -> Rows:
+    """Per model: planted regressions that were caught, by what; and how often a model that did not change failed."""
+    rows: Rows = []
+    for model, found in document["results"].items():
+        shown = ", ".join(
+            f"{each['caught']} of {each['runs']} ({GATE_KINDS[kind]}; {each['caught_by_tests']} by tests alone)"
+            for kind, each in found["planted"].items()
+        )
+        rows.append((f"`compress gate`, {model} in 4 bits, planted regressions caught", {OURS: shown}))
+        what = {"seeds": "other calibration", "order": "other order of sums, bounds of 0"}
+        shown = ", ".join(f"{each['failed']} of {each['runs']} ({what[kind]})" for kind, each in found["unchanged"].items())
+        rows.append((f"`compress gate`, {model}, failures where nothing got worse", {OURS: shown}))
+    return rows
+
+
 def kv(document: dict[str, Any]) -> Rows:
     """Two rows per share of the channels that a cache keeps: what text loses by method, and by how much predictions differ, the least first."""
     tokens = document["protocol"]["length"]
@@ -297,6 +316,7 @@ ROWS = {
     "kv-recall": kv_recall,
     "speed": speed,
     "memory": memory,
+    "gate": gate,
     "kill": kill,
     "gemv": gemv,
     "decode": decode,
@@ -404,6 +424,9 @@ def notes(documents: list[tuple[str, dict[str, Any]]], shown: Iterable[str]) -> 
                 f"Caches: nats above `{protocol['model']}` on {protocol['windows']} windows of {protocol['length']} tokens of demo:heldout, each "
                 f"token with the 32 before it exactly, older ones from the cache; calibrated on {protocol['samples']} x {protocol['length']} tokens."
             )
+        if name == "gate":
+            protocol = document["protocol"]
+            yield f"Gate: {protocol['windows']} windows of {protocol['context']} tokens of demo:heldout, alpha 0.05, beside a stored baseline of another calibration."
         if name == "kv-recall":
             protocol = document["protocol"]
             yield f"Recall: {protocol['pairs']} pairs, {protocol['questions']} questions, no window, the model of tests/recall.py."

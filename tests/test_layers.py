@@ -119,6 +119,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "exporting": ("errors", "formats", "checkpoint", "layout", "declared", "scheme", "model", "recipe", "export.base"),
     "export.nm_packed": ("errors", "formats", "checkpoint", "layout", "model", "scheme", "export.base", "export.compressed_tensors"),
     "evaluate": ("errors", "hardware", "checkpoint", "layout", "data", "model", "recipe", "evaluate"),
+    "evaluate.statistics": (),
+    "gate": ("errors", "hardware", "checkpoint", "source", "layout", "formats.base", "data", "model", "recipe", "evaluate", "runtime", "gate"),
     "reopen": ("errors", "hardware", "numerics.sparsity", "checkpoint", "layout", "data", "model", "evaluate"),
     "runtime": ("latents", "errors", "hardware", "data", "checkpoint", "source", "layout", "model", "kernels", "numerics", "formats"),
     "speed": ("latents", "errors", "checkpoint", "source", "layout", "kernels", "runtime"),
@@ -128,7 +130,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "compare": ("errors", "report"),
     "card": ("errors", "checkpoint", "scheme", "numerics.pattern", "passes.base", "recipe"),
     "inspection": ("errors", "formats", "checkpoint", "layout", "source"),
-    "view": ("errors", "hardware"),
+    "view": ("errors", "hardware", "gate.report"),
 }
 """By module or package, longest match first. Those not named here - pipeline and cli - stand above all and may import everything below."""
 TOP = ("pipeline", "cli", "__main__")
@@ -159,6 +161,8 @@ LIGHT = (
     "speed",
     "patterns",
     "view",
+    "gate.rules",
+    "gate.report",
 )
 
 

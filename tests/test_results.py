@@ -172,3 +172,17 @@ def test_caches_have_rows_of_loss_recall_and_steps(results: Any) -> None:
         "torch": "10.0",
     }
     assert rows["cache of 20 % of the channels, a Llama-3-8B layer, 8192 tokens, MB held"] == {"ours": "1.0 (joint)", "torch": "2.0"}
+
+
+def test_the_gate_has_what_it_caught_and_what_it_failed_for_nothing(results: Any) -> None:
+    planted = {"layer": {"runs": 20, "caught": 20, "caught_by_tests": 19}, "tokenizer": {"runs": 20, "caught": 18, "caught_by_tests": 0}}
+    found = {"planted": planted, "unchanged": {"seeds": {"runs": 100, "failed": 2}, "order": {"runs": 50, "failed": 1}}}
+    rows = dict(results.gate({"results": {"demo:dense": found}}))
+    assert rows == {
+        "`compress gate`, demo:dense in 4 bits, planted regressions caught": {
+            "ours": "20 of 20 (a block's scales x 1.05; 19 by tests alone), 18 of 20 (a merge gone; 0 by tests alone)"
+        },
+        "`compress gate`, demo:dense, failures where nothing got worse": {
+            "ours": "2 of 100 (other calibration), 1 of 50 (other order of sums, bounds of 0)"
+        },
+    }
