@@ -426,7 +426,8 @@ def notes(documents: list[tuple[str, dict[str, Any]]], shown: Iterable[str]) -> 
             )
         if name == "gate":
             protocol = document["protocol"]
-            yield f"Gate: {protocol['windows']} windows of {protocol['context']} tokens of demo:heldout, alpha 0.05, beside a stored baseline of another calibration."
+            windows = f"{protocol['windows']} windows of {protocol['context']} tokens of demo:heldout"
+            yield f"Gate: {windows}, alpha 0.05, beside a stored baseline of another calibration."
         if name == "kv-recall":
             protocol = document["protocol"]
             yield f"Recall: {protocol['pairs']} pairs, {protocol['questions']} questions, no window, the model of tests/recall.py."
