@@ -96,8 +96,8 @@ def plant(kind: str, source: Path, target: Path, seed: int) -> str:
         prefix = f"model.layers.{generator.choice(blocks)}."
         scales = sorted(name for name in tensors if name.startswith(prefix) and name.endswith(".weight_scale"))
         if kind == "expert":
-            experts = sorted({name.partition(".down_proj")[0] for name in scales if ".experts." in name})
-            chosen, factor = [f"{generator.choice(experts)}.down_proj.weight_scale"], 0.0
+            last = [name for name in scales if ".experts." in name and ".down_proj." in name]
+            chosen, factor = [str(generator.choice(last))], 0.0
         else:
             chosen, factor = (scales if kind == "layer" else [str(generator.choice(scales))]), FACTOR
         for name in chosen:

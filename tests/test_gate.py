@@ -320,7 +320,7 @@ def test_what_is_wrong_with_data_comes_at_once(checkpoint: Callable[..., Path], 
     text = str(caught.value)
     assert "windows, a test needs 8" in text and "item 1: 'anti' is unknown, missing or no text" in text and "item 2: 'colour'" in text
     with pytest.raises(InputError, match=r"nowhere\.txt is no file or folder"):
-        judged(validate({"text": [{"data": "nowhere.txt", "max_kl": 1}]}, "g"), checkpoint("llama"), checkpoint("llama"))
+        judged(validate({"text": [{"data": "nowhere.txt", "context": 9, "max_kl": 1}]}, "g"), checkpoint("llama"), checkpoint("llama"))
 
 
 @pytest.fixture
@@ -340,7 +340,7 @@ def test_a_baseline_of_another_protocol_is_refused_with_what_differs(
     text = str(caught.value)
     for part in ("context 32, now 16", "stride 32, now 16", "top None, now 64"):
         assert f"suites: text demo:heldout: {part}" in text
-    with pytest.raises(InputError, match="pairs demo:pairs not measured, now"):
+    with pytest.raises(InputError, match="suites: pairs demo:pairs was not measured, now {'data'"):
         judged(rules(text=[TEXT | {"max_flips": 1}], pairs=[{"data": "demo:pairs", "max_drop": 0}]), checkpoint("llama"), path)
     monkeypatch.setattr(observe, "VERSION", 2)
     with pytest.raises(InputError, match="version 1, now 2"):
@@ -460,3 +460,11 @@ def test_the_example_is_a_gate_file_whose_items_are_fine(tokenizer: Tokenizer, m
     chosen = files.load(folder / "gate.yaml")
     found = observe.given(chosen, run.Layout(run.Checkpoint(tokenizer.folder)), tokenizer, tiny.Silent())
     assert len(found["bias bias-made-up.jsonl"].extra["group"]) == 14
+
+
+def test_every_key_is_explained() -> None:
+    from compress.gate import rules as files
+
+    told = (Path(__file__).resolve().parents[1] / "docs" / "gate.md").read_text()
+    for kind in (files.Rules, files.Integrity, files.Text, files.Pairs, files.Task, files.Retrieval, files.Bias):
+        assert not [key for key in kind.model_fields if key not in told]

@@ -70,6 +70,12 @@ def test_a_change_that_is_the_same_everywhere_is_certain() -> None:
     assert statistics.bootstrap(weights * 0.5, weights, 0.5, resamples=99).p == 1.0
 
 
+def test_what_is_no_number_fails() -> None:
+    totals = np.full(10, 0.1)
+    totals[3] = np.nan
+    assert statistics.bootstrap(totals, np.full(10, 4.0), 1.0, resamples=999).p == 0.001
+
+
 @pytest.mark.parametrize(("worse", "better"), [(0, 0), (1, 0), (0, 3), (5, 0), (7, 2), (6, 6), (9, 4)])
 def test_mcnemar_is_that_of_all_ways_counted(worse: int, better: int) -> None:
     assert statistics.net(worse, better, 50).p == pytest.approx(paired.mcnemar_p(worse, better))

@@ -110,5 +110,5 @@ def differences(before: dict[str, Any], now: dict[str, Any], place: str = "") ->
         if isinstance(one, dict) and isinstance(other, dict):
             found += differences(one, other, f"{place}{key}: ")
         elif one != other:
-            found.append(f"{place}{key} {'not measured' if key not in before else one!r}, now {'not measured' if key not in now else other!r}")
+            found.append(f"{place}{key} {repr(one) if key in before else 'was not measured'}, now {repr(other) if key in now else 'not measured'}")
     return found
