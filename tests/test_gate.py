@@ -263,8 +263,11 @@ def test_weights_that_are_no_numbers_fail(checkpoint: Callable[..., Path], chang
     assert failed(result) == {"finite"} and "model.layers.1.mlp.up_proj.weight: holds NaN" in check(result, "finite")["detail"]
 
 
-def test_too_little_data_is_told_and_fails_where_power_is_required(checkpoint: Callable[..., Path], changed: Callable[..., Path]) -> None:
-    other, pairs = changed(noise=0.02), [{"data": "demo:pairs", "limit": 20, "max_drop": 0.01}]
+def test_too_little_data_is_told_and_fails_where_power_is_required(
+    checkpoint: Callable[..., Path], changed: Callable[..., Path], tmp_path: Path
+) -> None:
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps({"good": row["anti"], "bad": row["stereotype"]}) + "\n" for row in ROWS))
+    other, pairs = changed(noise=0.02), [{"data": str(tmp_path / "pairs.jsonl"), "max_drop": 0.01}]
     told = judged(rules(text=[], pairs=pairs), other, checkpoint("llama"))
     assert told["verdict"] == "passed" and "give it more data" in told["notes"][0] and not check(told, "drop")["powered"]
     strict = judged(rules(text=[], pairs=pairs, require_power=True), other, checkpoint("llama"))
@@ -340,7 +343,7 @@ def test_a_baseline_of_another_protocol_is_refused_with_what_differs(
     text = str(caught.value)
     for part in ("context 32, now 16", "stride 32, now 16", "top None, now 64"):
         assert f"suites: text demo:heldout: {part}" in text
-    with pytest.raises(InputError, match="suites: pairs demo:pairs was not measured, now {'data'"):
+    with pytest.raises(InputError, match="suites: pairs demo:pairs was not measured, now"):
         judged(rules(text=[TEXT | {"max_flips": 1}], pairs=[{"data": "demo:pairs", "max_drop": 0}]), checkpoint("llama"), path)
     monkeypatch.setattr(observe, "VERSION", 2)
     with pytest.raises(InputError, match="version 1, now 2"):

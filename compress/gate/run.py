@@ -34,9 +34,8 @@ def judge(rules: Rules, candidate: str, against: str, progress: Progress) -> dic
     ``notes``. Raises `InputError` for whatever keeps the two from being compared."""
     problems = Problems()
     sides: list[Layout | Record | None] = []
-    for name in (candidate, against):
+    for name, stored in ((candidate, False), (against, Path(against).suffix == ".json")):
         try:
-            stored = name is against and Path(name).suffix == ".json"
             sides.append(record.load(Path(name)) if stored else Layout(Checkpoint(locate_model(name))))
         except InputError as error:
             problems.absorb(error)
@@ -52,6 +51,7 @@ def judge(rules: Rules, candidate: str, against: str, progress: Progress) -> dic
                   if other.versions.get(name) != now]  # fmt: skip
     else:
         observe.check(rules, other)
+        observe.protocol(rules, _stored(other))  # says which data are missing
         facts = integrity.facts(other)
     progress.step("integrity", 1)
     exact = [*integrity.compared(facts, integrity.facts(layout), rules.integrity.allow), integrity.finite(layout.checkpoint)]
