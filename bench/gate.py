@@ -10,9 +10,9 @@
 In a planted artifact the manifest is written anew, as a compressor at fault would have: hashes alone would catch everything. How many runs each check
 fails is in the JSON, and so is how many fail by tests alone, without any exact check.
 
-**Unchanged** are, each on windows drawn with replacement, with a bootstrap seed of its own:
+**Unchanged** are
 
-* `seeds`: artifacts of the same recipe that differ in the calibration's seed, beside each other, at bounds that were set on one pair of seeds that is
+* `seeds`: artifacts of the same recipe that differ in the calibration's seed, beside each other, on windows drawn with replacement, at bounds that were set on one pair of seeds that is
   left out of the runs;
 * `order`: the uncompressed model beside itself with the channels of its MLPs in another order, which changes nothing but how sums are rounded, with
   bounds of 0.
@@ -170,16 +170,21 @@ def reordered(model: str, target: Path, seed: int) -> Path:
 
 
 def order(model: str, runs: int, work: Path) -> dict[str, Any]:
-    """The model beside itself with sums in another order, bounds of 0."""
-    chosen = gate_file(0.0, max_accuracy_drop=0.0)
+    """The model beside itself with sums in another order, bounds of 0: every run has windows of its own, half as long, of ten orders."""
+    bounds = {"max_loss_increase": 0.0, "max_accuracy_drop": 0.0}
+    text = {"data": "demo:heldout", "context": CONTEXT // 2, "windows": WINDOWS * runs // 10}
+    chosen = rules.validate({"text": [text | bounds]}, "bench/gate.py")
     base = measure(chosen, "base", model, None)
-    failed, different, orders = 0, [], max(1, runs // 10)
-    for number in range(orders):
+    failed, different = 0, []
+    for number in range(10):
         found = measure(chosen, "candidate", reordered(model, work / "reordered", number), None)
         title = "text demo:heldout"
         different.append(float((found.arrays[title]["loss"] != base.arrays[title]["loss"]).mean()))
-        failed += sum(decide.verdict(judged(chosen, base, found, number + orders * each)) == "failed" for each in range(runs // orders))
-    return {"runs": orders * (runs // orders), "failed": failed, "share_of_losses_that_differ": min(different)}
+        for part in range(runs // 10):
+            windows = np.arange(WINDOWS * part, WINDOWS * (part + 1))
+            checks = decide.decide(chosen, drawn(base.arrays, windows), drawn(found.arrays, windows))
+            failed += decide.verdict(checks) == "failed"
+    return {"runs": 10 * (runs // 10), "failed": failed, "share_of_losses_that_differ": min(different)}
 
 
 def planted(model: str, kind: str, seeds: int, baseline: Path, chosen: rules.Rules, source: Path, work: Path) -> dict[str, Any]:

@@ -344,6 +344,8 @@ HEADLINES = (
     "GPTQ of one Llama block (2048 wide, MLP 5632), wall seconds",
     "GPTQ of a checkpoint of 6.03 GB, peak memory",
     "killed at random moments, 30 times, and started again",
+    "`compress gate`, demo:dense in 4 bits, planted regressions caught",
+    "`compress gate`, demo:dense, failures where nothing got worse",
     "decoding 3b in 4 bits, one thread, tokens/s",
     "decoding 3b in 3 bits, one thread, tokens/s",
     "cache of 20 % of the channels, a Llama-3-8B layer, 32768 tokens, ms a step",

@@ -103,7 +103,7 @@ def test_figures_are_those_of_plain_transformers(
     checkpoint: Callable[..., Path], changed: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(observe, "TOP", tiny.VOCABULARY - 1)
-    base, other = checkpoint("llama"), changed(noise=0.05)
+    base, other = checkpoint("llama"), changed(noise=0.5)
     result = judged(rules(), other, base)
     tokenizer = Tokenizer(base)
     samples = observe.given(rules(), run.Layout(run.Checkpoint(base)), tokenizer, tiny.Silent())["text demo:heldout"].samples
@@ -133,6 +133,9 @@ def test_the_divergence_of_the_likeliest_tokens_is_at_most_the_whole_one(
         monkeypatch.setattr(observe, "TOP", top)
         found.append(check(judged(rules(), other, checkpoint("llama")), "kl")["value"])
     assert found == sorted(found) and 0 < found[0] < found[-1]
+    monkeypatch.setattr(observe, "TOP", 16)
+    kept = measured(rules(), other).arrays["text demo:heldout"]["logprobs"]
+    assert kept.shape[1] == 17 and np.exp(kept.astype(np.float64)).sum(1) == pytest.approx(1, abs=1e-5)
 
 
 def test_swapped_models_negate(checkpoint: Callable[..., Path], changed: Callable[..., Path], everything: Rules) -> None:
