@@ -12,10 +12,10 @@ fails is in the JSON, and so is how many fail by tests alone, without any exact 
 
 **Unchanged** are
 
-* `seeds`: artifacts of the same recipe that differ in the calibration's seed, beside each other, on windows drawn with replacement, at bounds that were set on one pair of seeds that is
-  left out of the runs;
+* `seeds`: artifacts of the same recipe that differ in the calibration's seed, beside each other, on windows drawn with replacement, at bounds that
+  were set on one pair of seeds that is left out of the runs;
 * `order`: the uncompressed model beside itself with the channels of its MLPs in another order, which changes nothing but how sums are rounded, with
-  bounds of 0.
+  bounds of 0, every run on windows of its own.
 """
 
 import argparse
