@@ -36,7 +36,16 @@ def tensor(name: str, shape: list[int], action: str = "quantized", why: str = "g
 
 def folded(kind: str, block: int, alpha: float) -> dict[str, Any]:
     name = f"model.layers.{block}.{kind}"
-    return {"name": name, "block": block, "pass": "smooth", "kind": kind, "alpha": alpha, "error": [0.02, 0.01 + block / 1000], "fallback": None}
+    return {
+        "name": name,
+        "block": block,
+        "pass": "smooth",
+        "kind": kind,
+        "alpha": alpha,
+        "beta": 1 - alpha,
+        "error": [0.02, 0.01 + block / 1000],
+        "fallback": None,
+    }
 
 
 def run_result(linears: list[dict[str, Any]], ledger: list[dict[str, Any]] | None = None, **changes: Any) -> dict[str, Any]:

@@ -97,6 +97,22 @@ def test_salient_scales_are_powers_spread_evenly_around_one(magnitudes: list[flo
 
 def test_an_exponent_of_nothing_scales_nothing() -> None:
     assert torch.equal(salient(torch.tensor([0.0, 1e-9, 3.0]), 0.0), torch.ones(3))
+    assert torch.equal(salient(torch.tensor([0.5, 1e-9, 3.0]), 0.0, torch.tensor([2.0, 0.1, 0.0]), 0.0), torch.ones(3))
+
+
+@given(
+    st.lists(st.tuples(st.floats(0.01, 100), st.floats(0.01, 1), st.integers(-6, 6)), min_size=1, max_size=20),
+    st.integers(0, 20).map(lambda n: n / 20),
+)
+def test_powers_that_make_one_follow_whatever_scale_is_moved_between_inputs_and_weights(
+    channels: list[tuple[float, float, int]], alpha: float
+) -> None:
+    """Where inputs are some times as large and weights as much smaller, the factors take it back, whatever the power."""
+    inputs, weights, moved = torch.tensor(channels).T
+    moved = moved.exp2()
+    before, after = salient(inputs, alpha, weights, 1 - alpha), salient(inputs * moved, alpha, weights / moved, 1 - alpha)
+    ratio = after / (before * moved)
+    assert torch.allclose(ratio, ratio[:1].expand_as(ratio), rtol=1e-4)
 
 
 def test_shared_out_scales_make_inputs_as_large_as_weights() -> None:
@@ -461,6 +477,21 @@ def test_smoothquant_makes_good_what_outliers_do_to_rounded_inputs(tmp_path: Pat
     plain = lost([rounding], planted, tmp_path / "plain")
     smooth = lost([{"smooth": {"method": "smoothquant"}}, rounding], planted, tmp_path / "smooth")
     assert smooth < 0.1 * plain and smooth < 0.003
+
+
+def test_outliers_hardly_change_what_awq_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Submodule by submodule: with powers of inputs alone the error behind norms is a fifth larger than without outliers."""
+    monkeypatch.setattr(smooth, "JUDGED_TOKENS", 256)
+    monkeypatch.setattr(smooth, "CANDIDATES", 5)
+    planted = plant_outliers(demo.path("dense"), tmp_path / "planted")
+    found, of_inputs = [], []
+    for folder in (demo.path("dense"), planted):
+        layout = Layout(Checkpoint(folder))
+        model = Model(layout, dict.fromkeys(layout.linears, Scheme(bits=3, group_size=128, symmetric=True)))
+        _, records = smoothed(model, tmp_path / f"work-{folder.name}", tiny.samples((120, 100)), clip=False)
+        found.append(sum(record["error"][1] for record in records if record["kind"] in ("qkv", "gate_up")))
+        of_inputs.append([record["name"] for record in records if record["kind"] in ("qkv", "gate_up") and not record["beta"]])
+    assert found[1] < 1.1 * found[0] and not of_inputs[1]
 
 
 def test_awq_loses_less_than_plain_rounding_on_a_trained_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,12 +9,17 @@ LEAST_SCALE = 1e-4
 LEAST_MAGNITUDE = 1e-5
 
 
-def salient(magnitude: Tensor, alpha: float) -> Tensor:
-    """AWQ (arXiv 2306.00978, section 3.2): ``magnitude^alpha``, of the mean magnitudes [channels] of inputs, spread evenly around 1."""
-    scale = magnitude.pow(alpha).clamp_min(LEAST_SCALE)
-    used = magnitude > 0
+def salient(inputs: Tensor, alpha: float, weights: Tensor | None = None, beta: float = 0.0) -> Tensor:
+    """AWQ: ``inputs^alpha / weights^beta``, of the mean magnitudes [channels] of both, spread evenly around 1; without ``weights``, of inputs alone.
+
+    arXiv 2306.00978, section 3.2, takes inputs alone, its first version weights too.
+    """
+    scale, used = inputs.pow(alpha), inputs > 0
+    if weights is not None:
+        scale, used = scale / weights.pow(beta), used & (weights > 0)
     if not used.any():
         return torch.ones_like(scale)
+    scale = scale.clamp_min(LEAST_SCALE)
     lowest, highest = scale[used].aminmax()
     return torch.where(used, scale / (lowest * highest).sqrt(), 1.0)
 

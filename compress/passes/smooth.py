@@ -1,7 +1,7 @@
 """Fold a factor per channel into the weights before they are rounded: the model computes the same, and loses less to rounding.
 
-`awq` (arXiv 2306.00978): the factors are a power of each input's mean magnitude, the power found by trying, with the weights rounded, which
-loses least of what the submodule gives. Then the range of each group of weights is cut to where that loses least; the pass that rounds should
+`awq` (arXiv 2306.00978): the factors are a power of each input's mean magnitude, alone or divided by one of the mean magnitude of the weights that read
+it, found by trying, with the weights rounded, which loses least of what the submodule gives. Then the range of each group of weights is cut to where that loses least; the pass that rounds should
 take it as it is (`rtn` with `scales: minmax`), since a search of its own would move it again. `smoothquant` (arXiv 2211.10438): the factors
 share out the largest magnitudes of inputs and weights, for activations that are to be rounded too.
 """
@@ -37,7 +37,10 @@ Kind = Literal["qkv", "o", "gate_up", "down"]
 USUAL_KINDS: dict[str, tuple[Kind, ...]] = {"awq": ("qkv", "o", "gate_up", "down"), "smoothquant": ("qkv", "gate_up")}
 USUAL_ALPHA = 0.5
 CANDIDATES = 20
-"""Exponents tried: 0, 0.05, ... 0.95. The first changes nothing, so the best is never worse."""
+"""Powers of inputs tried: 0, 0.05, ... 0.95. The first, alone, changes nothing, so the best is never worse."""
+Powers = tuple[float, float]
+"""Of the mean magnitudes of inputs, and of those of weights, by which it is divided."""
+UNCHANGED: Powers = (0.0, 0.0)
 JUDGED_TOKENS = 4096
 """Candidates are compared on the first samples with so many tokens."""
 
@@ -52,7 +55,10 @@ class Pass(Transform):
         default="awq", description="`awq`: for rounded weights, searched with the grids they will get; `smoothquant`: for rounded activations"
     )
     alpha: float | None = Field(
-        default=None, ge=0, le=1, description="exponent of the inputs' magnitudes; `null`: searched for each edge (`awq`) or 0.5 (`smoothquant`)"
+        default=None,
+        ge=0,
+        le=1,
+        description="power of the inputs' magnitudes (`awq`: these alone); `null`: searched for each edge (`awq`) or 0.5 (`smoothquant`)",
     )
     edges: tuple[Kind, ...] | None = Field(
         default=None, min_length=1, description="where, by the linears that read: qkv, o, gate_up, down; `null`: all (`awq`) or qkv and gate_up"
@@ -178,7 +184,7 @@ class Smoothing:
         """Whether whoever reads the edge saw enough to go by; if not, it is recorded."""
         reason = None if edge.expert is None else self._starved(self._readers(edge)[0])
         if reason:
-            self.block.add_record(edge.name, {"pass": self.by, "kind": edge.kind, "alpha": 0.0, "fallback": reason})
+            self.block.add_record(edge.name, {"pass": self.by, "kind": edge.kind, "alpha": 0.0, "beta": 0.0, "fallback": reason})
         return reason is None
 
     def _readers(self, edge: Edge) -> list[Group]:
@@ -195,25 +201,25 @@ class Smoothing:
         from compress.folding import open_edge
 
         folding = open_edge(self.block, edge)
-        candidates = self._candidates(edge, folding)
         weights = {linear: self.block.weight(linear) for linear in edge.consumers if linear in self.schemes}
-        errors: dict[float, float] = {}
+        candidates = self._candidates(edge, folding, weights)
+        errors: dict[Powers, float] = {}
         if loss and weights:
-            for alpha, scale in candidates.items():
+            for powers, scale in candidates.items():
                 factor = folding.spread(folding.exact(scale))
-                errors[alpha] = loss(self._rounded(weights, factor), self._inputs(edge, weights, factor))
-        alpha = min(errors, key=errors.__getitem__) if errors else next(iter(candidates))  # none of a search: nobody rounds the readers
-        factor = folding.exact(candidates[alpha])
+                errors[powers] = loss(self._rounded(weights, factor), self._inputs(edge, weights, factor))
+        best = min(errors, key=errors.__getitem__) if errors else next(iter(candidates))  # none of a search: nobody rounds the readers
+        factor = folding.exact(candidates[best])
         for name, value in folding.folded(factor).items():
             self.block.set_dense(name, value)
         for group in self._readers(edge):
             self.seen[group.name].divide(folding.spread(factor))
-        record = {"factors": [float(factor.min()), float(factor.max())], "left_alone": int((candidates[alpha] / factor - 1).abs().gt(0.01).sum())}
-        record |= {"error": [errors[0.0], errors[alpha]]} if errors else {}
-        self.block.add_record(edge.name, {"pass": self.by, "kind": edge.kind, "alpha": alpha, "fallback": None, **record})
+        record = {"factors": [float(factor.min()), float(factor.max())], "left_alone": int((candidates[best] / factor - 1).abs().gt(0.01).sum())}
+        record |= {"error": [errors[UNCHANGED], errors[best]]} if errors else {}
+        self.block.add_record(edge.name, {"pass": self.by, "kind": edge.kind, "alpha": best[0], "beta": best[1], "fallback": None, **record})
 
-    def _candidates(self, edge: Edge, folding: Folding) -> dict[float, Tensor]:
-        """Scales [channels] by exponent."""
+    def _candidates(self, edge: Edge, folding: Folding, weights: Mapping[str, Tensor]) -> dict[Powers, Tensor]:
+        """Scales [channels] by the powers in them; ``weights`` [out, in] are those of the readers that will be rounded, by name."""
         import torch
 
         from compress.numerics.scaling import salient, shared_out
@@ -223,10 +229,18 @@ class Smoothing:
         if self.options.method == "smoothquant":
             alpha = USUAL_ALPHA if self.options.alpha is None else self.options.alpha
             largest = [self.block.weight(linear.name).abs().amax(0) for group in self._readers(edge) for linear in group.linears]
-            return {alpha: shared_out(folding.heads(seen.largest).amax(0), folding.heads(torch.stack(largest).amax(0)).amax(0), alpha)}
+            return {(alpha, 1 - alpha): shared_out(folding.heads(seen.largest).amax(0), folding.heads(torch.stack(largest).amax(0)).amax(0), alpha)}
         magnitude = folding.heads(seen.mean()).mean(0)
-        alphas = [step / CANDIDATES for step in range(CANDIDATES)] if self.options.alpha is None else [self.options.alpha]
-        return {alpha: salient(magnitude, alpha) for alpha in alphas}
+        if self.options.alpha is not None:
+            return {(self.options.alpha, 0.0): salient(magnitude, self.options.alpha)}
+        alphas = [step / CANDIDATES for step in range(CANDIDATES)]
+        found = {(alpha, 0.0): salient(magnitude, alpha) for alpha in alphas}
+        if weights:
+            # One power of inputs alone cannot undo a few channels that are loud where their weights are small: what is right for them is wrong for all
+            # others. Powers that make one in all do so whatever scale is moved between the two.
+            usual = folding.heads(torch.cat(list(weights.values())).abs().mean(0)).mean(0)
+            found |= {(alpha, 1 - alpha): salient(magnitude, alpha, usual, 1 - alpha) for alpha in alphas}
+        return found
 
     def _rounded(self, weights: dict[str, Tensor], factor: Tensor) -> dict[str, Tensor]:
         """What linears compute if ``weights`` are rounded with ``factor`` [in] folded in."""

@@ -40,7 +40,10 @@ def transforms(records: list[dict[str, Any]]) -> list[dict[str, str]]:
             "pass": step,
             "kind": kind,
             "count": f"{len(members):,}",
-            "alpha": spread([record["alpha"] for record in members if record.get("alpha") is not None], lambda value: f"{value:g}"),
+            **{
+                power: spread([record[power] for record in members if record.get(power) is not None], lambda value: f"{value:g}")
+                for power in ("alpha", "beta")
+            },
             "error": f" {ARROW} ".join(
                 spread([record["error"][end] for record in members if record.get("error")], percent_text, middle_only=True) for end in (0, 1)
             ).strip(f"{ARROW} "),
