@@ -1,9 +1,10 @@
 """Fold a factor per channel into the weights before they are rounded: the model computes the same, and loses less to rounding.
 
-`awq` (arXiv 2306.00978): the factors are a power of each input's mean magnitude, alone or divided by one of the mean magnitude of the weights that read
-it, found by trying, with the weights rounded, which loses least of what the submodule gives. Then the range of each group of weights is cut to where that loses least; the pass that rounds should
-take it as it is (`rtn` with `scales: minmax`), since a search of its own would move it again. `smoothquant` (arXiv 2211.10438): the factors
-share out the largest magnitudes of inputs and weights, for activations that are to be rounded too.
+`awq` (arXiv 2306.00978): the factors are a power of each input's mean magnitude, alone or divided by one of the mean magnitude of the
+weights that read it; those that lose least of what the submodule gives, with the weights rounded, are found by trying. Then the range of
+each group of weights is cut to where that loses least; the pass that rounds should take it as it is (`rtn` with `scales: minmax`), since a
+search of its own would move it again. `smoothquant` (arXiv 2211.10438): the factors share out the largest magnitudes of inputs and weights,
+for activations that are to be rounded too.
 """
 
 from __future__ import annotations
@@ -236,8 +237,8 @@ class Smoothing:
         alphas = [step / CANDIDATES for step in range(CANDIDATES)]
         found = {(alpha, 0.0): salient(magnitude, alpha) for alpha in alphas}
         if weights:
-            # One power of inputs alone cannot undo a few channels that are loud where their weights are small: what is right for them is wrong for all
-            # others. Powers that make one in all do so whatever scale is moved between the two.
+            # One power of inputs alone cannot undo a few channels that are loud where their weights are small: what is right for them is
+            # wrong for all others. Powers of both that make one in all do so whatever scale lies between the two.
             usual = folding.heads(torch.cat(list(weights.values())).abs().mean(0)).mean(0)
             found |= {(alpha, 1 - alpha): salient(magnitude, alpha, usual, 1 - alpha) for alpha in alphas}
         return found
