@@ -417,11 +417,7 @@ class Block:
             self.round_inputs(linear, inputs)
             if inputs.scale is not None:
                 self._quantized[linear][f"{linear}.input_scale"] = inputs.scale
-        self.add_record(
-            linear,
-            {"bits": weight.bits, "group_size": weight.group_size, "symmetric": weight.symmetric,
-             "activations": inputs.arguments() if inputs else None, **record},
-        )  # fmt: skip
+        self.add_record(linear, stored_as(weight, inputs) | record)
 
     def residual(self, linear: str, weight: Tensor, positions: Tensor) -> Residual:
         """What takes a quantised linear to ``weight`` [out, in] float32 at ``positions`` [out, in] bool, as it will be stored."""
@@ -627,6 +623,16 @@ class Block:
         for linear, branch in self._branches.items():
             tensors |= branches.pack(linear, branch)
         write_safetensors(path, [entry(name, tensor) for name, tensor in tensors.items()], {"records": json.dumps(self.records)})
+
+
+def stored_as(weight: Quantized, inputs: Activations | None) -> dict[str, Any]:
+    """What the record of a quantised linear says of its codes and its inputs."""
+    return {
+        "bits": weight.bits,
+        "group_size": weight.group_size,
+        "symmetric": weight.symmetric,
+        "activations": inputs.arguments() if inputs else None,
+    }
 
 
 def _complete(hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:

@@ -84,11 +84,13 @@ def check(recipe: RecipeArgument, model: ModelArgument, as_json: JsonOption = Fa
     """Everything that can be known before weights load; all mistakes at once."""
     with _errors(as_json):
         chosen, _, layout, plan = _planned(recipe, model)
+        inside = len(plan.keys() - layout.outside.keys())
         if as_json:
-            typer.echo(json.dumps({"ok": True, "linears": len(layout.linears), "quantized": len(plan)}))
+            typer.echo(json.dumps({"ok": True, "linears": len(layout.linears), "quantized": len(plan), "outside": len(plan) - inside}))
         else:
             steps = ", ".join(name for name, _ in chosen.instances())
-            typer.echo(f"ok: {steps}; {len(plan)} of {len(layout.linears)} linears in {len(layout.blocks)} blocks will be quantised")
+            beyond = f", and {len(plan) - inside} outside them" if len(plan) > inside else ""
+            typer.echo(f"ok: {steps}; {inside} of {len(layout.linears)} linears in {len(layout.blocks)} blocks{beyond} will be quantised")
 
 
 @app.command()

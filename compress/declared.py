@@ -65,7 +65,7 @@ def check(layout: Layout) -> None:
     config = layout.checkpoint.config.get("quantization_config", {})
     groups = _groups(config, problems)
     problems.raise_if_any()
-    for name, linear in layout.linears.items():
+    for name, linear in layout.all_linears.items():
         parts = {part: info for part in PARTS if (info := layout.checkpoint.tensors.get(f"{name}.{part}"))}
         if any(part in parts and parts[part].dtype in FLOATS for part in ("weight", "nm_values")):
             continue
@@ -87,7 +87,7 @@ def schemes(layout: Layout) -> dict[str, Scheme]:
     groups = _groups(config, Problems())
     inputs = {name: group.get("input_activations") for name, group in config.get("config_groups", {}).items()}
     found = {}
-    for name, linear in layout.linears.items():
+    for name, linear in layout.all_linears.items():
         dtypes = {part: info.dtype for part in PARTS if (info := layout.checkpoint.tensors.get(f"{name}.{part}"))}
         if any(dtypes.get(part, "") in FLOATS for part in ("weight", "nm_values")) or not dtypes:
             continue

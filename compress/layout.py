@@ -18,6 +18,8 @@ from compress.checkpoint import BRANCHED, EXACT_LINEARS, FLOATS, LATENT, LOW_RAN
 from compress.errors import InputError, Problem, Problems
 from compress.fused import apart
 
+OLD_LEVEL = "vision_model"
+"""In the names of some vision towers on disk, and in memory no more."""
 MAP = "map"
 """What follows the name of a router that has one."""
 EXPERTS_IN, EXPERTS_OUT = "experts.gate_up", "experts.down"
@@ -225,6 +227,39 @@ class Layout:
         return {linear.name: linear for block in self.blocks for linear in block.linears}
 
     @cached_property
+    def towers(self) -> tuple[str, ...]:
+        """What the names of tensors begin with that lie beside the language model: the vision tower, and what joins it to the language model."""
+        blocks = self.arch.blocks.split(".")
+        found = set()
+        for name in self.checkpoint.tensors:
+            parts = name.split(".")
+            depth = next(depth for depth, part in enumerate(parts) if part != dict(enumerate(blocks)).get(depth))
+            if depth < len(blocks) - 1 and parts[depth] != "lm_head":
+                found.add(".".join(parts[: depth + 1]))
+        return tuple(sorted(found))
+
+    @cached_property
+    def outside(self) -> dict[str, Linear]:
+        """Every linear of the vision tower and of what joins it to the language model, by name, but for those of a head that pools by torch's own
+        attention: transformers reads their weights when it makes the model (seen with 5.23.0), and none of the models here uses what they give."""
+        if not self.arch.image:
+            return {}
+        tensors, found = self.checkpoint.tensors, {}
+        towers = tuple(f"{tower}." for tower in self.towers)
+        pooling = tuple(f"{name.rsplit('.', 2)[0]}." for name in tensors if name.endswith(".in_proj_weight"))
+        for name in sorted({name.rpartition(".")[0] for name in tensors if name.endswith((".weight", ".weight_packed"))}):
+            if not name.startswith(towers) or name.startswith(pooling) or "embed" in name.rpartition(".")[2]:  # embeddings are matrices too
+                continue
+            if shape := self._shape(name, Problems()):
+                found[name] = Linear(name, *shape)
+        return found
+
+    @cached_property
+    def all_linears(self) -> dict[str, Linear]:
+        """Those in blocks and those `outside`, by name."""
+        return self.linears | self.outside
+
+    @cached_property
     def of_experts(self) -> frozenset[str]:
         """Names of the linears of routed experts."""
         groups = (group for block in self.blocks for stage in block.stages for group in stage.groups)
@@ -295,7 +330,7 @@ class Layout:
             raise InputError.one(min(self.latents), "the model's cache keeps latents already", "start from the original checkpoint")
         if BRANCHED in self.checkpoint.config:
             raise InputError.one(f"config.json: {BRANCHED}", "the model has branches beside its linears", "start from the original checkpoint")
-        stored = {name: info.dtype if (info := self.checkpoint.tensors.get(f"{name}.weight")) else "packed integers" for name in self.linears}
+        stored = {name: info.dtype if (info := self.checkpoint.tensors.get(f"{name}.weight")) else "packed integers" for name in self.all_linears}
         problems = [
             Problem(f"{name}.weight", f"is stored as {dtype}, already quantised", "start from the original checkpoint")
             for name, dtype in stored.items()

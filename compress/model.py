@@ -42,7 +42,7 @@ from compress.formats.nm_packed import Compact
 from compress.formats.sparse_residual import Residual
 from compress.latents import PARTS as LATENT_PARTS
 from compress.latents import Latents, Turns, attach, check_values, shapes
-from compress.layout import MAP, BlockLayout, Layout
+from compress.layout import MAP, OLD_LEVEL, BlockLayout, Layout
 from compress.numerics.activations import Activations
 from compress.numerics.grid import Quantized
 from compress.numerics.pattern import Pattern
@@ -91,6 +91,8 @@ class Model:
         self._exact_cache = False
         self._skeleton: Any = None
         self._settings: dict[str, Any] = {}
+        self._outside: dict[str, str] = {}
+        """Of the linears outside blocks, by name on disk, what transformers calls their modules."""
         self._config, self._modules = self._empty_blocks()
         self._slots = self._all_slots()
 
@@ -162,6 +164,7 @@ class Model:
             with torch.device("meta"):
                 whole = auto.from_config(config, dtype=self.dtype, attn_implementation=self.layout.arch.kernel, trust_remote_code=False)
                 modules = whole.get_submodule(self.layout.arch.module_blocks)
+                self._outside = self._modules_outside(whole)
                 for index, changes in self.layout.of_blocks.items():
                     modules[index] = type(modules[index])(_with(whole.config.get_text_config(), changes), index).to(self.dtype)
                 for linear in self.layout.factored:
@@ -173,7 +176,21 @@ class Model:
             raise InputError.one(
                 str(self.checkpoint.folder / "config.json"), f"transformers makes no model of it ({reason})", "fetch it again"
             ) from error
+        for name in self.layout.outside:
+            if name not in self._outside and (name in self.schemes or self.packed_as(name)):
+                raise InputError.one(name, "is no linear of its own in transformers, so it cannot be quantised", "exclude it")
         return config, modules.eval().requires_grad_(False)
+
+    def _modules_outside(self, whole: nn.Module) -> dict[str, str]:
+        """transformers calls a module by its name on disk, behind that of the base model, and some towers without a level that older files have."""
+        modules = {path: module for path, module in whole.named_modules() if type(module) is nn.Linear}
+        found = {}
+        for name in self.layout.outside:
+            path = name if name.startswith("model.") else f"model.{name}"
+            for each in (path, path.replace(f".{OLD_LEVEL}.", ".", 1)):
+                if each in modules:
+                    found[name] = each
+        return found
 
     def _generation(self) -> dict[str, Any]:
         """What transformers has to be told of generation, which it looks for beside the weights."""
@@ -221,7 +238,8 @@ class Model:
         )  # fmt: skip
         # transformers makes numbers up for what it does not find.
         problems = Problems()
-        for missing in sorted(info["missing_keys"]):
+        packed = {name: path for name, path in self._outside.items() if self.packed_as(name)}
+        for missing in sorted(set(info["missing_keys"]) - {f"{path}.weight" for path in packed.values()}):
             problems.add(missing, "is missing from the checkpoint", "is the download complete?")
         for mismatched in sorted(map(str, info["mismatched_keys"])):
             problems.add(mismatched, "is of another shape than config.json makes it", "do config.json and the weights belong together?")
@@ -243,7 +261,33 @@ class Model:
                 if (now := self.tensors.get(name)) and now != self.checkpoint.tensors.get(name):
                     value = read_entry(self.final(name)).to(self.device, self.dtype)
                     setattr(hollow.get_submodule(module), leaf, nn.Parameter(value, requires_grad=False))  # a head of its own is tied no more
+        for name, path in packed.items():
+            self._compute_packed(name, hollow.get_submodule(path))
         return hollow.eval()
+
+    @torch.no_grad()
+    def outside_difference(self, opened: Any, unpacked: torch.dtype | None) -> float | None:
+        """How far quantised linears outside the blocks, as a plain model that transformers `opened` has them, are from those meant; None without any.
+
+        That is the largest difference in what they give for random inputs, as a share of the largest; `unpacked` as for `as_transformers`.
+        """
+        generator = torch.Generator().manual_seed(0)
+        found = []
+        for name, path in self._outside.items():
+            if self.packed_as(name):
+                theirs = opened.get_submodule(path)
+                given = torch.randn(2, 4, self.layout.outside[name].columns, generator=generator).to(self.device, opened.dtype)
+                with self.as_transformers(unpacked, exact_cache=False):
+                    weight, inputs, bias = self.dense(name).to(given), self.inputs(name), self._bias(name)
+                ours = nn.functional.linear(inputs.round(given) if inputs else given, weight, None if bias is None else bias.to(given))
+                found.append(float((theirs(given) - ours).abs().max() / ours.abs().max()))
+        return max(found, default=None)
+
+    def _compute_packed(self, linear: str, module: nn.Module) -> None:
+        """Have a module of transformers compute a quantised linear outside the blocks."""
+        module.weight = nn.Parameter(self.dense(linear).to(self.device, self.dtype), requires_grad=False)
+        if inputs := self.inputs(linear):
+            module.register_forward_pre_hook(lambda _, given: (inputs.round(given[0]),))
 
     def _all_slots(self) -> list[dict[str, Slot]]:
         """For each block, tensor name to slot. Raises `InputError` for tensors missing from disk or unknown to transformers."""
@@ -365,7 +409,7 @@ class Model:
         groups = self.checkpoint.config.get("quantization_config", {}).get("config_groups", {}) if self.layout.packed else {}
         for group in groups.values():
             if group.get("input_activations"):
-                named = {name for name in self.layout.linears if any(declared.fits(target, name) for target in group["targets"])}
+                named = {name for name in self.layout.all_linears if any(declared.fits(target, name) for target in group["targets"])}
                 self._inputs |= dict.fromkeys(named, group["input_activations"])
 
     def inputs(self, linear: str) -> Activations | None:
@@ -456,6 +500,8 @@ class Model:
         model.tensors = {name: info for name, info in self.tensors.items() if name not in parts}
         model.tensors |= {f"{linear}.weight": info for linear, info in self.exact.items()}
         model._inputs = {}
+        if self.exact.keys() & self.layout.outside.keys():
+            model._skeleton = None
         return model
 
     @property
@@ -576,8 +622,7 @@ class Model:
                 _replace(module, table.module, experts(layout, held))
             for name, slot in packed.items():
                 if name not in routed:
-                    bias = read_entry(self.final(f"{name}.bias")).to(self.dtype) if f"{name}.bias" in self.tensors else None
-                    _replace(module, slot.parameter.removesuffix(".weight"), linear(name, bias))
+                    _replace(module, slot.parameter.removesuffix(".weight"), linear(name, self._bias(name)))
             dense = {name: slot for name, slot in slots.items() if name.rpartition(".")[0] not in packed}
             self._make_room(module, dense.values())
             for name, slot in dense.items():
@@ -591,9 +636,15 @@ class Model:
             if latents := self.latents(layout):
                 turns = turns or Turns(whole.get_submodule(self.layout.arch.module_blocks.rpartition(".")[0]).rotary_emb)
                 attach(module.get_submodule(self.layout.arch.attention), latents.to(self.dtype), turns)
+        for name, path in self._outside.items():
+            if self.packed_as(name):
+                _replace(whole, path, linear(name, self._bias(name)))
         for config in (self._config, whole.config):  # what is registered under another name, a process that unpickles the model lacks
             config._experts_implementation = config.get_text_config()._experts_implementation = "eager"
         return whole.to(self.device).eval()
+
+    def _bias(self, linear: str) -> Tensor | None:
+        return read_entry(self.final(f"{linear}.bias")).to(self.dtype) if f"{linear}.bias" in self.tensors else None
 
     def write_outside(self, path: Path, tensors: dict[str, Tensor], settings: dict[str, Any], records: list[dict[str, Any]]) -> None:
         """Write, durably, tensors outside the blocks as a pass makes them, in the dtype they are to have, and what it changes of the config."""

@@ -517,7 +517,7 @@ class _Run:
 
     def _size(self, staging: Path) -> dict[str, Any]:
         after = Checkpoint(staging)
-        quantized = sum(linear.rows * linear.columns for name, linear in self.layout.linears.items() if name in self.plan)
+        quantized = sum(linear.rows * linear.columns for name, linear in self.layout.all_linears.items() if name in self.plan)
         parts = [f"{name}.{part}" for name in self.plan for part in (*PARTS, *BESIDE_PARTS) if part not in TELL_SHAPES]
         stored = sum(after.tensors[part].nbytes for part in parts if part in after.tensors)
         return {

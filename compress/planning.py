@@ -58,7 +58,7 @@ def plan(recipe: Recipe, layout: Layout, schemes: dict[str, tuple[str, Scheme]])
     source, layouts = layout, expected(recipe, layout)
     layout = layouts[-1]
     per_linear = {name: scheme for name, (_, scheme) in schemes.items()}
-    weights = sum(layout.linears[name].rows * layout.linears[name].columns for name in per_linear)
+    weights = sum(layout.all_linears[name].rows * layout.all_linears[name].columns for name in per_linear)
     stored = sum(_packed(layout, name, scheme) - scheme.shape_bytes for name, scheme in per_linear.items())
     passes: list[dict[str, Any]] = []
     mixed = dict(per_linear)
@@ -107,13 +107,14 @@ def plan(recipe: Recipe, layout: Layout, schemes: dict[str, tuple[str, Scheme]])
             "bits_per_weight": 8 * stored / weights if weights else None,
             "at_most": mixed != per_linear or recipe.export[0] == "nm-packed" or keeps_branches(recipe) or estimated,
         },
+        "outside": len(layout.outside.keys() & per_linear.keys()),
         "cache": caching.text if (caching := cache_scheme(recipe)) else None,
         "engines": verdicts(recipe, layout, mixed),
     }
 
 
 def _packed(layout: Layout, name: str, scheme: Scheme) -> int:
-    return scheme.stored_bytes(layout.linears[name], dense_bytes(layout, name))
+    return scheme.stored_bytes(layout.all_linears[name], dense_bytes(layout, name))
 
 
 def _hidden(layout: Layout) -> int:
@@ -132,6 +133,9 @@ def _peak(layout: Layout, mine: set[str], tokens: int, rewrites: bool) -> int:
     groups = [group for block in layout.blocks for stage in block.stages for group in stage.groups if group.linears[0].name in mine]
     # Second moment and its factor; weights in float32 with their targets, errors and codes.
     work = max((2 * 4 * group.columns**2 * bool(tokens) + 14 * _elements(group) for group in groups), default=0)
+    # Linears outside the blocks are rounded one by one, and their codes held until all are.
+    beyond = [linear.rows * linear.columns for name, linear in layout.outside.items() if name in mine]
+    work = max(work, 14 * max(beyond, default=0)) + sum(beyond)
     # A block that is rewritten is there in float32 as it was and as it is to be.
     work += 8 * max(sum(math.prod(layout.checkpoint.tensors[name].shape) for name in block.tensors) for block in layout.blocks) * rewrites
     return RUNTIME_BYTES + outside + block + activations + work

@@ -411,7 +411,7 @@ def check(recipe: Recipe, layout: Layout, place: str, *, done: int = 0) -> dict[
                 break
             plan[linear] = (name, scheme)
         if isinstance(step, Refining):
-            refined = step.refine(where, {linear: scheme for linear, (_, scheme) in plan.items()}, problems)
+            refined = step.refine(where, {linear: scheme for linear, (_, scheme) in plan.items() if linear in layout.linears}, problems)
             plan |= {linear: (plan[linear][0], scheme) for linear, scheme in refined.items()}
     if found:
         _check_pruned(recipe, found, place, problems)
@@ -420,7 +420,7 @@ def check(recipe: Recipe, layout: Layout, place: str, *, done: int = 0) -> dict[
         if isinstance(step, Rewrite) and not len(problems):  # a plan with a fault in it says little
             step.check_plan(f"{place}: passes[{index}].{name}", {linear: scheme for linear, (_, scheme) in plan.items()}, problems)
     # Of passes in a wrong order some may plan for linears that others take away.
-    _check_export(recipe, layout, place, {name: scheme for name, (_, scheme) in plan.items() if name in layout.linears}, examples, problems)
+    _check_export(recipe, layout, place, {name: scheme for name, (_, scheme) in plan.items() if name in layout.all_linears}, examples, problems)
     caching = cache_scheme(recipe)
     if isinstance(caching, LatentScheme) and recipe.evaluate and recipe.evaluate.context <= caching.window:
         problems.add(

@@ -63,6 +63,10 @@ def compare_logits(model: Model, folder: Path, tokenizer: Tokenizer, *, bfloat16
             parameter.data = parameter.to(dtype)  # it leaves unpacked experts in the dtype of their scales
     ids = tokenizer.encode(PROBE)
     theirs = opened.to(model.device)(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0].float()
+    outside = model.outside_difference(opened, None if declared.get("dequantize") else dtype)
+    if outside is not None and not outside <= tolerance:
+        what = f"transformers has other linears outside the decoder blocks than meant (off by {outside:.2e} of the largest output)"
+        raise InputError.one(str(folder), what, "report this")
     del opened
     return_freed_memory()
     with model.as_transformers(None if declared.get("dequantize") else dtype, exact_cache=cache_ignored):
@@ -74,4 +78,5 @@ def compare_logits(model: Model, folder: Path, tokenizer: Tokenizer, *, bfloat16
     if not decisive <= tolerance:
         raise InputError.one(str(folder), f"transformers computes other logits than meant (off by {decisive:.2e} of the largest)", "report this")
     ignored = {"kv_cache": "ignored by transformers, so compared with an exact one"} if cache_ignored else {}
-    return {"logits_max_difference": difference} | ignored
+    beyond = {} if outside is None else {"outside_max_difference": outside}
+    return {"logits_max_difference": difference} | beyond | ignored

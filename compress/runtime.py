@@ -45,7 +45,7 @@ def load(name: str | Path, *, digits: int = 2) -> Any:
         whole = _Loading(model, digits).whole()
     except KeyError as error:
         name = str(error.args[0])
-        if name.rpartition(".")[0] not in model.layout.linears:
+        if name.rpartition(".")[0] not in model.layout.all_linears:
             raise
         raise InputError.one(name, "is missing from the checkpoint", "is the download complete?") from error
     if model.stored.itemsize < model.dtype.itemsize:

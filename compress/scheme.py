@@ -203,14 +203,14 @@ Caching = CacheScheme | LatentScheme
 
 def dense_bytes(layout: Layout, linear: str) -> int:
     """Of a weight of a linear in the source."""
-    return layout.checkpoint.tensors[f"{linear}.weight"].nbytes // (layout.linears[linear].rows * layout.linears[linear].columns)
+    return layout.checkpoint.tensors[f"{linear}.weight"].nbytes // (layout.all_linears[linear].rows * layout.all_linears[linear].columns)
 
 
 def output_bytes(layout: Layout, plan: Mapping[str, Scheme], cache: Caching | None = None) -> int:
     """Bytes of all tensors of the artifact, but for those that transforms add."""
     total = layout.checkpoint.nbytes + (cache.added_bytes(layout) if cache else 0)
     for name, scheme in plan.items():
-        linear, info = layout.linears[name], layout.checkpoint.tensors[f"{name}.weight"]
+        linear, info = layout.all_linears[name], layout.checkpoint.tensors[f"{name}.weight"]
         assert info.shape == (linear.rows, linear.columns)
         total += scheme.stored_bytes(linear, dense_bytes(layout, name)) - info.nbytes
     return total

@@ -178,6 +178,8 @@ def plan(result: dict[str, Any]) -> None:
     bits = f", {size['bits_per_weight']:.3f} bits per quantised weight" if size["bits_per_weight"] else ""
     most = "at most " if size["at_most"] else ""
     console.print(f"size: {human(size['before_bytes'])} -> {most}{human(size['after_bytes'])}{bits}", highlight=False)
+    if result["outside"]:
+        console.print(f"outside the decoder blocks: {result['outside']} linears quantised", highlight=False)
     if result["cache"]:
         console.print(f"keys and values: {result['cache']}", highlight=False)
     if result["instead"]:

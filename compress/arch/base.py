@@ -122,8 +122,9 @@ class Arch:
     error is raised to an exponent. `biases` are keys of the config that give all of some linears a bias each. `units` are what structured pruning
     takes out; with ``whole_heads`` transformers refuses numbers of heads that do not divide the hidden size. `attention` is the module that has a
     cache of keys and values, computed by what transformers calls its implementation `kernel`. Where it keeps one ``latent`` vector for all heads
-    instead, these keys of the config are the widths of its parts. Blocks beyond those that a text goes through, as many as the config says under the
-    key ``more_blocks``, are not part of the model.
+    instead, these keys of the config are the widths of its parts. The linears of a ``flat_tower`` are given the patches of all images in a row,
+    [patches, width]. Blocks beyond those that a text goes through, as many as the config says under the key ``more_blocks``, are not part of the
+    model.
     """
 
     model_type: str
@@ -143,6 +144,7 @@ class Arch:
     experts: Experts | None = None
     rename: tuple[tuple[str, str], ...] = ()
     image: bool = False
+    flat_tower: bool = False
     biases: tuple[tuple[str, tuple[str, ...]], ...] = ()
     whole_heads: bool = False
     unquantized: tuple[str, ...] = ()

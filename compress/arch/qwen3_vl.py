@@ -24,4 +24,5 @@ ARCH = Arch(
     module_blocks="model.language_model.layers",
     text_config="text_config",
     image=True,
+    flat_tower=True,
 )

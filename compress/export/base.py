@@ -41,6 +41,8 @@ def refuse(place: str, target: str, layout: Layout, plan: dict[str, Scheme], cac
         problems.add(place, f"{target} has no place for {what}", remedy)
     if layout.factored:
         problems.add(place, f"{target} has no place for linears that are two of low rank", remedy)
+    if beyond := sorted(plan.keys() & layout.outside.keys()):
+        problems.add(place, f"{target} has no place for quantised linears outside the decoder blocks, such as {beyond[0]}", remedy)
     if any(scheme.residuals for scheme in plan.values()):
         problems.add(place, f"{target} has no place for residuals", f"leave out detach, or {remedy}")
 
@@ -59,9 +61,9 @@ def whole_numbers(place: str, target: str, plan: dict[str, Scheme], bits: Iterab
 
 def fills(place: str, target: str, layout: Layout, plan: dict[str, Scheme], problems: Problems, *, rows: int, columns: int) -> None:
     """Report linears whose codes would not fill their words: outputs and inputs must be multiples of ``rows`` and ``columns``."""
-    odd = [name for name in plan if layout.linears[name].rows % rows or layout.linears[name].columns % columns]
+    odd = [name for name in plan if layout.all_linears[name].rows % rows or layout.all_linears[name].columns % columns]
     if odd:
-        first = layout.linears[odd[0]]
+        first = layout.all_linears[odd[0]]
         more = f" (and {len(odd) - 1} more)" if odd[1:] else ""
         what = f"{odd[0]}{more} is {first.rows} x {first.columns}; {target} takes multiples of {rows} x {columns}"
         problems.add(place, what, "leave it out of quantisation, or choose compressed-tensors")
@@ -69,20 +71,13 @@ def fills(place: str, target: str, layout: Layout, plan: dict[str, Scheme], prob
 
 def group_sizes(layout: Layout, plan: dict[str, Scheme]) -> dict[str, int]:
     """Inputs per scale by linear; -1 for one scale per output. A group that happens to be as wide as some linears, but not as all, is a group."""
-    grouped = {scheme.group_size for name, scheme in plan.items() if scheme.group_size < layout.linears[name].columns}
+    grouped = {scheme.group_size for name, scheme in plan.items() if scheme.group_size < layout.all_linears[name].columns}
     return {name: scheme.group_size if scheme.group_size in grouped else -1 for name, scheme in plan.items()}
 
 
 def outside(layout: Layout) -> list[str]:
-    """Linears beside those of the language model's blocks: the first part of their names that tells them from those."""
-    blocks = layout.arch.blocks.split(".")
-    found = set()
-    for name in layout.checkpoint.tensors:
-        parts = name.split(".")
-        depth = next(depth for depth, part in enumerate(parts) if part != dict(enumerate(blocks)).get(depth))
-        if depth < len(blocks) - 1:
-            found.add(parts[depth])
-    return sorted(found - {"lm_head"})
+    """What lies beside the language model, by the last part of `Layout.towers`: what stands before it differs between engines."""
+    return sorted(tower.rpartition(".")[2] for tower in layout.towers)
 
 
 def by_block(model: Model) -> list[list[str]]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +32,7 @@ from compress.checkpoint import (
 from compress.errors import InputError, Problems
 from compress.export.base import outside
 from compress.formats.base import BESIDE_PARTS, BRANCH_PARTS, RESIDUAL_PARTS
-from compress.layout import BlockLayout, Layout
+from compress.layout import OLD_LEVEL, BlockLayout, Layout
 from compress.scheme import CacheScheme, Caching, LatentScheme, Scheme
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ BFLOAT16_ONLY = ("nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantize
 EXPERT_FORMATS = {"int", "fp8", "mxfp4"}
 """What transformers unpacks for experts as it is meant (seen with 5.23.0): of nvfp4 it forgets a scale, for the others it fails."""
 WHILE_LOADING = "loads, decompresses while loading"
+DOT = re.escape(".")
 VERSION = "0.18.0"
 """The layout's version, as compressed-tensors counts; it wrote these tensors the same way ever since."""
 
@@ -129,7 +130,7 @@ def _weight_verdicts(layout: Layout, plan: dict[str, Scheme]) -> dict[str, str]:
     if not schemes:
         return dict.fromkeys(("transformers", "vLLM", "SGLang"), "loads: no weight is quantised")
     odd = "/".join(map(str, sorted({scheme.bits for scheme in schemes} - {4, 8})))
-    narrow = any(linear.rows % 32 or linear.columns % 32 for name, linear in layout.linears.items() if name in plan)
+    narrow = any(linear.rows % 32 or linear.columns % 32 for name, linear in layout.all_linears.items() if name in plan)
     floats = sorted({scheme.format for scheme in schemes if scheme.format != "int"})
     vllm, sglang = "loads", "loads on GPUs since Ampere"
     if any(scheme.layout == "pack-quantized" and scheme.activations != "none" for scheme in schemes):
@@ -140,6 +141,8 @@ def _weight_verdicts(layout: Layout, plan: dict[str, Scheme]) -> dict[str, str]:
         vllm = sglang = f"GPU only: {', '.join(floats)}" + (" (unproven)" if any(name.startswith("mx") for name in floats) else "")
     elif layout.of_experts & plan.keys() and _reads_joined(layout):
         vllm = sglang = f"unproven: experts of a {layout.arch.model_type} one by one"
+    elif layout.outside.keys() & plan.keys():
+        vllm = sglang = "unproven: quantised linears outside the decoder blocks"
     elif narrow:
         vllm = "GPU only: its CPU kernel wants widths divisible by 32"
     return {"transformers": _transformers(layout, plan), "vLLM": vllm, "SGLang": sglang}
@@ -173,9 +176,10 @@ def quantization_config(layout: Layout, plan: dict[str, Scheme], cache: Caching 
     by_kind: dict[tuple[Scheme, bool], list[str]] = {}
     for name, kind in _kinds(layout, plan).items():
         by_kind.setdefault(kind, []).append(name)
-    groups = {}
+    groups, apart = {}, _apart(layout, plan)
     for index, ((scheme, per_channel), names) in enumerate(by_kind.items()):
-        targets = ["Linear"] if len(by_kind) == 1 else sorted({_target(layout, name) for name in names})
+        every = len(by_kind) == 1 and not apart
+        targets = ["Linear"] if every else sorted({_target(layout, name, apart) for name in names})
         groups[f"group_{index}"] = {
             "targets": targets,
             "weights": _arguments(scheme, per_channel),
@@ -205,7 +209,7 @@ def _kinds(layout: Layout, plan: dict[str, Scheme]) -> dict[str, tuple[Scheme, b
     One scale per output is the same whatever the width; a group that happens to be as wide as some linears, but not as all, is a group.
     """
     plan = {name: scheme.coded for name, scheme in plan.items()}
-    grouped = {scheme for name, scheme in plan.items() if scheme.group_size < layout.linears[name].columns}
+    grouped = {scheme for name, scheme in plan.items() if scheme.group_size < layout.all_linears[name].columns}
     kinds = {
         scheme: (scheme.model_copy(update={"group_size": 0}), True) if scheme.format in ("int", "fp8") and scheme not in grouped else (scheme, False)
         for scheme in set(plan.values())
@@ -244,22 +248,35 @@ def _input_arguments(scheme: Scheme) -> dict[str, Any] | None:
     return rounding.arguments() if rounding else None
 
 
-def _target(layout: Layout, linear: str) -> str:
-    """A pattern for one linear that fits its name in every engine, whatever stands before the blocks."""
-    return f"re:.*layers\\.{re.escape(linear.removeprefix(layout.arch.blocks + '.'))}$"
+def _target(layout: Layout, linear: str, apart: list[str]) -> str:
+    """A pattern for one linear that fits its name in every engine, whatever stands before the blocks or the tower, and without a level that some
+    towers have on disk alone. One of a block fits nothing of what lies `apart`, where names may be the same."""
+    if linear in layout.outside:
+        tower = next(tower for tower in layout.towers if linear.startswith(f"{tower}."))
+        name = re.escape(linear.removeprefix(tower.rpartition(".")[0]).removeprefix("."))
+        return f"re:.*{name.replace(f'.{OLD_LEVEL}.'.replace('.', DOT), f'{DOT}({OLD_LEVEL}{DOT})?', 1)}$"
+    guard = f"(?!.*({'|'.join(apart)}){DOT})" if apart else ""
+    return f"re:{guard}.*layers{DOT}{re.escape(linear.removeprefix(layout.arch.blocks + '.'))}$"
+
+
+def _apart(layout: Layout, plan: Collection[str]) -> list[str]:
+    """Those of the towers in which some linear is quantised, as `outside` calls them."""
+    quantised = sorted(layout.outside.keys() & plan)
+    return [name for name, tower in zip(outside(layout), layout.towers, strict=True) if any(each.startswith(f"{tower}.") for each in quantised)]
 
 
 def _ignored(layout: Layout, plan: dict[str, Scheme]) -> list[str]:
     """Modules with a matrix that stays as it is. Anything before the blocks goes by different names in different engines."""
-    ignored = {"lm_head"} | {f"re:.*{tower}.*" for tower in outside(layout)}
-    for name in layout.linears:
+    apart = _apart(layout, plan)
+    ignored = {"lm_head"} | {f"re:.*{tower}.*" for tower in outside(layout) if tower not in apart}
+    for name in (*layout.linears, *(layout.outside if apart else ())):
         if name not in plan:
-            ignored.add(_target(layout, name))
+            ignored.add(_target(layout, name, apart))
     for block in layout.blocks:
         for local in layout.arch.unquantized:
             if f"{block.prefix}.{local}.weight" in layout.checkpoint.tensors:
-                ignored.add(_target(layout, f"{block.prefix}.{_renamed(layout, local)}"))
-                ignored.add(_target(layout, f"{block.prefix}.{local}"))
+                ignored.add(_target(layout, f"{block.prefix}.{_renamed(layout, local)}", apart))
+                ignored.add(_target(layout, f"{block.prefix}.{local}", apart))
     return sorted(ignored)
 
 
@@ -377,7 +394,7 @@ def compare(model: Model, folder: Path) -> int:
     for name in sorted(expected):
         if not torch.equal(bits(read_tensor(written.tensors[name])), bits(read_entry(model.final(name)))):
             raise InputError.one(name, "reads back differently from what was written", "is the disk sound?")
-    for linear in model.layout.linears:
+    for linear in model.layout.all_linears:
         if meant := model.quantized(linear):
             group = next(group for group in groups if any(_matches(target, linear) for target in group.targets))
             state = {part: read_tensor(written.tensors[f"{linear}.{part}"]) for part in model.parts(linear)}

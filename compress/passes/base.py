@@ -152,11 +152,17 @@ class Selecting(Options):
         wanted = not self.include or any(matches(pattern, name) for pattern in self.include)
         return wanted and not any(matches(pattern, name) for pattern in self.exclude)
 
-    def check_selection(self, place: str, layout: Layout, problems: Problems) -> None:
-        """Report patterns that match nothing."""
+    def check_selection(self, place: str, layout: Layout, problems: Problems, among: Iterable[str] = ()) -> None:
+        """Report patterns that match nothing: no linear in a block, and none `among` others that it may take."""
         for key in ("include", "exclude"):
             for pattern in getattr(self, key):
-                if not any(matches(pattern, name) for name in layout.linears):
+                if any(matches(pattern, name) for name in (*layout.linears, *among)):
+                    continue
+                if outside := next((name for name in layout.outside if matches(pattern, name)), None):
+                    tower = next(tower for tower in layout.towers if outside.startswith(tower))
+                    what = f"{pattern!r} matches only what lies outside the decoder blocks, such as {outside}"
+                    problems.add(f"{place}: {key}", what, f"rtn rounds there what patterns of include ask for that begin with {tower!r}")
+                else:
                     problems.add(
                         f"{place}: {key}",
                         f"{pattern!r} matches none of the {len(layout.linears)} linears",
@@ -209,6 +215,21 @@ class Quantize(Selecting):
                 chosen[name] = linear
         return chosen
 
+    def reaches(self, layout: Layout) -> dict[str, Linear]:
+        """The linears it quantises outside the decoder blocks: only those of a tower that a pattern of `include` begins with, so that none asks
+        for them by chance."""
+        asked = {name: linear for name, linear in self._asked(layout).items() if self.wants(name)}
+        return {name: linear for name, linear in asked.items() if self.indivisible != "keep" or linear.columns % self._group(linear) == 0}
+
+    def _asked(self, layout: Layout) -> dict[str, Linear]:
+        """As `reaches`, and what is left out of that."""
+        asked = [pattern for pattern in self.include if _literal(pattern).startswith(layout.towers)]
+        return {name: linear for name, linear in layout.outside.items() if any(matches(pattern, name) for pattern in asked)}
+
+    def keeps_to_blocks(self) -> str | None:
+        """Why it cannot quantise what lies outside the decoder blocks, or None if it can."""
+        return "goes by what linears are given, which is measured in decoder blocks alone"
+
     def _group(self, linear: Linear) -> int:
         return linear.columns if self.group_size == "channel" else self.group_size
 
@@ -237,7 +258,7 @@ class Quantize(Selecting):
         return Scheme(format=self.format, bits=bits, group_size=self.group_of(linear), symmetric=self.symmetric, activations=self.activations)
 
     def plan(self, layout: Layout) -> dict[str, Scheme]:
-        return {name: self.scheme(linear) for name, linear in self.takes(layout).items()}
+        return {name: self.scheme(linear) for name, linear in (self.takes(layout) | self.reaches(layout)).items()}
 
     def commit(self, block: Block, linear: Linear, weight: Quantized, record: dict[str, Any], peak: float | None = None) -> None:
         """Give `block` what became of a linear; ``peak`` is the largest magnitude of its inputs, where their scale is fixed beforehand."""
@@ -249,7 +270,11 @@ class Quantize(Selecting):
         if self.group_size != "channel" and self.group_size < 16:
             problems.add(f"{place}: group_size", f"must be at least 16, got {self.group_size}", "smaller groups store more scale than weight")
             return
-        self.check_selection(place, layout, problems)
+        outside = self.reaches(layout)
+        self.check_selection(place, layout, problems, self._asked(layout))
+        if outside and (reason := self.keeps_to_blocks()):
+            what = f"{_first(outside)} is outside the decoder blocks, and this pass {reason}"
+            problems.add(f"{place}: include", what, "take rtn for it, with scales: minmax or mse, and without activations: static")
         if self.activations != "none":
             if self.format not in ("int", "fp8", "fp8-block"):
                 problems.add(f"{place}: activations", f"{self.format} is for weights only here", "set activations: none, or format: fp8")
@@ -260,11 +285,14 @@ class Quantize(Selecting):
             if self.activations == "dynamic" and (latent := self._reads_latent(layout)):
                 what = f"transformers gives {latent} the latents of all tokens in a form that compressed-tensors rounds by one scale"
                 problems.add(f"{place}: activations", what, "exclude it, or set activations: static")
+            if outside and layout.arch.flat_tower:
+                what = f"transformers gives {_first(outside)} the patches of all images in a form that compressed-tensors rounds one number at a time"
+                problems.add(f"{place}: activations", what, "set activations: none")
             if layout.arch.experts:
                 problems.add(f"{place}: activations", "rounding the inputs of experts is not supported", "set activations: none")
         if self.format != "int" and self.indivisible == "channel":
             problems.add(f"{place}: indivisible", f"{self.format} has no scale per output to fall back to", "set indivisible: error or keep")
-        chosen = self.takes(layout)
+        chosen = self.takes(layout) | outside
         if not chosen:
             problems.add(place, "takes no linear at all", "loosen include and exclude")
         if narrow := next((linear for linear in chosen.values() if linear.columns < NARROWEST), None):
@@ -516,6 +544,11 @@ def matches(pattern: str, name: str) -> bool:
     if pattern.startswith("re:"):
         return re.search(pattern.removeprefix("re:"), name) is not None
     return fnmatchcase(name, pattern)
+
+
+def _literal(pattern: str) -> str:
+    """What a pattern begins with, to be compared with a name."""
+    return pattern.removeprefix("re:").removeprefix("^").replace("\\", "")
 
 
 def split(group: Group, chosen: dict[str, Any]) -> tuple[Linear, ...]:

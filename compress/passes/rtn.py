@@ -1,8 +1,13 @@
-"""Round to nearest, without feedback: the baseline every other pass must beat. Needs data only for `imatrix` and fixed scales of inputs."""
+"""Round to nearest, without feedback: the baseline every other pass must beat. Needs data only for `imatrix` and fixed scales of inputs.
+
+Of a model that sees it rounds the vision tower and the projector too, where `include` has a pattern that begins with their names, such as
+`vision_tower.*`; without one they stay as they are.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
@@ -10,6 +15,7 @@ from compress.errors import InputError
 from compress.passes.base import Quantize, split
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from compress.block import Block
@@ -17,6 +23,7 @@ if TYPE_CHECKING:
     from compress.data import Samples
     from compress.layout import Linear
     from compress.model import Model
+    from compress.numerics.grid import Quantized
 
 
 class Pass(Quantize):
@@ -32,10 +39,17 @@ class Pass(Quantize):
     def needs_data(self) -> bool:
         return self.activations == "static" or self.scales == "imatrix"
 
+    def keeps_to_blocks(self) -> str | None:
+        if self.bits == "allocated":
+            return "has its bits allocated, which is done for decoder blocks alone"
+        return super().keeps_to_blocks() if self.needs_data else None
+
     def run(self, model: Model, samples: Samples, workspace: Workspace) -> None:
         from compress.calibrate import sweep, walk
 
-        chosen = self.takes(model.layout)
+        chosen, outside = self.takes(model.layout), self.reaches(model.layout)
+        if outside and not workspace.outside_file.exists():
+            self._round_outside(model, outside.values(), workspace)
         if self.needs_data:
             for inputs in sweep(model, samples, workspace, lambda group: bool(split(group, chosen)), peaks=True):
                 importance = inputs.hessian.diagonal(dim1=1, dim2=2)
@@ -47,21 +61,48 @@ class Pass(Quantize):
                 for group in stage.groups:
                     self.round_group(block, split(group, chosen), None, None)
 
-    def round_group(self, block: Block, linears: tuple[Linear, ...], peak: float | None, importance: Tensor | None) -> None:
-        from compress.numerics.grid import minmax_scales, quantized, round_to_nearest, search_scales
+    def _round_outside(self, model: Model, linears: Iterable[Linear], workspace: Workspace) -> None:
+        import torch
 
+        from compress.block import stored_as
+        from compress.formats import base as formats
+
+        tensors: dict[str, Tensor] = {}
+        records: list[dict[str, Any]] = []
+        for linear in linears:
+            weight = model.dense(linear.name).to(model.device, torch.float32)
+            result, error = self._rounded(linear, weight, float(weight.abs().max()), model.dense_dtype(linear.name), None)
+            scheme = self.scheme(linear)
+            inputs = scheme.input_rounding(None, model.dense_dtype(linear.name))
+            record = {"name": linear.name, "format": scheme.format, "pass": "rtn", "error": error}
+            tensors |= formats.called(scheme.layout).pack(linear.name, result)
+            records.append(stored_as(result, inputs) | record)
+        model.write_outside(workspace.outside_file, tensors, {}, records)
+
+    def round_group(self, block: Block, linears: tuple[Linear, ...], peak: float | None, importance: Tensor | None) -> None:
         weighted = importance if self.scales == "imatrix" else None
         if weighted is not None and linears and not weighted.any():
             raise InputError.one(linears[0].name, "saw no calibration token, so nothing weighs its errors", "give more data, or set scales: mse")
         weights = [block.weight(linear.name) for linear in linears]
         widest = max((float(weight.abs().max()) for weight in weights), default=0.0)
         for linear, weight in zip(linears, weights, strict=True):
-            scheme, dense = self.scheme(linear), block.stored_dtype(linear.name)
-            grid, stored = scheme.grid(widest), scheme.stored(dense)
-            if self.scales == "minmax":
-                scales = minmax_scales(weight, grid, scheme.group_size, stored)
-            else:
-                scales = search_scales(weight, grid, scheme.group_size, stored, weighted)
-            result = quantized(round_to_nearest(weight, scales, grid), scales, grid, stored)
-            change = (result.dequantize().float() - weight).norm() / weight.norm().clamp_min(1e-30)
-            self.commit(block, linear, result, {"pass": "rtn", "error": float(change) ** 2}, peak)
+            result, error = self._rounded(linear, weight, widest, block.stored_dtype(linear.name), weighted)
+            self.commit(block, linear, result, {"pass": "rtn", "error": error}, peak)
+
+    def _rounded(self, linear: Linear, weight: Tensor, widest: float, dense: torch.dtype, weighted: Tensor | None) -> tuple[Quantized, float]:
+        """``weight`` [out, in] float32 on its grid, and the squared error as a share of its squares.
+
+        ``widest`` is the largest magnitude among linears that are fused with it, ``dense`` the dtype of the source, ``weighted`` [in] what errors
+        count.
+        """
+        from compress.numerics.grid import minmax_scales, quantized, round_to_nearest, search_scales
+
+        scheme = self.scheme(linear)
+        grid, stored = scheme.grid(widest), scheme.stored(dense)
+        if self.scales == "minmax":
+            scales = minmax_scales(weight, grid, scheme.group_size, stored)
+        else:
+            scales = search_scales(weight, grid, scheme.group_size, stored, weighted)
+        result = quantized(round_to_nearest(weight, scales, grid), scales, grid, stored)
+        change = (result.dequantize().float() - weight).norm() / weight.norm().clamp_min(1e-30)
+        return result, float(change) ** 2

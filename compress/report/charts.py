@@ -30,7 +30,7 @@ REWRITTEN = ("rewritten, as large as before", "c3")
 
 def figures(result: dict[str, Any]) -> list[dict[str, Any]]:
     """Plots with titles, captions and legends; those that have nothing to show are left out."""
-    records = [(place(record["name"], record["block"]), record) for record in result.get("linears") or []]
+    records = [(place(record["name"], record["block"]), record) for record in result.get("linears") or [] if "block" in record]
     halves = [(place(record["name"], record["block"]), record) for record in factored(result)]
     drawn = [_allocation_plot(result.get("allocation") or {}), _size_plot(result), _bits_plot(records, halves, result.get("ledger") or [])]
     if records or halves:

@@ -34,6 +34,9 @@ def verification(found: dict[str, Any]) -> list[str]:
     if (difference := found.get("logits_max_difference")) is not None:
         differ = f"differ by at most {small(difference)} of the largest logit" if difference else "equal those of the measured model exactly"
         told.append(f"Plain transformers loaded the whole artifact; its logits {differ}.")
+        if (outside := found.get("outside_max_difference")) is not None:
+            gave = f"differ by at most {small(outside)} of their largest output" if outside else "give exactly what was measured"
+            told.append(f"Quantised linears outside the decoder blocks, given the same inputs there, {gave}.")
         if left_out := " and ".join(what for what in LEFT_OUT if found.get(f"{what}_left_out")):
             told.append(f"It leaves {left_out} out; it was compared with the measured model without.")
     elif found.get("mode"):
@@ -48,6 +51,7 @@ def verification(found: dict[str, Any]) -> list[str]:
         "tensors",
         "weights_unpacked_by_compressed_tensors",
         "logits_max_difference",
+        "outside_max_difference",
         *(f"{what}_left_out" for what in LEFT_OUT),
     }
     return told + [f"{key.replace('_', ' ')}: {value_text(value)}" for key, value in found.items() if key not in known]
