@@ -241,7 +241,7 @@ class Layout:
     @cached_property
     def outside(self) -> dict[str, Linear]:
         """Every linear of the vision tower and of what joins it to the language model, by name, but for those of a head that pools by torch's own
-        attention: transformers reads their weights when it makes the model (seen with 5.23.0), and none of the models here uses what they give."""
+        attention, which reads weights without asking a linear; none of the models here uses what it gives."""
         if not self.arch.image:
             return {}
         tensors, found = self.checkpoint.tensors, {}

@@ -61,23 +61,28 @@ def test_a_quantised_tower_is_what_transformers_and_load_compute(
         with pytest.raises(InputError, match="the patches of all images in a form that compressed-tensors rounds one number at a time"):
             run([LANGUAGE, asked(folder, **grid)], folder, out)
         return
-    report = run([LANGUAGE, asked(folder, **grid)], folder, out, verify="full")
+    siglip = kind == "llava_onevision" and grid == WEIGHTS
+    if siglip:
+        with pytest.raises(InputError, match="transformers, which refuses packed codes in a SigLIP tower"):
+            run([LANGUAGE, asked(folder, **grid)], folder, out, verify="full")
+    report = run([LANGUAGE, asked(folder, **grid)], folder, out, verify="auto" if siglip else "full")
     assert len(report["linears"]) == len(layout.all_linears) and len(layout.outside) > 5
-    if grid.get("format") != "fp8":  # which transformers unpacks in bfloat16
+    if grid.get("format") != "fp8" and not siglip:  # which transformers unpacks in bfloat16
         assert report["verification"]["outside_max_difference"] < 1e-5
     written = Model(Layout(Checkpoint(out)))
     declared.check(written.layout)
     assert all(written.packed_as(name) for name in layout.all_linears)
     assert declared.schemes(written.layout).keys() == layout.all_linears.keys()
     ours = logits(written, samples)
-    opened, packed = tiny.plain(out), compress.load(out)
+    packed = compress.load(out)
+    opened = packed if siglip else tiny.plain(out)
     source = logits(Model(layout), samples)
     for batch, mine, before in zip(samples.batches(), ours, source, strict=True):
         with torch.no_grad():
             theirs = opened(**batch.inputs, use_cache=False).logits
             loaded = packed(**batch.inputs, use_cache=False).logits
         scale = float(mine.abs().max())
-        assert float((mine - theirs).abs().max()) < 1e-3 * scale
+        assert float((mine - theirs).abs().max()) < (2e-2 if siglip else 1e-3) * scale
         assert float((mine - loaded).abs().max()) < 2e-2 * scale
         assert float((mine - before).abs().max()) > 1e-3 * scale
     records = {record["module"]: record for record in compress.explain(packed)}

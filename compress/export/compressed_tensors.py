@@ -45,6 +45,9 @@ SHARD_BYTES = 5_000_000_000
 BFLOAT16_ONLY = ("nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized")
 EXPERT_FORMATS = {"int", "fp8", "mxfp4"}
 """What transformers unpacks for experts as it is meant (seen with 5.23.0): of nvfp4 it forgets a scale, for the others it fails."""
+SIGLIP = ("siglip_vision_model", "siglip2_vision_model")
+NAMED_WEIGHT = ("int-quantized", "float-quantized")
+"""Layouts whose codes are called the weight."""
 WHILE_LOADING = "loads, decompresses while loading"
 DOT = re.escape(".")
 VERSION = "0.18.0"
@@ -156,6 +159,8 @@ def _transformers(layout: Layout, plan: dict[str, Scheme]) -> str:
     5.23.0). Unpacking while loading is sound, but it knows only one scheme.
     """
     of_experts = layout.of_experts & plan.keys()
+    if _in_siglip(layout, plan):
+        return "refuses packed codes in a SigLIP tower, whose weights it reads when it makes the model: fp8, or 8 bits with rounded inputs, open"
     if of_experts and _reads_joined(layout):
         return f"refuses quantised experts of a {layout.arch.model_type}: it reads them in two dense tensors alone"
     unread = sorted({plan[name].format for name in of_experts} - EXPERT_FORMATS)
@@ -164,6 +169,16 @@ def _transformers(layout: Layout, plan: dict[str, Scheme]) -> str:
     if all(scheme.symmetric and scheme.layout not in BFLOAT16_ONLY for scheme in plan.values()):
         return "loads, decompresses on first use"
     return WHILE_LOADING if len(set(_kinds(layout, plan).values())) == 1 else "loads in bfloat16, decompresses on first use"
+
+
+def _in_siglip(layout: Layout, plan: dict[str, Scheme]) -> bool:
+    """Whether linears of a SigLIP tower are to have no tensor that is called their weight; seen with transformers 5.23.0."""
+    vision = layout.checkpoint.config.get("vision_config")
+    if not isinstance(vision, dict) or vision.get("model_type") not in SIGLIP:
+        return False
+    embeds = {tower for tower in layout.towers if any(name.startswith(f"{tower}.") and "embed" in name for name in layout.checkpoint.tensors)}
+    packed = [name for name in layout.outside if name in plan and plan[name].layout not in NAMED_WEIGHT]
+    return any(name.startswith(f"{tower}.") for name in packed for tower in embeds)
 
 
 def _reads_joined(layout: Layout) -> bool:
