@@ -206,7 +206,7 @@ class _Run:
         sources = self._verify_source()
         samples = self._calibration()
         if self.recipe.evaluate is not None:
-            measure.read(self.recipe.evaluate, self.tokenizer)  # to be told of its faults now, not after hours
+            measure.read(self.recipe.evaluate, self.tokenizer, self.source)  # to be told of its faults now, not after hours
             self._prompts()
         given = [self._drawn(step.own_samples) if isinstance(step, Rewrite) and step.own_samples else samples for _, step in self.steps]
         work = self._work_folder(sources, [drawn.digest for drawn in given if drawn])

@@ -25,8 +25,8 @@ class Progress(Protocol):
     def done(self, units: int) -> None: ...
 
 
-def read(options: Evaluation, tokenizer: Tokenizer) -> tuple[Samples, Samples | None]:
-    """The text and the pairs to measure on. Raises `InputError` for whatever is wrong with them or with the names of tasks."""
+def read(options: Evaluation, tokenizer: Tokenizer, layout: Layout) -> tuple[Samples, Samples | None]:
+    """The text and the pairs to measure a model of this layout on. Raises `InputError` for whatever is wrong with them or with tasks."""
     samples = windows(options.data, options.context, options.windows, tokenizer, "evaluate: data")
     pairs = sentence_pairs(options.pairs, tokenizer) if options.pairs else None
     if pairs and options.skip_pairs:
@@ -34,7 +34,7 @@ def read(options: Evaluation, tokenizer: Tokenizer) -> tuple[Samples, Samples | 
             raise InputError.one("evaluate: skip_pairs", f"leaves none of the {len(pairs.items) // 2} pairs of {pairs.source}", "set it lower")
         pairs = Samples(f"{pairs.source} from number {options.skip_pairs + 1} on", pairs.items[2 * options.skip_pairs :])
     if options.tasks:
-        tasks.find(options.tasks)
+        tasks.find(options.tasks, layout)
     return samples, pairs
 
 
@@ -48,8 +48,8 @@ def against_source(
     base.release()
     model.release()
     if options.tasks:
-        result["baseline"]["tasks"] = tasks.run(source.checkpoint.folder, options.tasks)
-        result["compressed"]["tasks"] = tasks.run(artifact, options.tasks)
+        result["baseline"]["tasks"] = tasks.run(source.checkpoint.folder, options.tasks, source)
+        result["compressed"]["tasks"] = tasks.run(artifact, options.tasks, source)
     return result
 
 
@@ -67,12 +67,12 @@ def alone(layout: Layout, options: Evaluation, tokenizer: Tokenizer, progress: P
     model.release()
     result = {"protocol": both["protocol"], **both["baseline"]}
     if options.tasks:
-        result["tasks"] = tasks.run(layout.checkpoint.folder, options.tasks)
+        result["tasks"] = tasks.run(layout.checkpoint.folder, options.tasks, layout)
     return result
 
 
 def _measure(base: Model, model: Model, options: Evaluation, tokenizer: Tokenizer, progress: Progress) -> dict[str, Any]:
-    samples, pairs = read(options, tokenizer)
+    samples, pairs = read(options, tokenizer, base.layout)
     finished = 0
 
     def advance() -> None:

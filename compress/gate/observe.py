@@ -59,8 +59,8 @@ class Given:
         return digest(made)
 
 
-def protocol(rules: Rules, stored: str) -> dict[str, Any]:
-    """How a model whose weights are `stored` in a dtype would be measured here. Raises `InputError` for data that are not there."""
+def protocol(rules: Rules, stored: str, layout: Layout) -> dict[str, Any]:
+    """How a model of this layout whose weights are `stored` in a dtype would be measured here. Raises `InputError` for data that are not there."""
     found: dict[str, Any] = {
         "version": VERSION,
         "stored": stored,
@@ -80,7 +80,7 @@ def protocol(rules: Rules, stored: str) -> dict[str, Any]:
         if isinstance(suite, Text):
             about |= {"stride": suite.context, "bos": "none added", "top": TOP if suite.max_kl is not None else None}
         if isinstance(suite, Task):
-            tasks.find((suite.task,))
+            tasks.find((suite.task,), layout)
             about["lm_eval"] = metadata.version("lm_eval")
         suites[suite.title] = about
     problems.raise_if_any()
@@ -205,7 +205,7 @@ def observe(
             arrays[suite.title] = {"right": np.array(right, dtype=np.float64)}
         if isinstance(suite, Task):
             progress.step(f"{name}: {suite.title}", 1)
-            answered = tasks.items(layout.checkpoint.folder, suite.task, suite.metric, suite.limit)
+            answered = tasks.items(layout.checkpoint.folder, suite.task, suite.metric, layout, suite.limit)
             if set(answered.values) - {0.0, 1.0}:
                 raise InputError.one(f"{suite.title}: metric", f"{suite.metric} does not say right or wrong of each item", "choose one such as acc")
             arrays[suite.title] = {"right": np.array(answered.values)}
