@@ -19,14 +19,13 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
+from compress import questions
 from compress.checkpoint import transformers_config
 from compress.errors import InputError
 from compress.images import KINDS, Encoded, Processor, kinds, opened
 from compress.source import DEMO, HUB_ID, demo_data
 
 TOKENS_PER_BATCH = 2048
-IMAGES = ("images", "image")
-"""The columns that images may be in."""
 RUN = 32
 """Tokens in a row that two samples do not share by chance."""
 CHARACTERS_PER_TOKEN = 8
@@ -171,8 +170,6 @@ class Tokenizer:
     def conversation(self, messages: list[dict[str, Any]], images: list[Image]) -> Sample:
         """A conversation about images, what the assistant says scored. Every image must come before the first answer."""
         answers = [place for place, message in enumerate(messages) if message.get("role") == "assistant"]
-        if not answers:
-            raise InputError.one(str(self.folder), f"no answer of the assistant in {messages!r:.200}", "leave the row out")
         text = self.processor.prompt(messages, asks=False)
         encoded = self.processor.encode(text, images)
         spans = []
@@ -215,9 +212,11 @@ def calibration(data: str, samples: int, length: int, seed: int, tokenizer: Toke
     elif path.suffix == ".jsonl" and path.is_file():
         items = _documents(json_lines(path, place), samples, length, rng, tokenizer, place)
     elif path.is_dir() and (path / "data.jsonl").exists():
-        rows = list(json_lines(path / "data.jsonl", place))
+        rows = questions.rows(path, place)
         rng.shuffle(rows)
         items = [_seen(row, path, tokenizer, place) for row in rows[:samples]]
+    elif what := questions.without_questions(path):
+        raise InputError.one(place, what, f"write a {questions.FILE} beside them: {questions.NEEDED}")
     elif path.is_dir() or HUB_ID.fullmatch(data.partition("#")[0]):
         items = _documents(_hub(data, place), samples, length, rng, tokenizer, place)
     else:
@@ -236,8 +235,10 @@ def windows(data: str, context: int, limit: int | None, tokenizer: Tokenizer, pl
     """
     path = demo_data(data) if data.startswith(DEMO) else Path(data).expanduser()
     if path.is_dir() and (path / "data.jsonl").exists():
-        rows = list(json_lines(path / "data.jsonl", place))[:limit]
+        rows = questions.rows(path, f"{place}: {data}")[:limit]
         return Samples(data, tuple(_seen(row, path, tokenizer, place) for row in rows))
+    if path.is_dir():
+        raise InputError.one(f"{place}: {data}", f"is a folder without {questions.FILE}", f"give a .txt file, or write one: {questions.NEEDED}")
     if not path.is_file():
         raise InputError.one(f"{place}: {data}", "no such file", "give a .txt file, a folder of images with data.jsonl, or demo:heldout")
     text = _read(path, f"{place}: {data}")
@@ -354,7 +355,7 @@ def _documents(rows: Iterable[dict[str, Any]], samples: int, length: int, rng: r
             break
         if isinstance(row.get("input_ids"), list):
             items.append(Sample.of(_tokens(row, place)[:length]))
-        elif any(isinstance(row.get(key), list | Image) and row[key] for key in IMAGES):
+        elif any(isinstance(row.get(key), list | Image) and row[key] for key in questions.COLUMNS):
             items.append(_seen(row, None, tokenizer, place))
         elif isinstance(row.get("messages"), list):
             items.append(Sample.of(tokenizer.chat(row["messages"])[:length]))
@@ -390,16 +391,12 @@ def _shuffled(rows: Iterable[dict[str, Any]], rng: random.Random, limit: int) ->
 
 
 def _seen(row: dict[str, Any], folder: Path | None, tokenizer: Tokenizer, place: str) -> Sample:
-    """A row with images, which are files of `folder` or, without one, there already: ``question`` and ``answer``, or ``messages``."""
-    given: Any = next((row[key] for key in IMAGES if row.get(key)), [])
-    files = given if isinstance(given, list) else [given]
-    talks = isinstance(row.get("messages"), list)
-    missing = [key for key in ("question", "answer") if not isinstance(row.get(key), str) and not talks]
-    if missing or not files or (len(files) > 1 and not talks):
-        what = f"a row without {missing[0]!r}" if missing else f"a row with {len(files)} images"
-        raise InputError.one(place, f"{what}: {row!r:.200}", "each row needs image, question and answer, or images and messages")
-    images = [_image(each, folder, place) for each in files]
-    if talks:
+    """A row with images, which are files of `folder`, whose rows were checked, or, without one, there already: ``question`` and ``answer``, or
+    ``messages``."""
+    if folder is None and (what := questions.fault(row) or questions.image_fault(row)):
+        raise InputError.one(place, what, questions.NEEDED)
+    images = [_image(each, folder, place) for each in questions.images(row)]
+    if isinstance(row.get("messages"), list):
         return tokenizer.conversation(row["messages"], images)
     return tokenizer.question(images[0], row["question"], row["answer"])
 
@@ -409,7 +406,4 @@ def _image(given: object, folder: Path | None, place: str) -> Image:
         if not isinstance(given, Image):
             raise InputError.one(place, f"an image that is none: {given!r:.100}", "give the column the type Image")
         return given.convert("RGB")
-    path = folder / str(given)
-    if not path.is_file() or not path.resolve().is_relative_to(folder.resolve()):
-        raise InputError.one(place, f"names {given}, which is not a file of the folder")
-    return opened(path)
+    return opened(folder / str(given))

@@ -19,7 +19,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
 from compress import declared, fused, hardware
-from compress.block import ADDED, DTYPES, EXACT, WIDTHS, Block, Cache, Slot, experts_forward
+from compress.block import ADDED, DTYPES, EXACT, WIDTHS, Block, Cache, Slot, experts_forward, stored_as
 from compress.checkpoint import (
     FLOATS,
     LATENT,
@@ -650,6 +650,15 @@ class Model:
         """Write, durably, tensors outside the blocks as a pass makes them, in the dtype they are to have, and what it changes of the config."""
         metadata = {"records": json.dumps(records), "settings": json.dumps(settings)}
         write_safetensors(path, [entry(name, tensor) for name, tensor in tensors.items()], metadata)
+
+    def write_quantized_outside(self, path: Path, rounded: Iterable[tuple[Quantized, str, Activations | None, dict[str, Any]]]) -> None:
+        """Write, durably, linears outside the blocks as a pass quantised them: codes, layout, how inputs are rounded, and a record with the name."""
+        tensors: dict[str, Tensor] = {}
+        records = []
+        for weight, layout, inputs, record in rounded:
+            tensors |= formats.called(layout).pack(record["name"], weight)
+            records.append(stored_as(weight, inputs) | record)
+        self.write_outside(path, tensors, {}, records)
 
     def adopt(self, path: Path) -> list[dict[str, Any]]:
         """Take the tensors of a finished block, or those outside the blocks, from their file, and return its records."""

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from compress import questions
 from compress.errors import InputError, Problems
 from compress.export import base as export_base
 from compress.layout import Layout
@@ -24,6 +25,7 @@ from compress.passes.base import (
     STAGES,
     WHY,
     Allocator,
+    Balancing,
     Branching,
     LearnsFromPairs,
     Pass,
@@ -595,5 +597,13 @@ def _check_data(recipe: Recipe, layout: Layout, place: str, problems: Problems) 
                 continue
         elif not path.exists() and (key != "calibration.data" or not HUB_ID.fullmatch(name.partition("#")[0])):
             problems.add(f"{place}: {key}", f"{name} is no file or folder", "paths are relative to where the command runs")
-        if (path / "data.jsonl").exists() and not layout.arch.image:
+        if (path / questions.FILE).exists() and not layout.arch.image:
             problems.add(f"{place}: {key}", f"{name} holds images, but a {layout.arch.model_type} reads text only", "give text")
+        elif key == "evaluate.data" and path.is_dir() and not (path / questions.FILE).exists():
+            problems.add(f"{place}: {key}", f"{name} is a folder without {questions.FILE}", f"give a .txt file, or write one: {questions.NEEDED}")
+        else:
+            questions.check_folder(path, f"{place}: {key}: {name}", problems)
+        balancing = [f"passes[{index}].{by}" for index, (by, step) in enumerate(recipe.instances()) if isinstance(step, Balancing) and step.balances]
+        if key == "calibration.data" and path.is_file() and layout.arch.image and balancing:
+            what = f"{name} is text, which has no vision tokens that {balancing[0]} could balance with it"
+            problems.add(f"{place}: {key}", what, "give images with questions, such as demo:images, or leave the balance out")

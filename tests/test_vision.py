@@ -19,7 +19,7 @@ from compress import balance, demo, pipeline, recipe
 from compress.backsweep import backsweep
 from compress.calibrate import Workspace
 from compress.checkpoint import Checkpoint
-from compress.data import Sample, Samples, Tokenizer, calibration
+from compress.data import Sample, Samples, Tokenizer, calibration, windows
 from compress.errors import InputError
 from compress.evaluate.scoring import last_hidden
 from compress.layout import Layout
@@ -215,9 +215,54 @@ def test_a_killed_run_continues_to_the_same_bytes(reports: int, tmp_path: Path) 
 
 
 def test_text_alone_is_refused_where_modalities_are_balanced(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"demo:text.*has no images, so there is nothing to balance"):
-        run([{"mbq": {"bits": 3}}], "demo:vlm", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    message = r"calibration\.data: demo:text is text, which has no vision tokens that passes\[0\]\.{} could balance"
+    layout = Layout(Checkpoint(demo.path("vlm")))
+    for name, steps in (("mbq", [{"mbq": {"bits": 3}}]), ("smooth", [{"smooth": {"balance": "modality"}}, {"rtn": {}}])):
+        with pytest.raises(InputError, match=message.format(name)):
+            recipe.check(recipe.validate({"passes": steps}, "r.yaml"), layout, "r.yaml")
+    assert recipe.check(recipe.validate({"passes": [{"gptq": {}}]}, "r.yaml"), layout, "r.yaml")
+    with pytest.raises(InputError, match="has no images, so there is nothing to balance"):  # of a data set that only reading tells of
+        balance.check(tiny.samples())
+
+
+def test_every_row_of_a_folder_is_checked_before_weights_load(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes((demo.data_path("images") / "0001.png").read_bytes())
+    good = {"image": "a.png", "question": "q", "answer": "a"}
+    rows = [good, {"picture": "a.png", "question": "q", "answer": "a"}, good | {"answer": " "}, good | {"image": "gone.png"}, {"image": "a.png"}]
+    (tmp_path / "data.jsonl").write_text("\n\n".join(map(json.dumps, rows)) + "\n{broken\n[]\n")
+    plain = {"passes": [{"gptq": {}}], "calibration": {"data": str(tmp_path), "samples": 1}, "evaluate": None}
+    with pytest.raises(InputError) as raised:
+        recipe.check(recipe.validate(plain, "r.yaml"), Layout(Checkpoint(demo.path("vlm"))), "r.yaml")
+    told = str(raised.value).splitlines()
+    place = f"r.yaml: calibration.data: {tmp_path}: line"
+    assert [line.removeprefix(place).partition(";")[0].strip() for line in told] == [
+        "3: a row with 0 images: ['answer', 'picture', 'question']",
+        "5: an empty answer to 'q'",
+        "7: names gone.png, which is not a file of the folder",
+        "9: a row without 'question': ['image']",
+        "10: is not JSON (Expecting property name enclosed in double quotes: line 1 column 2 (char 1))",
+        "11: must be an object, got list",
+    ]
+    (tmp_path / "data.jsonl").write_text("\n".join([json.dumps(good)] * 3 + ["{}"] * 40))
+    with pytest.raises(InputError, match=r"30 more lines of data\.jsonl are wrong too"):
+        calibration(str(tmp_path), 1, 64, 0, Tokenizer(demo.path("vlm")))
+
+
+def test_images_that_nothing_is_said_about_are_told_of(tmp_path: Path) -> None:
+    (tmp_path / "a.JPG").write_bytes(b"")
+    layout, tokenizer = Layout(Checkpoint(demo.path("vlm"))), Tokenizer(demo.path("vlm"))
+    plain = {"passes": [{"gptq": {}}], "calibration": {"data": str(tmp_path)}, "evaluate": None}
+    message = r"holds images, but no data\.jsonl that says what is asked about them; write a data\.jsonl beside them: each line is an object"
+    with pytest.raises(InputError, match=message):
+        recipe.check(recipe.validate(plain, "r.yaml"), layout, "r.yaml")
+    with pytest.raises(InputError, match=message):
+        calibration(str(tmp_path), 1, 64, 0, tokenizer)
+    for judge in (
+        lambda: windows(str(tmp_path), 64, 1, tokenizer, "evaluate: data"),
+        lambda: recipe.check(recipe.validate({"passes": [{"gptq": {}}], "evaluate": {"data": str(tmp_path)}}, "r.yaml"), layout, "r.yaml"),
+    ):
+        with pytest.raises(InputError, match=r"is a folder without data\.jsonl"):
+            judge()
 
 
 def test_a_model_that_reads_text_only_is_refused(tmp_path: Path) -> None:
@@ -272,6 +317,8 @@ def test_in_a_conversation_about_an_image_what_the_assistant_says_is_scored(tmp_
     ("row", "message"),
     [
         ({"images": ["a.png"], "messages": [{"role": "user", "content": [{"type": "image"}]}]}, "no answer of the assistant"),
+        ({"images": ["a.png"], "messages": talk("What?", "")}, "an empty answer of the assistant"),
+        ({"images": ["a.png"], "messages": talk("What?", "One.", "And?", " ")}, "an empty answer of the assistant"),
         ({"images": ["a.png", "a.png"], "question": "q", "answer": "a"}, "a row with 2 images"),
         ({"images": ["a.png", "a.png"], "messages": talk("What?", "That.")}, "cannot take 2 images"),
         ({"images": [], "question": "q", "answer": "a"}, "a row with 0 images"),

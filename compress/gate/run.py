@@ -45,13 +45,13 @@ def judge(rules: Rules, candidate: str, against: str, progress: Progress) -> dic
     observe.check(rules, layout)
     notes = []
     if isinstance(other, Record):
-        _refuse_another_protocol(other.protocol, observe.protocol(rules, other.protocol.get("stored", "float32")), against)
+        _refuse_another_protocol(other.protocol, observe.protocol(rules, other.protocol.get("stored", "float32"), layout), against)
         base, facts, data = other, other.facts, other.data
         notes += [f"{name} {other.versions.get(name)} measured the baseline, {now} the candidate" for name, now in observe.versions().items()
                   if other.versions.get(name) != now]  # fmt: skip
     else:
         observe.check(rules, other)
-        observe.protocol(rules, _stored(other))  # says which data are missing
+        observe.protocol(rules, _stored(other), other)  # says which data are missing
         facts = integrity.facts(other)
     progress.step("integrity", 1)
     exact = [*integrity.compared(facts, integrity.facts(layout), rules.integrity.allow), integrity.finite(layout.checkpoint)]
@@ -66,7 +66,7 @@ def judge(rules: Rules, candidate: str, against: str, progress: Progress) -> dic
     )
     if any(each.what for each in exact if each.name in ("finite", "tokens", "tensors")):
         # Figures of models that are given other tokens, or that compute no numbers, say nothing.
-        checks, protocol = decide.exact(exact) + decide.not_run(rules), observe.protocol(rules, _stored(layout))
+        checks, protocol = decide.exact(exact) + decide.not_run(rules), observe.protocol(rules, _stored(layout), layout)
     else:
         if not isinstance(other, Record):
             base = measured(rules, against, other, of_base, None, progress)
@@ -103,7 +103,7 @@ def inputs(rules: Rules, layout: Layout, progress: Progress) -> dict[str, Given]
 
 def measured(rules: Rules, name: str, layout: Layout, given: dict[str, Given], base: Record | None, progress: Progress) -> Record:
     """Everything about a model, for a comparison with `base` or as a baseline of its own."""
-    protocol = observe.protocol(rules, _stored(layout))
+    protocol = observe.protocol(rules, _stored(layout), layout)
     arrays, told = observe.observe(name, layout, rules, given, base.arrays if base else None, progress)
     protocol["suites"] = {title: about | told.get(title, {}) for title, about in protocol["suites"].items()}
     norms = integrity.norms(layout) if rules.integrity.max_gain is not None else {}

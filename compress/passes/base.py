@@ -65,6 +65,15 @@ class Differentiating(Protocol):
 
 
 @runtime_checkable
+class Balancing(Protocol):
+    """A pass that may weigh errors at vision tokens against those at text."""
+
+    @property
+    def balances(self) -> bool:
+        """Whether it does, for which data with images are needed."""
+
+
+@runtime_checkable
 class Allocator(Pass, Protocol):
     """A pass that changes no tensor, but chooses bits for later ones. It leaves the plan in the workspace."""
 

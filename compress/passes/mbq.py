@@ -43,6 +43,11 @@ class Pass(Quantize, Transform):
             problems.add(f"{place}: activations", "fixed scales are measured once everything is folded", "set dynamic, or write smooth and rtn")
 
     @property
+    def balances(self) -> bool:
+        """As `Balancing`."""
+        return True
+
+    @property
     def forwards(self) -> float:
         """As `Differentiating`."""
         return GRADIENT

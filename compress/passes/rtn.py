@@ -7,7 +7,7 @@ Of a model that sees it rounds the vision tower and the projector too, where `in
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
@@ -64,20 +64,14 @@ class Pass(Quantize):
     def _round_outside(self, model: Model, linears: Iterable[Linear], workspace: Workspace) -> None:
         import torch
 
-        from compress.block import stored_as
-        from compress.formats import base as formats
-
-        tensors: dict[str, Tensor] = {}
-        records: list[dict[str, Any]] = []
+        rounded = []
         for linear in linears:
-            weight = model.dense(linear.name).to(model.device, torch.float32)
-            result, error = self._rounded(linear, weight, float(weight.abs().max()), model.dense_dtype(linear.name), None)
+            weight, dense = model.dense(linear.name).to(model.device, torch.float32), model.dense_dtype(linear.name)
+            result, error = self._rounded(linear, weight, float(weight.abs().max()), dense, None)
             scheme = self.scheme(linear)
-            inputs = scheme.input_rounding(None, model.dense_dtype(linear.name))
             record = {"name": linear.name, "format": scheme.format, "pass": "rtn", "error": error}
-            tensors |= formats.called(scheme.layout).pack(linear.name, result)
-            records.append(stored_as(result, inputs) | record)
-        model.write_outside(workspace.outside_file, tensors, {}, records)
+            rounded.append((result, scheme.layout, scheme.input_rounding(None, dense), record))
+        model.write_quantized_outside(workspace.outside_file, rounded)
 
     def round_group(self, block: Block, linears: tuple[Linear, ...], peak: float | None, importance: Tensor | None) -> None:
         weighted = importance if self.scales == "imatrix" else None

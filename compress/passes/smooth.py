@@ -98,20 +98,25 @@ class Pass(Transform):
         self.check_balance(place, layout, problems)
 
     @property
+    def balances(self) -> bool:
+        """As `Balancing`."""
+        return self.balance == "modality"
+
+    @property
     def forwards(self) -> float:
         """As `Differentiating`."""
-        return GRADIENT if self.balance == "modality" else 0.0
+        return GRADIENT if self.balances else 0.0
 
     def check_balance(self, place: str, layout: Layout, problems: Problems) -> None:
         """Report a model without vision."""
-        if self.balance == "modality" and not layout.arch.image:
+        if self.balances and not layout.arch.image:
             problems.add(f"{place}: balance", f"a {layout.arch.model_type} reads text only", "leave it out")
 
     def measured_balance(self, model: Model, samples: Samples, workspace: Workspace) -> Balance | None:
         """What vision tokens count in each submodule, if they are to count differently."""
         from compress.balance import measure
 
-        if self.balance == "none":
+        if not self.balances:
             return None
         workspace.progress.note("gradients for the balance of modalities")
         return measure(model, samples, workspace.folder)
