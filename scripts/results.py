@@ -128,11 +128,16 @@ VLM_TABLES = {
 
 
 def vlm(document: dict[str, Any]) -> Rows:
-    """Two rows per table: what answers about images lose by method, and how many of them, the least first, with the standard error over draws."""
+    """Three rows per table: what answers about images lose by method, how far predictions are from the source's, and how many answers are lost, the
+    least first, with the standard error over draws."""
     rows: Rows = []
     for table, label in VLM_TABLES.items():
         found = {name.partition("/")[2]: runs for name, runs in document["results"].items() if name.startswith(f"{table}/")}
-        for key, what, places, times in (("excess_loss", "excess loss of answers", 4, 1), ("accuracy_drop", "points of answers lost", 1, 100)):
+        for key, what, places, times in (
+            ("excess_loss", "excess loss of answers", 4, 1),
+            ("kl", "KL divergence of answers", 4, 1),
+            ("accuracy_drop", "points of answers lost", 1, 100),
+        ):
             values = {method: [times * run[key] for run in runs if "error" not in run] for method, runs in found.items()}
             ordered = sorted((each for each in values.items() if each[1]), key=lambda each: statistics.mean(each[1]))
             shown = ", ".join(f"{statistics.mean(each):.{places}f}{_error(each, places)} ({method})" for method, each in ordered)

@@ -280,7 +280,7 @@ def test_tasks_stand_beside_each_other() -> None:
 
 def test_transforms_are_a_row_per_kind() -> None:
     text = " ".join(read(dense()).text.split())
-    assert "smooth qkv 3 0.15, 0.2, 0.25 2.0 % \u2192 1.1 %" in text.replace("\u00a0", " ")
+    assert "smooth qkv 3 0.15, 0.2, 0.25 0.85, 0.8, 0.75 2.0 % \u2192 1.1 %" in text.replace("\u00a0", " ")
     assert "smooth experts.down 20 0 to 0.95, median 0.475" in text and "smooth clip 1 1.3" in text
 
 

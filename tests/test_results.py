@@ -141,13 +141,14 @@ def test_experts_have_rows_of_loss_and_of_the_task(results: Any) -> None:
 
 def test_models_that_see_have_means_with_their_errors(results: Any) -> None:
     found = {
-        "w3/awq": [{"excess_loss": 0.01, "accuracy_drop": 0.02}, {"excess_loss": 0.03, "accuracy_drop": 0.02}],
-        "w3/rtn": [{"excess_loss": 0.015, "accuracy_drop": 0.03}],
+        "w3/awq": [{"excess_loss": 0.01, "kl": 0.002, "accuracy_drop": 0.02}, {"excess_loss": 0.03, "kl": 0.004, "accuracy_drop": 0.02}],
+        "w3/rtn": [{"excess_loss": 0.015, "kl": 0.005, "accuracy_drop": 0.03}],
         "w3/mbq": [{"error": "exit 1"}],
     }
     rows = dict(results.vlm({"results": found}))
     assert rows["W3 g128 of a model that sees, excess loss of answers"] == {"ours": "0.0150 (rtn), 0.0200 ± 0.0100 (awq)"}
-    assert rows["W3 g128 of a model that sees, points of answers lost"] == {"ours": "2.0 ± 0.0 (awq), 3.0 (rtn)"} and len(rows) == 2
+    assert rows["W3 g128 of a model that sees, KL divergence of answers"] == {"ours": "0.0030 ± 0.0010 (awq), 0.0050 (rtn)"}
+    assert rows["W3 g128 of a model that sees, points of answers lost"] == {"ours": "2.0 ± 0.0 (awq), 3.0 (rtn)"} and len(rows) == 3
 
 
 def test_caches_have_rows_of_loss_recall_and_steps(results: Any) -> None:
