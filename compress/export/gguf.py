@@ -136,7 +136,7 @@ def _check_schemes(place: str, layout: Layout, plan: dict[str, Scheme], problems
         problems.add(place, "gguf holds no codes of 8 bits with a zero point", "set symmetric: true, or bits: 7")
     odd: dict[str, str] = {}
     for name, scheme in plan.items():
-        if reason := ggml_refusal(layout.linears[name].columns, scheme.group_size):
+        if reason := ggml_refusal(layout.all_linears[name].columns, scheme.group_size):
             odd.setdefault(reason, name)
     for reason, name in odd.items():
         problems.add(place, f"{name}: {reason}", "leave such linears out of quantisation, choose another group_size or another target")
