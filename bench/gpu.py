@@ -6,7 +6,8 @@ First each width is compared with float64. Then, for each width, number of digit
 that together exceed the cache are multiplied in turn, inside one CUDA graph; a time is the median over replays, per product, with everything that
 a product launches. Beside them run torch's bfloat16 product, torch's own kernel for 4 bits and gemlite's where it is installed; one that fails is
 a row that says so. Bytes are those of codes and scales (or of the dense weight); the share is theirs per second over those of a copy in the same
-run, reads and writes. Exit code 1 if a product is wrong, 2 without a GPU.
+run, reads and writes. Then the same of attention of one new token behind a cache of latents, beside torch's path and a dense cache: the shape
+of Llama-3-8B, a fifth of the channels, bytes those of the cache. Exit code 1 if a product is wrong, 2 without a GPU.
 """
 
 import argparse
@@ -14,7 +15,7 @@ import itertools
 import json
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,15 @@ from triton.errors import TritonError
 
 from compress.kernels import gpu, t16
 from compress.kernels.linear import unpacked
+from compress.latents import Held, Kept, Latents
 
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (8192, 8192), (16384, 16384))
 WIDTHS, TOKENS, GROUP = (4, 3, 2, 8), (1, 2, 4, 8, 16, 32, 64), 128
+CONTEXTS = (8192, 32768, 131072)
 TOLERANCE = {1: 2e-2, 2: 5e-3}
 """Of products in bfloat16, relative: 2e-3 of it is the rounding of outputs."""
+ATTENTION_TOLERANCE = 2e-2
+"""Of attention in bfloat16, whose queries for latents and weights are rounded to it."""
 REPLAYS = 9
 FAILURES = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, ImportError, OSError, AssertionError, TritonError)
 """What torch, Triton and tools that call them raise; anything else is a mistake of this file."""
@@ -115,6 +120,44 @@ def error(bits: int, digits: int, tokens: int, symmetric: bool) -> float:
     return float((found - exact).norm() / exact.norm())
 
 
+def behind_latents(context: int, bits: int, channels: int | None) -> tuple[Held, Tensor]:
+    """Random states behind a window of 32 tokens, and a query; so many channels of latents, None: all, as `kv_quant` codes them."""
+    heads, width, all_heads = 8, 128, 32
+    ends = None if channels is None else (torch.randn(channels, heads * width) / 32, torch.randn(heads * width, channels) / channels**0.5)
+    latents = Latents(ends, ends, 32, bits, commuting=True).to("cuda", torch.bfloat16)
+    latents.turns = lambda *_: (torch.empty(0), torch.empty(0))
+    kept = tuple(Kept(coding) for coding in latents.codings() or (None, None))
+    for each in kept:
+        each.append(torch.randn(1, context, channels or heads * width, dtype=torch.bfloat16, device="cuda"))
+    keys, values = (torch.randn(1, heads, 33, width, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    positions = torch.arange(context + 33, device="cuda")[None]
+    return Held(latents, kept, positions, keys, values), torch.randn(1, all_heads, 1, width, dtype=torch.bfloat16, device="cuda")
+
+
+def steps(context: int) -> Iterator[tuple[str, list[Callable[[], Tensor]], int]]:
+    """By kernel, steps of a token that attend to so many old ones, each to a cache of its own that exceed the GPU's together; bytes of one."""
+    beyond = 2 * torch.cuda.get_device_properties(0).L2_cache_size
+    for name, bits, channels in (("latents, 16 bits", 16, 200), ("latents, 4 bits", 4, 200), ("all channels, 4 bits", 4, None)):
+        first = behind_latents(context, bits, channels)
+        size = sum(part.nbytes for kept in first[0].old for part in kept.parts) + first[0].keys.nbytes + first[0].values.nbytes
+        every = [first, *(behind_latents(context, bits, channels) for _ in range(beyond // size + 1))]
+        yield name, [lambda view=view, query=query: view.by_kernel(query, None, 0.09, gpu.device_of(0)) for view, query in every], size
+        yield f"{name}, torch", [lambda view=view, query=query: view.by_torch(query, None, 0.09) for view, query in every], size
+    states = [torch.randn(2, 1, 8, context + 33, 128, dtype=torch.bfloat16, device="cuda")]
+    states += [torch.randn_like(states[0]) for _ in range(beyond // states[0].nbytes + 1)]
+    query = torch.randn(1, 32, 1, 128, dtype=torch.bfloat16, device="cuda")
+    attend = torch.nn.functional.scaled_dot_product_attention
+    yield "dense cache", [lambda both=both: attend(query, both[0], both[1], enable_gqa=True) for both in states], states[0].nbytes
+
+
+def attention_error(bits: int, channels: int | None) -> float:
+    """Of one step behind latents, against float64, relative."""
+    view, query = behind_latents(4096, bits, channels)
+    found = view.by_kernel(query, None, 0.09, gpu.device_of(0))
+    exact = Held(view.latents.double(), view.old, view.positions, view.keys.double(), view.values.double()).by_torch(query.double(), None, 0.09)
+    return float((found.double() - exact).norm() / exact.norm())
+
+
 def measure(make: Maker, rows: int, columns: int, tokens: Sequence[int]) -> list[dict[str, Any]]:
     """One row for each number of tokens."""
     cache = torch.cuda.get_device_properties(0).L2_cache_size
@@ -147,6 +190,8 @@ def main() -> None:
         for bits, digits, count, symmetric in itertools.product(WIDTHS, (1, 2), (1, 3, *tokens[1:]), (True, False))
     ]
     wrong = [each for each in errors if not each["error"] < TOLERANCE[each["digits"]]]
+    attended = [{"bits": bits, "channels": channels, "error": attention_error(bits, channels)} for bits, channels in ((16, 200), (4, 200), (4, None))]
+    wrong += [each for each in attended if not each["error"] < ATTENTION_TOLERANCE]
     for each in wrong:
         console.print(f"wrong: {each}")
     copied = copy_speed()
@@ -164,10 +209,20 @@ def main() -> None:
             {"kernel": name, **row} | ({"share": row["bytes"] / row["microseconds"] * 1e6 / copied} if "bytes" in row else {}) for row in found
         ]
         torch.cuda.empty_cache()
+    attention: list[dict[str, Any]] = []
+    for context in CONTEXTS[:1] if arguments.quick else CONTEXTS:
+        for name, calls, size in steps(context):
+            try:
+                taken = per_call(calls)
+                row = {"microseconds": taken * 1e6, "bytes": size, "share": size / taken / copied}
+            except FAILURES as problem:
+                row = {"error": f"{type(problem).__name__}: {problem}"[:300]}
+            attention.append({"kernel": name, "context": context, **row})
+        torch.cuda.empty_cache()
     device = torch.cuda.get_device_properties(0)
     document = {
         "benchmark": "gpu", "device": device.name, "group": GROUP, "copy_bytes_per_second": copied,
-        "stamp": harness.stamp({}), "errors": errors, "results": results,
+        "stamp": harness.stamp({}), "errors": errors, "results": results, "attention_errors": attended, "attention": attention,
     }  # fmt: skip
     arguments.json.write_text(json.dumps(document, indent=1) + "\n")
     for count in tokens:
@@ -179,6 +234,12 @@ def main() -> None:
             cells = (own[shape] for shape in shapes)
             table.add_row(name, *("failed" if "error" in row else f"{row['microseconds']:.1f} ({row['share']:.0%})" for row in cells))
         console.print(table)
+    table = Table("cache", "context", "microseconds", "share of a copy's speed", title=f"{device.name}, attention of one token, without its linears")
+    for row in attention:
+        table.add_row(
+            row["kernel"], str(row["context"]), *(("failed", "") if "error" in row else (f"{row['microseconds']:.1f}", f"{row['share']:.0%}"))
+        )
+    console.print(table)
     sys.exit(1 if wrong else 0)
 
 

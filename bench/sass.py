@@ -22,12 +22,13 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from rich.console import Console
 from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from compress.kernels import gpu, t16, triton_t16
+from compress.kernels import gpu, latents, t16, triton_latents, triton_t16
 
 DEVICES = {
     "sm_80": (gpu.Device("cuda", 32, 108), GPUTarget("cuda", 80, 32)),
@@ -43,6 +44,8 @@ PARAMETERS = {
     "y": "bf16", "x": "bf16",
 }  # fmt: skip
 """What the pointers among the kernels' parameters point to."""
+ALIGNED = ("rows", "key_row", "key_group", "key_token", "value_row", "value_group", "value_token")
+"""Sizes that are multiples of 16."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,8 @@ def compiled(kernel: Any, target: GPUTarget, constants: dict[str, Any], types: d
     options = {name: value for name, value in constants.items() if name.islower()}
     fixed = {name: value for name, value in constants.items() if not name.islower()} | dict.fromkeys(absent)
     signature = {name: "constexpr" if name in fixed else f"*{types[name]}" if name in types else "i32" for name in kernel.arg_names}
-    aligned = [place for place, name in enumerate(kernel.arg_names) if signature[name].startswith("*") or name == "rows"]
+    signature |= {name: "fp32" for name in signature if name == "scaling"}
+    aligned = [place for place, name in enumerate(kernel.arg_names) if signature[name].startswith("*") or name in ALIGNED]
     source = ASTSource(kernel, signature, fixed, {(place,): [["tt.divisibility", 16]] for place in aligned})
     return triton.compile(source, target=target, options=options)
 
@@ -81,6 +85,24 @@ def product(name: str, bits: int, digits: int, tokens: int, symmetric: bool = Tr
         made = compiled(triton_t16.vector_kernel, target, constants, PARAMETERS, absent)
         weights = gpu.slots(device, cut.warps) // gpu.lanes(bits, STEP) * STEP * t16.ROWS
     return counted(made, weights, cut.warps * device.warp)
+
+
+def attending(
+    name: str, groups: int, width: int, bits: int, number: Any = tl.bfloat16, mask: torch.dtype | None = None
+) -> dict[str, tuple[int, int]]:
+    """Of both kernels of a step behind a cache of `groups` that are so wide, in `number` or `bits`: spills, and bytes that threads share."""
+    device, target = DEVICES[name]
+    cut = latents.cut(device, 1, groups, 4, 32768, width, width, number.primitive_bitwidth // 8)
+    given = None if mask is None else torch.empty(1, dtype=mask)
+    coded = ("key_scales", "key_lows", "value_scales", "value_lows")
+    types = dict.fromkeys(("sums", "limits", "old_sums", "new_sums"), "fp32") | dict.fromkeys(("query", "old", "new"), str(number))
+    types |= dict.fromkeys(("keys", "values"), str(number) if bits == 16 else "u8") | dict.fromkeys(coded, "fp16")
+    types["mask"] = "u8" if mask == torch.uint8 else str(number)
+    absent = (*(coded if bits == 16 else ()), *(("mask",) if mask is None else ()))
+    fixed = latents.constants(groups, width, width, bits, given, cut, number)
+    made = {"attend": compiled(triton_latents.attend_kernel, target, fixed, types, absent)}
+    made["join"] = compiled(triton_latents.join_kernel, target, latents.joining(width, 128, cut.parts + 1), types, ())
+    return {kernel: (counted(code, 1, 1).spills, code.metadata.shared) for kernel, code in made.items()}
 
 
 def rounding(name: str, digits: int) -> Any:

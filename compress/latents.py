@@ -3,7 +3,7 @@
 Attention of transformers hands rotated keys and values to its cache, and whatever the cache gives back to an attention function that its
 config names. Under `KERNEL` that function leaves the work to what the cache gave back, if that is no tensor. So no module is replaced, and
 normalised keys, biases and layouts of linears are nothing special. Keys are turned back before they are projected: only before rotation do they
-lie in few directions.
+lie in few directions. Steps of one token on a GPU are those of `compress.kernels.latents`, where there are kernels; all else is torch.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from compress.errors import InputError, Problems
+from compress.kernels import gpu
+from compress.kernels import latents as kernels
+from compress.kernels.latents import Cut, States
 from compress.numerics.blocks import BLOCK, Coding
 from compress.numerics.latents import by_head, rotate_back, side_by_side
 
@@ -145,6 +148,17 @@ class Latents(nn.Module):
             return summed
         up = torch.unflatten(self.value_up.to(summed.dtype), 0, (heads, -1))
         return torch.einsum("rhgtk,hdk->rhgtd", torch.unflatten(summed, 1, (heads, -1)), up).flatten(1, 2)
+
+    def why_torch(self, width: int, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Why a step of one token is computed by torch, for heads of `width` channels, or None where it is a kernel's."""
+        if device.type != "cuda":
+            return f"no kernel for latents on a {device.type}"
+        if self.absorbs and self.value_up is not None:
+            assert self.key_up is not None
+            return kernels.refusal(self.key_up.shape[1], self.value_up.shape[1], self.bits, dtype.itemsize)
+        if self.commuting and self.key_up is None and self.value_up is None:
+            return kernels.refusal(width, width, self.bits, dtype.itemsize)
+        return "old keys have to be restored"
 
     def codings(self) -> tuple[Coding, Coding] | None:
         """How keys and values are coded, None if they are not."""
@@ -336,6 +350,11 @@ class Kept:
         new = (latents,) if self._coding is None else self._coding.encode(latents)
         self.parts = tuple(torch.cat(pair, 1) for pair in zip(self.parts, new, strict=True)) if self.parts else new
 
+    def in_groups(self, groups: int) -> States:
+        """All of them, the channels in so many groups."""
+        states = self.parts[0] if self._coding is None else self.parts[0].flatten(1, 2)
+        return States(by_head(states, groups), self._rank // groups, *(part.contiguous() for part in self.parts[1:]))
+
     def read(self, start: int, end: int) -> Tensor:
         """Those of some tokens; where they are coded `start` and `end` are at the borders of blocks."""
         if self._coding is None:
@@ -463,7 +482,25 @@ class Held:
     values: Tensor
 
     def attend(self, query: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-        """Of `View`. Keys of old tokens are restored some at a time, and never all there."""
+        """Of `View`."""
+        if query.shape[2] == 1 and self.latents.why_torch(query.shape[3], query.device, query.dtype) is None:
+            return self.by_kernel(query, mask, scaling, gpu.device_of(query.device.index))
+        return self.by_torch(query, mask, scaling)
+
+    def by_kernel(self, query: Tensor, mask: Tensor | None, scaling: float, device: gpu.Device, cuts: tuple[Cut, Cut] | None = None) -> Tensor:
+        """`attend` for one new token, ``cuts`` as `compress.kernels.latents.cut` says unless told."""
+        heads, total = self.keys.shape[1], self.positions.shape[1]
+        absorbs = self.latents.absorbs
+        old_keys, old_values = (kept.in_groups(1 if absorbs else heads) for kept in self.old)
+        summed, recent = kernels.attend(
+            query, self.latents.project_queries(query, heads) if absorbs else query, (old_keys, old_values),
+            (States(self.keys, self.keys.shape[3]), States(self.values, self.values.shape[3])),
+            None if mask is None else mask[..., :total], scaling, self.latents.bits, device, cuts,
+        )  # fmt: skip
+        return (recent + self.latents.sums(summed, heads)).transpose(1, 2)
+
+    def by_torch(self, query: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+        """`attend`. Keys of old tokens are restored some at a time, and never all there."""
         heads, total = self.keys.shape[1], self.positions.shape[1]
         count = total - self.keys.shape[2]
         if mask is None and query.shape[2] > 1:

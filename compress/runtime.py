@@ -87,7 +87,8 @@ def explain(model: Any) -> list[dict[str, Any]]:
             why = "rounded as the checkpoint says, but kept in the dtype of the model"
             records.append({"module": name, "part": "cache", "stored": "fp8", "kernel": "torch", "why": why})
         elif isinstance(module, Latents):
-            records.append({"module": name, "part": "latents", "stored": f"{module.bits} bits", "kernel": "torch", "why": "no kernel for latents"})
+            why = module.why_torch(model.get_submodule(name.rpartition(".")[0]).head_dim, model.device, model.dtype)
+            records.append({"module": name, "part": "latents", "stored": f"{module.bits} bits", "kernel": "torch" if why else "triton", "why": why})
     return records
 
 

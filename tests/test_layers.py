@@ -38,7 +38,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "images": ("errors",),
     "questions": ("errors",),
     "data": ("errors", "source", "checkpoint", "images", "questions"),
-    "latents": ("errors", "numerics"),
+    "latents": ("errors", "numerics", "kernels"),
     "block": ("latents", "hardware", "numerics", "formats", "arch.base", "checkpoint", "fused", "layout", "model", "routing"),
     "routing": ("layout",),
     "model": (

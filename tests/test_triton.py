@@ -15,8 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_kernels import TOLERANCE, WIDTHS, exact, magnitude, quantized
 
-from compress.kernels import gpu, linear, t16
+from compress.kernels import gpu, latents, linear, t16
 from compress.kernels.linear import PackedLinear
+from compress.latents import Held, Latents
+from compress.numerics.blocks import BLOCK
 
 ROOT = Path(__file__).resolve().parents[1]
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton: pip install 'compress[gpu]'")
@@ -25,8 +27,9 @@ MOST = {(4, 1): 1.3, (3, 1): 1.3, (2, 1): 1.05, (8, 1): 1.5, (4, 2): 1.75, (3, 2
 
 
 @needs_triton
-def test_products_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(ROOT / "tests" / "triton_interpreted.py")]
+@pytest.mark.parametrize("what", ["triton", "latents"])
+def test_kernels_in_the_interpreter(what: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(ROOT / "tests" / f"{what}_interpreted.py")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "1"})
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 
@@ -107,6 +110,53 @@ def test_many_tokens_meet_tensor_cores(sass: Any) -> None:
 
 
 @needs_triton
+@pytest.mark.parametrize(("groups", "width", "bits"), [(1, 200, 16), (8, 128, 4)])
+def test_steps_behind_latents_compile_without_spills(groups: int, width: int, bits: int, sass: Any) -> None:
+    for spills, shared in sass.attending("sm_90", groups, width, bits).values():
+        assert spills == 0 and shared <= latents.ROOM
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_every_kernel_for_latents_compiles(name: str, sass: Any) -> None:
+    """Also with masks of both kinds and numbers of four bytes, where a few spills are taken."""
+    for arguments in ((1, 1024, 16), (1, 512, 16, sass.tl.float32, torch.float32), (8, 128, 4, sass.tl.float16, torch.uint8), (1, 200, 2)):
+        for spills, shared in sass.attending(name, *arguments).values():
+            assert spills <= 64 and shared <= latents.ROOM
+
+
+@given(
+    processors=st.integers(1, 300), rows=st.integers(1, 64), groups=st.integers(1, 16), heads=st.integers(1, 40), tokens=st.integers(1, 1 << 20),
+    keys=st.integers(1, 1600), values=st.integers(1, 1600), number=st.sampled_from([2, 4]),
+)  # fmt: skip
+def test_contexts_are_cut_as_kernels_take_them(
+    processors: int, rows: int, groups: int, heads: int, tokens: int, keys: int, values: int, number: int
+) -> None:
+    """All that is not refused: tiles of whole blocks or within one, that fit; never fewer tiles to a part than parts are worth."""
+    if latents.refusal(keys, values, 16, number) is not None:
+        assert 16 * (keys + values) * number > latents.ROOM // 4
+        return
+    found = latents.cut(gpu.Device("cuda", 32, processors), rows, groups, heads, tokens, keys, values, number)
+    assert BLOCK % found.tokens == 0 and found.tokens >= 16 and found.parts >= 1
+    assert found.tokens * found.ahead * (keys + values) * number <= latents.ROOM
+    assert found.parts == 1 or found.parts * latents.LEAST * found.tokens < tokens + found.tokens
+    assert found.parts <= max(1, latents.PER_PROCESSOR * processors)
+
+
+def test_what_no_kernel_attends_to_is_named() -> None:
+    down, up = torch.randn(6, 12), torch.randn(12, 6)
+    there, dtype = torch.device("cuda"), torch.float32
+    joint, commuting, plain = (
+        Latents(pair, pair, 0, 2, commuting=commutes) for pair, commutes in (((down, up), False), ((down, up), True), (None, True))
+    )
+    assert joint.why_torch(6, there, dtype) == "old keys have to be restored"
+    assert plain.why_torch(6, there, dtype) == "heads of 6 channels in 2 bits end within a byte"
+    assert commuting.why_torch(6, torch.device("cpu"), dtype) == "no kernel for latents on a cpu"
+    assert latents.refusal(4000, 8, 16, 2) == "4000 and 8 channels of a token are more than a GPU's processor holds"
+
+
+@needs_triton
 @pytest.mark.slow
 @pytest.mark.parametrize("digits", [1, 2])
 @pytest.mark.parametrize("bits", WIDTHS)
@@ -153,3 +203,26 @@ def test_a_graph_captures_products() -> None:
             found.zero_()
             graph.replay()
             assert found.equal(expected)
+
+
+@needs_triton
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bits", [16, 4, 2])
+@pytest.mark.parametrize("ranks", [(200, 104), None])
+def test_steps_behind_latents_on_a_gpu(ranks: tuple[int, int] | None, bits: int, dtype: torch.dtype) -> None:
+    from latents_interpreted import expected, held
+
+    for rows, heads, each, old, new in ((1, 8, 4, 64 * BLOCK, 33), (3, 2, 1, BLOCK, 1), (2, 1, 20, 5 * BLOCK, 100)):
+        view, query = held(rows=rows, heads=heads, each=each, old=old, new=new, ranks=ranks, bits=bits, dtype=dtype, width=128)
+        mask = torch.ones(rows, 1, 1, old + new, dtype=torch.bool)
+        mask[-1, :, :, : old // 2] = False
+        exact = expected(view, query, mask, 0.05)
+        there = Held(view.latents.cuda(), view.old, view.positions.cuda(), view.keys.cuda(), view.values.cuda())
+        for kept in there.old:
+            kept.parts = tuple(part.cuda() for part in kept.parts)
+        assert there.latents.why_torch(128, torch.device("cuda"), dtype) is None
+        found = there.attend(query.cuda(), mask.cuda(), 0.05)
+        assert found.dtype == dtype and torch.equal(found, there.attend(query.cuda(), mask.cuda(), 0.05))
+        error = float((found.cpu().double() - exact).norm() / exact.norm())
+        assert error < (2e-5 if dtype == torch.float32 else 8 * torch.finfo(dtype).eps)

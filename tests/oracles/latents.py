@@ -45,3 +45,22 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, far: tuple[Tensor, Tenso
                 seen.append(value[part])
             result[place, head] = torch.softmax(torch.stack(scores), 0) @ torch.stack(seen)
     return result
+
+
+def step(query: Tensor, old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], hidden: Tensor, scaling: float) -> Tensor:
+    """[query heads, d] of one token's ``query`` [query heads, d]; ``old`` keys and values [tokens, n] as they are read back, all heads side by side,
+    ``new`` ones [heads, tokens, d], all rotated; ``hidden`` [tokens] bool of both."""
+    heads, _, width = new[0].shape
+    result = torch.zeros(len(query), width, dtype=torch.float64)
+    for head in range(len(query)):
+        mine = head // (len(query) // heads)
+        part = slice(mine * width, (mine + 1) * width)
+        keys, values = ([*(token[part] for token in before), *after[mine]] for before, after in zip(old, new, strict=True))
+        scores = [float(key.double() @ query[head].double()) * scaling for key in keys]
+        largest = max(score for score, masked in zip(scores, hidden.tolist(), strict=True) if not masked)
+        weights = [
+            0.0 if masked else float(torch.tensor(score - largest).double().exp()) for score, masked in zip(scores, hidden.tolist(), strict=True)
+        ]
+        for weight, value in zip(weights, values, strict=True):
+            result[head] += weight / sum(weights) * value.double()
+    return result
