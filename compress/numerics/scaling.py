@@ -28,3 +28,11 @@ def shared_out(inputs: Tensor, weights: Tensor, alpha: float) -> Tensor:
     """SmoothQuant (arXiv 2211.10438, section 4): ``inputs^alpha / weights^(1 - alpha)`` of the largest magnitudes [channels] of both."""
     scale = inputs.clamp_min(LEAST_MAGNITUDE).pow(alpha) / weights.clamp_min(LEAST_MAGNITUDE).pow(1 - alpha)
     return torch.where((inputs > 0) & (weights > 0), scale, 1.0)
+
+
+def tied(largest: Tensor, strength: float) -> Tensor:
+    """SmoothAttention (arXiv 2405.04532, section 4.2): ``largest^strength`` of the largest magnitudes [heads, d] of keys, spread evenly around 1 in
+    each head, alike in the two channels that rotary embedding turns together, rounded to powers of two."""
+    pairs = torch.unflatten(largest, 1, (2, -1)).amax(1)
+    factors = torch.stack([salient(head, strength) for head in pairs]).log2().round().exp2()
+    return torch.cat([factors, factors], 1)
