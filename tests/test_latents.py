@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -285,14 +286,8 @@ def test_a_window_as_long_as_the_text_is_exact_at_any_rank(shrunk: Callable[...,
     assert float((chunked(shrunk("llama", keep=0.125, window=128), ids, 10, DynamicCache()) - expected).abs().max()) <= 1e-4
 
 
-@pytest.mark.parametrize(("bits", "keys"), [(16, "joint"), (16, "commuting"), (4, "joint")])
-def test_decoding_is_what_whole_sequences_are_measured_as(bits: int, keys: str, shrunk: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The measurement lets each query see `window` tokens exactly; a cache from which tokens leave one by one does just that."""
-    ids = prompts(1, 100)
-    model = shrunk("llama", keep=0.25, window=20, bits=bits, keys=keys)
-    if bits == 16:
-        monkeypatch.setattr(runtime, "BLOCK", 1)
-    found = chunked(model, ids, 1, DynamicCache())
+def as_measured(model: Any) -> None:
+    """From here on ``model``, of `load`, computes whole sequences as latents are measured, each query with a window of its own."""
     for block in model.model.layers:
         attention = block.self_attn
         plain = type(attention).forward
@@ -307,6 +302,17 @@ def test_decoding_is_what_whole_sequences_are_measured_as(bits: int, keys: str, 
 
         attention.forward = measured
         attention._forward_pre_hooks.clear()
+
+
+@pytest.mark.parametrize(("bits", "keys"), [(16, "joint"), (16, "commuting"), (4, "joint")])
+def test_decoding_is_what_whole_sequences_are_measured_as(bits: int, keys: str, shrunk: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The measurement lets each query see `window` tokens exactly; a cache from which tokens leave one by one does just that."""
+    ids = prompts(1, 100)
+    model = shrunk("llama", keep=0.25, window=20, bits=bits, keys=keys)
+    if bits == 16:
+        monkeypatch.setattr(runtime, "BLOCK", 1)
+    found = chunked(model, ids, 1, DynamicCache())
+    as_measured(model)
     with torch.no_grad():
         expected = model(ids, use_cache=False).logits
     if bits == 16:
@@ -550,6 +556,40 @@ def test_on_recall_methods_stand_in_their_order_and_starved_keys_collapse(retrie
     assert answered(keep=(8 + 128) / 256, keep_keys=8 / 128)[0] < 0.3
     by_rank = [losses[0], *(answered(keep=rank / 128)[1] for rank in (16, 8))]
     assert by_rank == sorted(by_rank)
+
+
+def test_on_recall_errors_of_logits_fall_with_the_window(retriever: Path, tmp_path: Path) -> None:
+    """The loss need not: near tokens, scored exactly, then stand beside far ones whose scores are too small. But with the same projections logits of
+    answers come nearer to what they were, and so does what the first block gives, which looks one token back."""
+    from compress.evaluate.retrieval import associative_recall
+
+    data = tmp_path / "calibration.jsonl"
+    learned = associative_recall(64, sequences=16, seed=0).sequences
+    data.write_text("".join(json.dumps({"input_ids": ids.tolist()}) + "\n" for ids in learned))
+    calibration = {"data": str(data), "samples": 16, "length": learned.shape[1]}
+    plain = {"calibration": calibration, "evaluate": None, "passes": [{"kv_shrink": {"window": 0, "keep": 16 / 128}}]}
+    compress(plain, retriever, tmp_path / "out")
+    asked = associative_recall(64, sequences=8, seed=7)
+    answers = torch.stack([*asked.scored])[:, 1:].bool()
+    ids = torch.stack([*asked.sequences])
+    model, given = packed.load(tmp_path / "out"), dense(retriever)
+    as_measured(model)
+    attended: list[Tensor] = []
+    for each in (given, model):
+        each.model.layers[0].self_attn.register_forward_hook(lambda module, inputs, output: attended.append(output[0]))
+
+    def answered(which: Any) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            logits = which(ids, use_cache=False).logits[:, :-1][answers]
+        return attended.pop()[:, :-1][answers], logits
+
+    exact, errors = answered(given), []
+    for window in (0, 32, 64, 96, 128, ids.shape[1]):
+        for block in model.model.layers:
+            block.self_attn.latents.window = window
+        errors.append([float((found - wanted).square().sum() / wanted.square().sum()) for found, wanted in zip(answered(model), exact, strict=True)])
+    for falling in zip(*errors, strict=True):
+        assert falling[0] > 0.3 and all(after < 0.9 * before for before, after in pairwise(falling)) and falling[-1] < 1e-8
 
 
 def test_four_bit_latents_of_a_fifth_hold_less_than_a_tenth_of_a_dense_cache_and_the_window(tmp_path: Path) -> None:
