@@ -29,6 +29,7 @@ ROWS: dict[str, Passes] = {
     "20 %/asvd": shrunk(0.2, method="asvd"),
     "20 %/whitened": shrunk(0.2, method="whitened"),
     "20 %/aware": shrunk(0.2),
+    "20 %/aware, tuned": shrunk(0.2, tune=80),
     "20 %/aware, ranks shared out": shrunk(0.2, ranks="water_filling"),
     "20 %/aware, commuting keys": shrunk(0.2, keys="commuting"),
     "20 %/aware, 4 bits": shrunk(0.2, bits=4),

@@ -26,6 +26,7 @@ from compress.errors import InputError
 from compress.latents import Blended, LatentLayer, Latents, held_bytes
 from compress.numerics.blocks import BLOCK, Coding
 from compress.numerics.latents import ROOM, basis, commuting_basis, cost_of_keys, cost_of_values, ranks, rotate, rotate_back, side_by_side
+from compress.numerics.tuned_latents import Lesson, Projections, attended, tuned
 
 HEADS, WIDTH, QUERY_HEADS = 2, 8, 4
 CHANNELS = HEADS * WIDTH
@@ -200,6 +201,65 @@ def test_whole_sequences_are_what_loops_over_tokens_say(window: int, queries: in
     far = parts["key_up"] @ parts["key_down"], parts["value_up"] @ parts["value_down"]
     expected = oracle.attend(query[0], keys[0], values[0], far, window, THETA, 0.3)
     assert torch.allclose(found[0].double(), expected, atol=2e-4)
+
+
+# Training -------------------------------------------------------------------------------------------------------------------
+
+
+def lessons(count: int, tokens: int = 40) -> list[Lesson]:
+    cos, sin = rotation(tokens)
+    mixed = torch.randn(CHANNELS, CHANNELS, dtype=torch.float64) * torch.logspace(0, -2, CHANNELS)
+    parts = [[side_by_side(states(tokens)) @ mixed for _ in range(2)] for _ in range(count)]
+    split = [[each.view(1, tokens, HEADS, WIDTH).transpose(1, 2) / 4 for each in pair] for pair in parts]
+    return [Lesson(rotate(states(tokens, QUERY_HEADS) / 9, cos, sin), rotate(keys, cos, sin), values, (cos, sin)) for keys, values in split]
+
+
+def closed(given: list[Lesson], rank: int) -> Projections:
+    keys, values = (torch.cat([side_by_side(states)[0] for states in parts]) for parts in (
+        [rotate_back(each.keys, *each.rotation) for each in given], [each.values for each in given]))  # fmt: skip
+    found = [basis(rows.T @ rows) for rows in (keys, values)]
+    return found[0].down[:rank], found[0].up[:, :rank], found[1].down[:rank], found[1].up[:, :rank]
+
+
+@pytest.mark.parametrize("window", [0, 5, 50])
+def test_what_is_trained_on_is_what_is_measured(window: int) -> None:
+    (given,) = lessons(1)
+    made = tuple(part.float() for part in closed([given], 5))
+    view = Blended(Latents((made[0], made[1]), (made[2], made[3]), window), given.keys.float(), given.values.float(), given.rotation)
+    expected = view.attend(given.query.float(), None, 0.3)[0].flatten(1)
+    assert torch.allclose(attended(made, given, window, 0.3), expected.float(), atol=1e-4)  # type: ignore[arg-type]
+    whole = Blended(Latents((made[0], made[1]), (made[2], made[3]), 40), given.keys.float(), given.values.float(), given.rotation)
+    assert torch.allclose(attended(None, given, window, 0.3), whole.attend(given.query.float(), None, 0.3)[0].flatten(1).float(), atol=1e-4)
+
+
+def test_training_lowers_what_was_not_trained_on_and_never_varies() -> None:
+    given, out = lessons(12), torch.randn(20, QUERY_HEADS * WIDTH)
+    start = closed(given, 4)
+    found, (before, after) = tuned(start, given, out, 5, 0.3, 30)
+    assert after < before and [part.shape for part in found] == [part.shape for part in start]
+    for made, told in ((start, before), (found, after)):
+        held_out = [given[0], given[8]]
+        pairs = [[attended(which, each, 5, 0.3) @ out.T for which in (tuple(part.float() for part in made), None)] for each in held_out]  # type: ignore[arg-type]
+        error = sum(float((one - other).square().sum()) for one, other in pairs) / sum(float(other.square().sum()) for _, other in pairs)
+        assert told == pytest.approx(error, rel=1e-3)
+    again, errors = tuned(start, given, out, 5, 0.3, 30)
+    assert errors == (before, after) and all(torch.equal(one, other) for one, other in zip(found, again, strict=True))
+
+
+def test_what_training_does_not_better_stays_as_it_was() -> None:
+    given = lessons(3)
+    start = closed(given, CHANNELS)  # nothing is lost
+    found, (before, after) = tuned(start, given, torch.randn(20, QUERY_HEADS * WIDTH), 5, 0.3, 3)
+    assert before == after < 1e-6 and all(torch.equal(one, other) for one, other in zip(found, start, strict=True))
+
+
+def test_a_run_trains_and_says_what_it_gained(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    result = compress(recipe_of(keep=0.25, window=8, tune=10), checkpoint("llama"), tmp_path / "out")
+    records = [record for record in result["transforms"] if record["pass"] == "kv_shrink"]
+    assert all(record["steps"] == 10 and record["output_error"][1] <= record["output_error"][0] for record in records)
+    assert any(record["output_error"][1] < record["output_error"][0] for record in records)
+    with pytest.raises(InputError, match="no calibration text is longer than the window of 64"):
+        compress(recipe_of(window=64, tune=1), checkpoint("llama"), tmp_path / "again")
 
 
 # The whole pass -------------------------------------------------------------------------------------------------------------
@@ -481,6 +541,7 @@ def test_blocks_with_a_window_of_their_own_are_left_whole_and_told(checkpoint: C
         ("llama", {"multiple_of": 5}, "5 does not divide the 32 channels"),
         ("llama", {"multiple_of": 1, "keys": "commuting"}, "1 would part channels that rotate together"),
         ("llama", {"keys": "commuting", "method": "whitened"}, "commuting is of method aware"),
+        ("llama", {"keys": "commuting", "tune": 5}, "trained keys would no longer commute with rotation"),
         ("llama", {"keep_keys": 0.5, "ranks": "water_filling"}, "is an option of ranks: uniform"),
         ("llama", {"keep_keys": 1.0}, "leaves values 0"),
         ("llama", {"bits": 3}, "bits: input should be 16, 4 or 2"),

@@ -354,7 +354,7 @@ RESUMED = {
     "smooth_keys": QUICK | {"passes": [{"smooth_keys": {}}, {"rtn": {"bits": 3, "group_size": 32}}]},
     "rotate": QUICK | {"passes": [{"rotate": {}}, {"rtn": {"bits": 3, "group_size": 32}}]},
     "kv_quant": QUICK | {"passes": [{"rtn": {"group_size": 32}}, {"kv_quant": {}}]},
-    "kv_shrink": QUICK | {"passes": [{"rtn": {"group_size": 32}}, {"kv_shrink": {"multiple_of": 4, "ranks": "water_filling"}}]},
+    "kv_shrink": QUICK | {"passes": [{"rtn": {"group_size": 32}}, {"kv_shrink": {"multiple_of": 4, "ranks": "water_filling", "tune": 2}}]},
     "prune_structured": QUICK | {"passes": [{"prune_structured": {"keep": 0.5, "multiple_of": 32}}, {"rtn": {"group_size": 32}}]},
     "prune_depth": QUICK | {"passes": [{"prune_depth": {"drop": 2}}, {"rtn": {"group_size": 32}}]},
     "low_rank": QUICK | {"passes": [{"low_rank": {"multiple_of": 32, "keep": 0.95}}, {"rtn": {"group_size": 32}}]},

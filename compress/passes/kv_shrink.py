@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from compress.numerics.latents import Basis
     from compress.probe import Probe
 
+LESSON = 256
+"""Tokens of a text that are trained on, or as many windows as make four."""
 SPECTRA = "spectra"
 """The folder for what each direction is worth."""
 
@@ -61,6 +63,9 @@ class Pass(Options):
     keep_keys: float | None = Field(
         default=None, gt=0, le=1, description="`uniform`: share of the channels of keys alone, those of values get the rest"
     )
+    tune: int = Field(
+        default=0, ge=0, description="steps of training, block by block, that follow the closed form: by what attention gives, of `joint` keys"
+    )
     multiple_of: int = Field(default=8, ge=1, description="channels of latents are multiples of this")
 
     def check(self, place: str, layout: Layout, problems: Problems) -> None:
@@ -86,6 +91,8 @@ class Pass(Options):
                 problems.add(f"{place}: keep_keys", f"{self.keep_keys:g} leaves values {values:g} of their channels", "keep both between 0 and 1")
         if self.keys == "commuting" and self.method != "aware":
             problems.add(f"{place}: keys", f"commuting is of method aware, not {self.method}", "take joint, or aware")
+        if self.keys == "commuting" and self.tune:
+            problems.add(f"{place}: tune", "trained keys would no longer commute with rotation", "leave it out, or take joint")
         if self.keys == "commuting" and self.multiple_of % 2:
             problems.add(f"{place}: multiple_of", f"{self.multiple_of} would part channels that rotate together", "take an even number")
         if self.method in ("asvd", "svd") and any(name.endswith("k_norm.weight") for name in layout.in_blocks):
@@ -122,9 +129,14 @@ class Pass(Options):
         ends: list[tuple[Tensor, Tensor]] = []
         record: dict[str, Any] = {"pass": "kv_shrink", "method": self.method, "keys": self.keys, "window": self.window, "latent_bits": self.bits}
         record |= {"tokens": tokens, "fallback": None}
-        for what, found in (("keys", keys), ("values", values)):
-            rank = ranks[f"{index}.{what}"]
-            down, up = found.down[:rank], found.up[:, :rank]
+        chosen = [
+            (found.down[: ranks[f"{index}.{what}"]], found.up[:, : ranks[f"{index}.{what}"]]) for what, found in (("keys", keys), ("values", values))
+        ]
+        if self.tune:
+            chosen, errors = self._tuned(probe, model, chosen)
+            record |= {"steps": self.tune, "output_error": errors}
+        for what, found, (down, up) in (("keys", keys, chosen[0]), ("values", values, chosen[1])):
+            rank = len(down)
             if self.bits < 16 and what == "values":
                 # Latents fall in size, and one scale for all of a token would leave the small ones nothing.
                 turn = torch.linalg.qr(torch.randn(rank, rank, dtype=torch.float64, generator=torch.Generator().manual_seed(0))).Q.to(down)
@@ -136,6 +148,30 @@ class Pass(Options):
             }
         made = Latents(ends[0], ends[1], self.window, self.bits, self.keys == "commuting")
         probe.block.set_latents(made, record)
+
+    def _tuned(self, probe: Probe, model: Model, start: list[tuple[Tensor, Tensor]]) -> tuple[list[tuple[Tensor, Tensor]], list[float]]:
+        """The projections of a block after training, and what attention gives is off by before and after."""
+        from compress.numerics.tuned_latents import Lesson, tuned
+
+        lessons: list[Lesson] = []
+        longest = max(LESSON, 4 * self.window)
+
+        def note(query: Tensor, key: Tensor, value: Tensor, rotation: tuple[Tensor, Tensor]) -> None:
+            turns = [part.expand(len(query), -1, -1) for part in rotation]
+            for row in range(len(query)):
+                parts = [states[row : row + 1, :, :longest].clone() for states in (query, key, value)]
+                cos, sin = (part[row : row + 1, :longest].clone() for part in turns)
+                lessons.append(Lesson(parts[0], parts[1], parts[2], (cos, sin)))
+
+        probe.of_attention(note)
+        lessons = [each for each in lessons if each.query.shape[2] > self.window + 1]
+        if not lessons:
+            raise InputError.one("kv_shrink: tune", f"no calibration text is longer than the window of {self.window}", "take longer ones")
+        block = probe.block
+        out = block.weight(f"{block.layout.prefix}.{model.layout.arch.writers[0]}")
+        (keys, values), scaling = start, block.head_dim**-0.5
+        found, errors = tuned((*keys, *values), lessons, out, self.window, scaling, self.tune)
+        return [found[:2], found[2:]], list(errors)
 
     def _ranks(self, model: Model, samples: Samples, workspace: Workspace) -> dict[str, int]:
         """Of keys and values of each block."""
