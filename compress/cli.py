@@ -6,7 +6,7 @@ import json
 import os
 import shlex
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     help="A compiler for LLM and VLM checkpoints: a recipe and a model in, a packed checkpoint and a report of what was lost out.",
-    epilog="Exit codes: 0 accepted, 1 a bug of ours, 2 bad recipe, model or data, 3 a gate failed (`gate`: or cannot tell, `pattern`: none is so "
-    "fast), 4 interrupted (the same command continues).",
+    epilog="Exit codes: 0 accepted, 1 a bug of ours, 2 bad recipe, model or data, 3 a gate failed (`gate`: or cannot tell; `pattern`: none is so "
+    "fast; `serve-check`: an engine answers otherwise), 4 interrupted (the same command continues).",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -62,7 +62,7 @@ def run(
 ) -> None:
     """Compress MODEL as RECIPE says, measure what was lost and judge it."""
     with _errors(as_json):
-        chosen, path, _, _ = _planned(recipe, model)
+        chosen, path, _, _, _ = _planned(recipe, model)
         target = out or Path(f"{model.rstrip('/').replace(':', '-').rpartition('/')[2]}-{path.stem}")
         from compress import pipeline, view
 
@@ -80,24 +80,34 @@ def run(
 
 
 @app.command()
-def check(recipe: RecipeArgument, model: ModelArgument, as_json: JsonOption = False) -> None:
+def check(
+    recipe: RecipeArgument,
+    model: ModelArgument,
+    engine: Annotated[
+        list[str] | None, typer.Option(help="what shall serve the result, such as vllm or vllm==0.33: a problem if it cannot; may be repeated")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
     """Everything that can be known before weights load; all mistakes at once."""
     with _errors(as_json):
-        chosen, _, layout, plan = _planned(recipe, model)
+        chosen, _, layout, plan, told = _planned(recipe, model, engine or [])
         inside = len(plan.keys() - layout.outside.keys())
         if as_json:
-            typer.echo(json.dumps({"ok": True, "linears": len(layout.linears), "quantized": len(plan), "outside": len(plan) - inside}))
+            counts = {"linears": len(layout.linears), "quantized": len(plan), "outside": len(plan) - inside}
+            typer.echo(json.dumps({"ok": True} | counts | {"engines": told}))
         else:
             steps = ", ".join(name for name, _ in chosen.instances())
             beyond = f", and {len(plan) - inside} outside them" if len(plan) > inside else ""
             typer.echo(f"ok: {steps}; {inside} of {len(layout.linears)} linears in {len(layout.blocks)} blocks{beyond} will be quantised")
+            for name, verdict in told.items():
+                typer.echo(f"{name}: {verdict}")
 
 
 @app.command()
 def plan(recipe: RecipeArgument, model: ModelArgument, as_json: JsonOption = False) -> None:
     """What a run will cost and give: memory, disk and time per pass, size, and a verdict per engine."""
     with _errors(as_json):
-        chosen, _, layout, schemes = _planned(recipe, model)
+        chosen, _, layout, schemes, _ = _planned(recipe, model)
         from compress import planning, view
 
         result = planning.plan(chosen, layout, schemes)
@@ -284,6 +294,32 @@ def export(
             view.exports(results)
 
 
+@app.command("serve-check")
+def serve_check(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="an artifact, or what `compress export` made of one")],
+    engine: Annotated[str, typer.Option(help="what shall serve it: vllm, llama.cpp, transformers, gptqmodel, mlx or compress")],
+    python: Annotated[Path | None, typer.Option(help="the interpreter that has the engine [default: this one]")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="a text file with a prompt per line [default: four of ours]")] = None,
+    tokens: Annotated[int, typer.Option(help="so many to continue each prompt with", min=1)] = 32,
+    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16, to compute in [default: what suits the engine]")] = None,
+    reference: Annotated[Path | None, typer.Option(help="the artifact that DIR was exported from [default: DIR]")] = None,
+    timeout: Annotated[float, typer.Option(help="seconds to start and answer in", min=1)] = 900,
+    as_json: JsonOption = False,
+) -> None:
+    """Start an engine on DIR, and compare what it answers with what the artifact means; exits with 3 where they differ."""
+    with _errors(as_json):
+        from compress import serving, view
+
+        wanted = serving.wish(folder, engine, python, prompts, tokens, dtype, reference, timeout)
+        with _interruptible():
+            result = serving.check(wanted)
+        if as_json:
+            typer.echo(json.dumps(result))
+        else:
+            view.serving(result)
+        raise typer.Exit(Exit.ACCEPTED if result["agrees"] else Exit.GATE_FAILED)
+
+
 @app.command()
 def compare(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="folders of artifacts, or their files report.json")],
@@ -439,13 +475,16 @@ def _find(path: Path) -> Path:
     return path
 
 
-def _planned(path: Path, model: str) -> tuple[Recipe, Path, Layout, dict[str, tuple[str, Scheme]]]:
-    """Recipe and model, opened and checked against each other; every mistake in either is reported at once."""
-    from compress import recipe
+def _planned(path: Path, model: str, engines: Sequence[str] = ()) -> tuple[Recipe, Path, Layout, dict[str, tuple[str, Scheme]], dict[str, str]]:
+    """Recipe and model, opened and checked against each other and for `engines`, whose verdicts come last; every mistake is reported at once."""
+    from compress import judging, recipe
+    from compress.engines.base import find_all
     from compress.errors import Problems
     from compress.pipeline import open_layout
 
     problems = Problems()
+    named = find_all(engines, problems)
+    told: dict[str, str] = {}
     path = _find(path)
     chosen = layout = None
     plain = recipe.read(path)
@@ -462,11 +501,12 @@ def _planned(path: Path, model: str) -> tuple[Recipe, Path, Layout, dict[str, tu
     if layout and sound:
         try:
             schemes = recipe.check(sound, layout, path.name)
+            told = judging.judge(named, sound, layout, schemes, problems)
         except InputError as error:
             problems.absorb(error)
     problems.raise_if_any()
     assert chosen and layout
-    return chosen, path, layout, schemes
+    return chosen, path, layout, schemes, told
 
 
 def _shipped() -> list[Path]:

@@ -61,7 +61,7 @@ def plan(recipe: Recipe, layout: Layout, schemes: dict[str, tuple[str, Scheme]])
     weights = sum(layout.all_linears[name].rows * layout.all_linears[name].columns for name in per_linear)
     stored = sum(_packed(layout, name, scheme) - scheme.shape_bytes for name, scheme in per_linear.items())
     passes: list[dict[str, Any]] = []
-    mixed = dict(per_linear)
+    mixed = mixture(recipe, source, schemes)
     trying: tuple[int, dict[str, Any]] | None = None
     for name, step in recipe.instances():
         mine = {linear: scheme for linear, (by, scheme) in schemes.items() if by == name}
@@ -75,7 +75,6 @@ def plan(recipe: Recipe, layout: Layout, schemes: dict[str, tuple[str, Scheme]])
             operations = max(operations, _forward(source, tokens) * step.sweeps(samples, recipe.calibration.length))
         if isinstance(step, Allocator):
             operations = _forward(layout, step.sequences(layout) * recipe.calibration.length)
-            mixed |= {linear: per_linear[linear].model_copy(update={"bits": bits}) for linear, bits in step.examples(layout)[-1].items()}
         passes.append(
             {
                 "name": name,
@@ -111,6 +110,16 @@ def plan(recipe: Recipe, layout: Layout, schemes: dict[str, tuple[str, Scheme]])
         "cache": caching.text if (caching := cache_scheme(recipe)) else None,
         "engines": verdicts(recipe, layout, mixed),
     }
+
+
+def mixture(recipe: Recipe, layout: Layout, schemes: dict[str, tuple[str, Scheme]]) -> dict[str, Scheme]:
+    """How each linear is stored; where bits are yet to be allocated, a mix of all that may be chosen."""
+    found = {name: scheme for name, (_, scheme) in schemes.items()}
+    made = expected(recipe, layout)[-1]
+    for _, step in recipe.instances():
+        if isinstance(step, Allocator):
+            found |= {name: found[name].model_copy(update={"bits": bits}) for name, bits in step.examples(made)[-1].items()}
+    return found
 
 
 def _packed(layout: Layout, name: str, scheme: Scheme) -> int:

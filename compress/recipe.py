@@ -493,9 +493,9 @@ def keeps_branches(recipe: Recipe) -> bool:
     return any(isinstance(step, Branching) and step.keeps_branches for _, step in recipe.instances())
 
 
-def verdicts(recipe: Recipe, layout: Layout, schemes: dict[str, Scheme]) -> dict[str, str]:
-    """For each engine, whether and how it reads what `recipe` makes with these schemes."""
-    found: dict[str, str] = export_module(recipe.export[0]).verdicts(layout, schemes, cache_scheme(recipe))
+def verdicts(recipe: Recipe, layout: Layout, schemes: dict[str, Scheme], target: str | None = None) -> dict[str, str]:
+    """For each engine, whether and how it reads what `recipe` makes with these schemes, as `target`; by default as the artifact."""
+    found: dict[str, str] = export_module(target or recipe.export[0]).verdicts(layout, schemes, cache_scheme(recipe))
     if not keeps_branches(recipe):
         return found
     # Like residuals they lie where no engine looks.
@@ -516,12 +516,10 @@ def _check_export(recipe: Recipe, layout: Layout, place: str, plan: dict[str, Sc
         for bits in examples:
             schemes = plan | {name: plan[name].model_copy(update={"bits": bits[name]}) for name in plan.keys() & bits.keys()}
             exporter = export_module(target)
-            exporter.check(f"{place}: export", layout, schemes, found)
             if not exporter.READABLE:
-                export_base.refuse(f"{place}: export", target, layout, schemes, cache_scheme(recipe), found)
-                if keeps_branches(recipe):
-                    found.add(f"{place}: export", f"{target} has no place for branches", "merge or drop them, or leave it out")
+                check_copy(f"{place}: export", target, recipe, layout, schemes, found)
                 continue
+            exporter.check(f"{place}: export", layout, schemes, found)
             verdict = exporter.verdicts(layout, schemes, cache_scheme(recipe))["transformers"]
             if recipe.verify == "full" and verdict.startswith("refuses"):
                 found.add(f"{place}: verify", f"full opens the artifact with transformers, which {verdict}", "take auto, or streamed")
@@ -529,6 +527,14 @@ def _check_export(recipe: Recipe, layout: Layout, place: str, plan: dict[str, Sc
                 found.add(f"{place}: evaluate.tasks", f"lm-eval runs the artifact in transformers, which {verdict}", "drop the tasks")
     if len(found):
         problems.absorb(InputError(dict.fromkeys(found)))  # each is told once
+
+
+def check_copy(place: str, target: str, recipe: Recipe, layout: Layout, plan: dict[str, Scheme], problems: Problems) -> None:
+    """Report what a copy of the artifact as `target` cannot hold."""
+    export_module(target).check(place, layout, plan, problems)
+    export_base.refuse(place, target, layout, plan, cache_scheme(recipe), problems)
+    if keeps_branches(recipe):
+        problems.add(place, f"{target} has no place for branches", "merge or drop them, or leave it out")
 
 
 def expected(recipe: Recipe, layout: Layout) -> list[Layout]:

@@ -355,6 +355,28 @@ def exports(results: list[dict[str, Any]]) -> None:
         console.print(exact if result["exact"] + len(lost) else "byte for byte what the artifact holds", markup=False, soft_wrap=True)
 
 
+def serving(result: dict[str, Any]) -> None:
+    """What an engine answered beside what was meant."""
+    console = Console()
+    table = Table(title=f"{result['folder']} in {result['version']}, {result['dtype']}, by its {result['how']}", title_justify="left")
+    for heading in ("prompt", "tokens of it", "answered", "as meant", "largest margin", "prompt off by"):
+        table.add_column(heading, justify="right")
+    for number, item in enumerate(result["prompts"], 1):
+        margin, off = max((token["margin"] for token in item["other"]), default=0.0), item["prompt_logprob_difference"]
+        same = item["tokens"] - len(item["other"])
+        table.add_row(str(number), str(item["prompt_tokens"]), str(item["tokens"]), str(same), f"{margin:.4f}", "" if off is None else f"{off:.4f}")
+    console.print(table)
+    console.print("margins and differences in nats, of log probabilities", style="dim", highlight=False)
+    for number, item in enumerate(result["prompts"], 1):
+        for token in item["other"]:
+            said = f"{token['engine']} in place of {token['reference']}, {token['margin']:.4f} nats less likely"
+            console.print(f"prompt {number}, token {token['position'] + 1}: {said}", highlight=False)
+    first = f", first token after {result['first_token_seconds']:.2f} s" if result["first_token_seconds"] is not None else ""
+    speed = f"{result['tokens_per_second']:.1f} tokens/s{first}, ready after {result['load_seconds']:.1f} s"
+    console.print(speed, highlight=False)
+    console.print(f"{'agrees' if result['agrees'] else 'DIFFERS'} within {result['tolerance']:g} nats of {result['reference']}", highlight=False)
+
+
 def inspection(result: dict[str, Any]) -> None:
     """The table of `compress inspect`."""
     console = Console(width=None if sys.stdout.isatty() else 200)  # a name broken in two cannot be searched for
