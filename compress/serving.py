@@ -44,7 +44,9 @@ EXPORT = "export.json"
 PATIENCE = 15.0
 """Seconds that an engine has to end when it is told to."""
 TAIL = 2000
-"""Characters of an engine's last words that are passed on."""
+"""Characters of the last words of an engine that died that are kept."""
+TOLD = 600
+"""Characters of a refusal that are passed on to the user."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,8 @@ def check(wanted: Wish) -> dict[str, Any]:
     how = "server" if hasattr(engine.table, "serve") else "process"
     answer = (_by_server if how == "server" else _by_process)(engine, wanted.python, request, wanted.timeout)
     if error := answer.get("error"):
-        said = f"{answer['version'] or engine.title} does not run it: {error['type']}: {error['message']}"
+        message = " ".join(error["message"].split())
+        said = f"{answer['version'] or engine.title} does not run it: {error['type']}: {message[:TOLD]}{'...' * (len(message) > TOLD)}"
         raise InputError.one(str(wanted.folder), said, f"compress check RECIPE MODEL --engine {engine.name} tells what is known of it")
     found = {"folder": str(wanted.folder), "reference": str(wanted.reference), "engine": engine.name, "how": how}
     return found | compare(wanted.reference, wanted.prompts, answer)

@@ -30,6 +30,9 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results" / "engines.json"
 DOCUMENT = ROOT / "docs" / "engines.md"
 TOKENS = 64
+CHUNK = 12
+"""Cells that one process of an engine answers, after which they are written."""
+KEPT = ("agrees", "tolerance", "tokens", "tokens_equal", "largest_margin", "prompt_logprob_difference", "version", "dtype")
 CALIBRATION = {"data": "demo:text", "samples": 16, "length": 128}
 SEES_DATA = ("kv_quant", "kv_shrink", "prune_nm", "prune_structured", "low_rank", "prune_experts")
 CASES: dict[str, list[dict[str, Any]]] = {
@@ -65,6 +68,20 @@ CASES: dict[str, list[dict[str, Any]]] = {
 }
 """What is done to the model, rounding to nearest throughout: what is asked is who reads it."""
 MODELS = ("dense", "moe")
+OF_EXPERTS = (
+    "16 bits",
+    "w4 g128",
+    "w4 g128 asymmetric",
+    "w8 g128",
+    "w3 g128",
+    "w8a8",
+    "fp8",
+    "nvfp4",
+    "mxfp4",
+    "w4, cache fp8",
+    "half of the experts",
+)
+"""Cases of the model with experts: those in which engines treat experts otherwise."""
 EXPORTS = tuple(name for name in export_names() if name not in ("mxfp4", "nm-packed"))
 """mxfp4 is for gpt-oss, of which no trained one ships; nm-packed is for compress alone."""
 
@@ -112,57 +129,52 @@ def said(folder: Path, target: str, engine: Engine) -> str:
     return engine.verdict(target, export_module(target).verdicts(layout, declared.schemes(layout), declared.cache(layout)))
 
 
-def cells(engine: Engine, python: Path, work: Path, known: set[tuple[str, ...]], timeout: float) -> list[dict[str, Any]]:
-    """Every cell of one engine that is not `known` yet."""
+def prepared(engine: Engine, work: Path, known: set[tuple[str, ...]]) -> list[dict[str, Any]]:
+    """Every cell of one engine that is not `known` yet: what is known beforehand, and where the folder is; or why there is none."""
     rows: list[dict[str, Any]] = []
-    places: list[Path] = []
-    asked: dict[str, list[list[int]]] = {}
     for model in MODELS:
-        for case in CASES:
+        for case in CASES if model == "dense" else OF_EXPERTS:
             for target in [name for name in EXPORTS if name in engine.table.READS]:
                 if (engine.name, target, model, case) in known or (case == "16 bits" and target != "compressed-tensors"):
                     continue
                 row: dict[str, Any] = {"engine": engine.name, "export": target, "model": model, "case": case}
                 folder, why = artifact(model, case, work)
                 if folder is None:
-                    if target == "compressed-tensors":
-                        rows.append(row | {"outcome": "not made", "why": why})
-                        places.append(Path())
+                    rows.append(row | {"outcome": "not made", "why": why})
                     continue
                 place, why = exported(folder, target)
                 if place is None:
                     rows.append(row | {"outcome": "not written", "why": why})
-                    places.append(Path())
-                    continue
-                asked.setdefault(model, serving.ask_for(folder, None, TOKENS))
-                rows.append(row | {"said": said(folder, target, engine), "folder": str(folder)})
-                places.append(place)
-    for dtype in engine.table.DTYPES:
-        waiting = [index for index, row in enumerate(rows) if "said" in row and not row.get("tokens")]
-        if not waiting:
-            break
-        requests = [{"folder": str(places[index]), "prompts": asked[rows[index]["model"]], "max_tokens": TOKENS, "dtype": dtype} for index in waiting]
-        for index, answer in zip(waiting, serving.ask_all(engine, python, requests, timeout), strict=True):
-            row = rows[index]
-            if "error" in answer:
-                # What it says first is of the dtype it prefers; later ones are tried where that does not do.
-                row.setdefault("error", {key: first_words(str(value)) for key, value in answer["error"].items()})
-                row.setdefault("version", answer["version"])
-                continue
-            found = serving.compare(Path(row["folder"]), asked[row["model"]], answer)
-            row |= {key: value for key, value in found.items() if key not in ("prompts", "tokens_per_second", "first_token_seconds", "load_seconds")}
-    for row in rows:
-        row.pop("folder", None)
-        if "said" in row:
-            row["outcome"] = outcome(row)
+                else:
+                    rows.append(row | {"said": said(folder, target, engine), "artifact": str(folder), "folder": str(place)})
     return rows
 
 
-def first_words(text: str) -> str:
+def run(engine: Engine, python: Path, rows: list[dict[str, Any]], timeout: float) -> None:
+    """Have an engine answer for each of `rows`, and add what came of it."""
+    asked = [serving.ask_for(Path(row["artifact"]), None, TOKENS) for row in rows]
+    for dtype in engine.table.DTYPES:
+        waiting = [index for index, row in enumerate(rows) if "tokens" not in row]
+        requests = [{"folder": rows[index]["folder"], "prompts": asked[index], "max_tokens": TOKENS, "dtype": dtype} for index in waiting]
+        for index, answer in zip(waiting, serving.ask_all(engine, python, requests, timeout) if requests else (), strict=True):
+            row = rows[index]
+            if "error" in answer:
+                # What it says first is of the dtype it prefers; others are tried where that does not do.
+                row.setdefault("error", {key: first_words(str(value), row["folder"]) for key, value in answer["error"].items()})
+                row["version"] = row.get("version") or answer["version"]
+                continue
+            row.pop("error", None)
+            row |= {key: value for key, value in serving.compare(Path(row["artifact"]), asked[index], answer).items() if key in KEPT}
+    for row in rows:
+        del row["folder"], row["artifact"]
+        row["outcome"] = outcome(row)
+
+
+def first_words(text: str, folder: str) -> str:
     """Of an error, without the folders of this machine."""
     lines = [line for line in text.strip().splitlines() if line.strip()]
-    line = lines[-1] if lines and lines[-1].partition(":")[0].endswith(("Error", "Exception")) else (lines or [""])[0]
-    return " ".join(line.replace(str(Path.home()), "~").split())[:300]
+    line = next((line for line in reversed(lines) if "Error" in line or "Exception" in line), (lines or [""])[0])
+    return " ".join(line.replace(folder, "DIR").split())[:240]
 
 
 def outcome(row: dict[str, Any]) -> str:
@@ -196,14 +208,12 @@ def main() -> None:
     parser.add_argument("--timeout", type=float, default=3600.0, help="seconds for all cells of an engine")
     parser.add_argument("--render", action="store_true", help="write the document alone")
     arguments = parser.parse_args()
-    document = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"benchmark": "engines", "tokens": TOKENS, "cells": []}
     if not arguments.render:
         if arguments.work is None:
             parser.error("--work is needed")
         arguments.work.mkdir(parents=True, exist_ok=True)
         for name in arguments.engine or [name for name in tables() if name != "compress"]:
-            engine = find(name)
-            python = arguments.venvs / name / "bin" / "python"
+            engine, python = find(name), arguments.venvs / name / "bin" / "python"
             if not engine.runs:
                 continue
             if arguments.create and not python.exists():
@@ -211,21 +221,133 @@ def main() -> None:
             if not python.exists():
                 print(f"{name}: {python} is not there, left as it was")
                 continue
-            kept = [cell for cell in document["cells"] if not (arguments.again and cell["engine"] == name)]
-            known = {(cell["engine"], cell["export"], cell["model"], cell["case"]) for cell in kept}
-            document["cells"] = kept + cells(engine, python, arguments.work.resolve(), known, arguments.timeout)
-            RESULTS.write_text(json.dumps(document, indent=1) + "\n")
-            print(f"{name}: {len(document['cells']) - len(kept)} cells")
+            known = {key(cell) for cell in read()["cells"] if not (arguments.again and cell["engine"] == name)}
+            rows = prepared(engine, arguments.work.resolve(), known)
+            write([row for row in rows if "said" not in row])
+            rows = [row for row in rows if "said" in row]
+            for start in range(0, len(rows), CHUNK):
+                run(engine, python, rows[start : start + CHUNK], arguments.timeout)
+                write(rows[start : start + CHUNK])
+                print(f"{name}: {min(start + CHUNK, len(rows))} of {len(rows)} cells", flush=True)
+    document = read()
     DOCUMENT.write_text(render(document))
     broken = [cell for cell in document["cells"] if cell["outcome"].startswith("MISMATCH")]
     for cell in broken:
-        print({key: value for key, value in cell.items() if key != "prompts"})
+        print(cell)
     sys.exit(bool(broken))
+
+
+def key(cell: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(cell[part] for part in ("engine", "export", "model", "case"))
+
+
+def read() -> dict[str, Any]:
+    document: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"benchmark": "engines", "tokens": TOKENS, "cells": []}
+    return document
+
+
+def write(rows: list[dict[str, Any]]) -> None:
+    """Put `rows` in the place of what was known of them."""
+    document = read()
+    cells = {key(cell): cell for cell in (*document["cells"], *rows)}
+    document["cells"] = [cells[each] for each in sorted(cells, key=order)]
+    RESULTS.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def order(each: tuple[str, ...]) -> tuple[Any, ...]:
+    engine, export, model, case = each
+    return MODELS.index(model), list(CASES).index(case), export, engine
+
+
+INTRODUCTION = """<!-- written by scripts/engine_matrix.py; do not edit -->
+# Engines
+
+Every export in every engine that reads it, run for real. Each cell is one artifact in one engine: what is asked are {tokens} greedy tokens after
+each of {prompts} prompts, and the log probabilities of the prompts; what answers are compared with is `compress.load` in float32, token by token,
+each given the same ones before it. Weights are rounded to nearest: what is asked is who reads them, not what they lost.
+
+| | |
+|---|---|
+| `agrees 0.0003, 256/256` | the largest difference of a prompt's log probabilities in nats; how many tokens are those meant, others being near ties |
+| refused | `compress check --engine` says no, and so does the engine, or it answers wrongly; both are told below |
+| elsewhere | `check` says that it takes a GPU, or that it is unproven, and this engine on a CPU says no |
+| no place | the layout cannot hold it, so `compress export` and `check` refuse to write it |
+
+Nothing else may happen: an engine that answers otherwise without a word is a mismatch, and {broken}.
+Tolerances, in nats, of differences and of ties: {tolerance}. Run here: {versions}; SGLang's rules are read off its
+loaders, it does not run without a GPU.
+
+`scripts/engine_matrix.py --create` installs the engines and runs all of it; `pytest -m engines` runs a part. Your own artifact, engine and
+prompts are `compress serve-check`:
+
+<!-- not run: needs an engine in an environment of its own -->
+```bash
+compress check w4 demo:dense --engine vllm==0.33                    # what is known, before anything runs
+compress serve-check w4 --engine vllm --python VENV/bin/python      # its server, on this machine; exits with 3 if it answers otherwise
+compress serve-check w4-mlx --engine mlx --python VENV/bin/python --reference w4
+```
+
+`serve-check` starts vLLM's own server, and of the others the engine itself in a process of the interpreter that is given; each is ended, with
+all it started, when the check ends, however it ends. It tells the margin of every token that differs: how much less likely the reference finds
+it than its own choice. A near tie has next to none.
+
+To add an engine, write one file in `compress/engines/`: what it is called, the versions that are known, the exports it reads, and `run`, which
+loads a folder and answers. `compress/engines/launch.py` runs it in the engine's own interpreter.
+"""
 
 
 def render(document: dict[str, Any]) -> str:
     """docs/engines.md."""
-    return json.dumps(document["cells"][:1])
+    found = document["cells"]
+    broken = [cell for cell in found if cell["outcome"].startswith("MISMATCH")]
+    versions = sorted({cell["version"] for cell in found if cell.get("version")})
+    text = INTRODUCTION.format(
+        tokens=document["tokens"],
+        prompts=len(serving.PROMPTS),
+        broken=f"there are {len(broken)}" if broken else "there is none",
+        tolerance=", ".join(f"{value:g} in {dtype}" for dtype, value in serving.TOLERANCE.items()),
+        versions=", ".join(versions),
+    )
+    for model in MODELS:
+        for export in EXPORTS:
+            cells = [cell for cell in found if (cell["model"], cell["export"]) == (model, export)]
+            if any("said" in cell for cell in cells):
+                text += f"\n## demo:{model} as {export}\n\n" + table(cells)
+    return text
+
+
+def table(cells: list[dict[str, Any]]) -> str:
+    """A row per artifact and a column per engine, then what was said where an engine did not run it."""
+    engines = sorted({cell["engine"] for cell in cells})
+    rows = [f"| | {' | '.join(find(name).title for name in engines)} |", "|---|" + "---|" * len(engines)]
+    for case in dict.fromkeys(cell["case"] for cell in cells):
+        mine = {cell["engine"]: short(cell) for cell in cells if cell["case"] == case}
+        if set(mine.values()) != {"not made"}:
+            rows.append(f"| {case} | {' | '.join(mine.get(name, '') for name in engines)} |")
+    notes = []
+    for cell in cells:
+        if "said" in cell and cell["outcome"] != "agrees":
+            off = cell.get("prompt_logprob_difference")
+            own = (
+                f"{cell['error']['type']}: {cell['error']['message']}"
+                if "error" in cell
+                else f"nothing, and is off by {off or cell['largest_margin']:.2f} nats"
+            )
+            notes.append(f"* {cell['case']}: `check` says {cell['said']}; {find(cell['engine']).title} says `{own.replace('`', chr(39))}`")
+        elif cell["outcome"] == "not written":
+            notes.append(f"* {cell['case']}: {cell['why']}")
+    return "\n".join(rows) + "\n" + ("\n" + "\n".join(dict.fromkeys(notes)) + "\n" if notes else "")
+
+
+def short(cell: dict[str, Any]) -> str:
+    match cell["outcome"]:
+        case "agrees":
+            off = cell["prompt_logprob_difference"]
+            return f"agrees {'' if off is None else f'{off:.4f}, '}{cell['tokens_equal']}/{cell['tokens']}"
+        case "not written":
+            return "no place"
+        case other:
+            return str(other)
 
 
 if __name__ == "__main__":

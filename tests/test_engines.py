@@ -1,0 +1,415 @@
+"""Engines: what is known of them hangs together, what they refuse is told before a run, and what they answer is compared with what was meant."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from compress import advice, serving
+from compress.checkpoint import Checkpoint
+from compress.cli import app
+from compress.engines import launch
+from compress.engines.base import Engine, find, tables
+from compress.errors import Exit, InputError
+from compress.layout import Layout
+from compress.recipe import export_module, export_names
+from compress.scheme import Scheme
+
+ROOT = Path(__file__).resolve().parents[1]
+RIVALS = Path(os.environ.get("COMPRESS_RIVALS", "/nonexistent"))
+W4 = {"passes": [{"rtn": {"bits": 4, "group_size": 128}}], "evaluate": None}
+
+
+def told(*arguments: str | Path) -> tuple[int, str]:
+    """Exit code of a command, and all it said."""
+    result = CliRunner().invoke(app, list(map(str, arguments)))
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.output
+
+
+@pytest.fixture(scope="module")
+def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with `w4` and `w2`, made of demo:dense."""
+    folder = tmp_path_factory.mktemp("engines")
+    for bits in (4, 2):
+        recipe = folder / f"w{bits}.yaml"
+        recipe.write_text(json.dumps({"passes": [{"rtn": {"bits": bits, "group_size": 128}}], "evaluate": None}))
+        assert told("run", recipe, "demo:dense", "--out", folder / f"w{bits}")[0] == Exit.ACCEPTED
+    return folder
+
+
+# The table ---------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", list(tables()))
+def test_an_engine_says_all_that_is_asked_of_it(name: str) -> None:
+    engine = find(name)
+    table = engine.table
+    assert name == table.NAME and table.TITLE and table.PACKAGES and set(table.READS) <= {*export_names(), "gguf"}
+    assert set(table.VERSIONS.values()) <= {"read", "run"} and ("run" in table.VERSIONS.values() or not table.VERSIONS) == engine.runs
+    if engine.runs:
+        assert table.DTYPES and set(table.DTYPES) <= serving.TOLERANCE.keys()
+        assert table.MODULE and isinstance(table.INSTALL, tuple) and isinstance(table.REMOVE, tuple) and isinstance(table.ENVIRONMENT, dict)
+        assert all(isinstance(value, str) for value in table.ENVIRONMENT.values())
+
+
+def test_exports_judge_the_engines_that_read_them_and_no_others(checkpoint: Callable[..., Path]) -> None:
+    layout = Layout(Checkpoint(checkpoint("llama")))
+    plan = {name: Scheme(bits=4, group_size=32, symmetric=True) for name in layout.linears}
+    titles = {table.TITLE for table in tables().values()}
+    for export in export_names():
+        said = export_module(export).verdicts(layout, plan, None)
+        assert said.keys() <= titles, export
+        readers = {table.TITLE for table in tables().values() if export in table.READS and table.TITLE != "compress"}
+        assert readers <= said.keys(), export
+
+
+def test_advice_is_for_engines_that_are_known() -> None:
+    assert {engine.name for engine in advice.book().engines.values()} <= {table.TITLE for table in tables().values()}
+    assert advice.book().engines.keys() <= tables().keys()
+
+
+@pytest.mark.parametrize("text", ["vllm", "vllm==0.33", "vllm==0.33.0", " VLLM == 0.32 "])
+def test_a_version_stands_for_its_patches(text: str) -> None:
+    assert find(text).name == "vllm"
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("tgi", "--engine: tgi is not known; known are compress, gptqmodel, llama.cpp, mlx, sglang, transformers, vllm"),
+        ("vllm==0.3", "--engine: nothing is known of version 0.3 of vllm; known are 0.33, 0.32; or leave it out"),
+        ("vllm>=0.33", "--engine: 'vllm>=0.33' is no engine; write a name such as vllm, or a name and a version such as vllm==0.33"),
+        ("", "--engine: '' is no engine; write a name such as vllm, or a name and a version such as vllm==0.33"),
+    ],
+)
+def test_what_is_not_known_is_told_with_what_is(text: str, why: str) -> None:
+    with pytest.raises(InputError) as caught:
+        find(text)
+    assert str(caught.value) == why
+
+
+def test_files_of_engines_stand_alone() -> None:
+    """They run in interpreters that have nothing of ours; only their types are ours."""
+    for path in (ROOT / "compress" / "engines").glob("*.py"):
+        if path.stem == "base":
+            continue
+        code = (
+            f"import sys, runpy; runpy.run_path({str(path)!r}); print(sorted(name for name in sys.modules if name.partition('.')[0] == 'compress'))"
+        )
+        result = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True)
+        assert result.returncode == 0 and result.stdout.strip() == "[]", (path, result.stderr)
+
+
+# compress check ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_refusal_is_one_of_all_problems(tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(json.dumps(W4 | {"calibration": {"data": "nothing.txt"}}))
+    latents = tmp_path / "l.yaml"
+    latents.write_text(json.dumps({"passes": [*W4["passes"], {"kv_shrink": {"keep": 0.5, "window": 32, "bits": 4}}], "evaluate": None}))
+    code, said = told("check", latents, "demo:dense", "--engine", "vllm==0.33", "--engine", "compress", "--engine", "tgi")
+    assert code == Exit.BAD_INPUT
+    assert "--engine: tgi is not known" in said
+    assert "--engine vllm==0.33: refuses a cache of latents; change the recipe, or serve it with one of compress" in said
+
+
+def test_what_an_engine_makes_of_a_recipe_is_told(tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(json.dumps({"passes": [{"rtn": {"format": "mxfp4"}}], "evaluate": None}))
+    code, said = told("check", recipe, "demo:dense", "--engine", "vllm", "--engine", "compress", "--json")
+    assert code == 0 and json.loads(said)["engines"] == {
+        "vllm": "compressed-tensors: GPU only: mxfp4 (unproven)",
+        "compress": "compressed-tensors: loads",
+    }
+
+
+def test_an_engine_of_another_layout_is_told_which(tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(json.dumps(W4))
+    code, said = told("check", recipe, "demo:dense", "--engine", "mlx")
+    assert code == Exit.BAD_INPUT and "refuses compressed-tensors: reads mlx alone; add mlx to its export" in said
+    recipe.write_text(json.dumps(W4 | {"export": ["compressed-tensors", "mlx"]}))
+    code, said = told("check", recipe, "demo:dense", "--engine", "mlx")
+    assert code == 0 and "mlx: mlx: loads" in said
+    recipe.write_text(json.dumps({"passes": [{"rtn": {"format": "nvfp4"}}], "evaluate": None}))
+    code, said = told("check", recipe, "demo:dense", "--engine", "gptqmodel")
+    assert code == Exit.BAD_INPUT and "change the recipe, or serve it with one of compress" in said
+
+
+# Processes ---------------------------------------------------------------------------------------------------------------------------
+
+
+def engine_of(folder: Path, source: str) -> Engine:
+    """An engine that is whatever `source` says."""
+    path = folder / "engine.py"
+    head = 'NAME = TITLE = "mine"\nPACKAGES = ("torch",)\nMODULE = "json"\nVERSIONS = {}\nDTYPES = ("float32",)\nENVIRONMENT = {"MINE": "1"}\n'
+    path.write_text(head + textwrap.dedent(source))
+    spec = importlib.util.spec_from_file_location("mine", path)
+    assert spec and spec.loader
+    module: ModuleType = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return Engine("mine", "mine", None, path, module)
+
+
+def request(number: int = 0) -> dict[str, Any]:
+    return {"folder": str(number), "prompts": [[1, 2]], "max_tokens": 1, "dtype": "float32"}
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that ended and was not waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def gone(pid: int) -> bool:
+    until = time.monotonic() + 20
+    while alive(pid) and time.monotonic() < until:
+        time.sleep(0.05)
+    return not alive(pid)
+
+
+def test_what_an_engine_says_is_data_and_one_that_dies_takes_no_other_with_it(tmp_path: Path) -> None:
+    engine = engine_of(
+        tmp_path,
+        """
+        def run(session):
+            import os, sys
+            match session.folder:
+                case "0": raise ValueError("only 4 and 8 bits")
+                case "1": print("no such kernel", file=sys.stderr, flush=True); os.abort()
+                case "2": return session.answer([[int(os.environ["MINE"])]], None)
+        """,
+    )
+    refused, died, answered = serving.ask_all(engine, Path(sys.executable), [request(number) for number in range(3)], 60)
+    assert refused["error"] == {"type": "ValueError", "message": "only 4 and 8 bits"} and refused["version"] == f"torch {torch.__version__}"
+    assert died["error"]["message"] == "no such kernel" and died["error"]["type"].startswith("died")
+    assert answered["tokens"] == [[1]] and answered["prompt_logprobs"] is None and answered["seconds"] >= 0
+
+
+LEAVES = """
+    import os, signal, subprocess, sys, time
+    child = subprocess.Popen([sys.executable, "-c", "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"])
+    open({pids!r}, "w").write(f"{{os.getpid()}} {{child.pid}}")
+    time.sleep({seconds})
+"""
+
+
+def pids(file: Path) -> list[int]:
+    until = time.monotonic() + 30
+    while time.monotonic() < until and (not file.exists() or len(file.read_text().split()) < 2):
+        time.sleep(0.05)
+    return list(map(int, file.read_text().split()))
+
+
+@pytest.mark.parametrize("seconds", [0, 600], ids=["ended", "late"])
+def test_nothing_that_an_engine_started_is_left(tmp_path: Path, seconds: int) -> None:
+    engine = engine_of(tmp_path, "def run(session):" + LEAVES.format(pids=str(tmp_path / "pids"), seconds=seconds) + "    os.abort()\n")
+    (answer,) = serving.ask_all(engine, Path(sys.executable), [request()], 60 if not seconds else 3)
+    assert ("no answer within 3 seconds" if seconds else "died") in answer["error"]["type"]
+    assert all(gone(pid) for pid in pids(tmp_path / "pids"))
+
+
+def test_nothing_is_left_where_we_are_killed_ourselves(tmp_path: Path) -> None:
+    script = "import subprocess, sys; subprocess.Popen(sys.argv[1:], stdin=subprocess.PIPE, start_new_session=True).wait()"
+    leaves = textwrap.dedent(LEAVES.format(pids=str(tmp_path / "pids"), seconds=600))
+    with subprocess.Popen([sys.executable, "-c", script, sys.executable, str(serving.GUARD), sys.executable, "-c", leaves]) as owner:
+        found = pids(tmp_path / "pids")
+        assert all(map(alive, found))
+        owner.send_signal(signal.SIGKILL)
+    assert all(gone(pid) for pid in found)
+
+
+SERVER = """
+    HEALTH = "/health"
+
+    def serve(folder, port, dtype, longest):
+        return [{script!r}, str(port)]
+
+    def ask(session, url, timeout):
+        import urllib.request
+        if session.folder.endswith("1"):
+            return session.answer([[7]], [[-1.0]], 0.5)
+        urllib.request.urlopen(url + "/v1", b"x", timeout=timeout)
+"""
+ANSWERS = """
+import http.server, sys
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self): self.send_response(200); self.end_headers()
+    def do_POST(self): self.send_response(400); self.end_headers(); self.wfile.write(b"no such model")
+
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+
+
+@pytest.mark.parametrize(
+    ("server", "folder", "kind", "message"),
+    [
+        ("import sys; sys.exit('wants a GPU')", 0, "died, exit code 1", "wants a GPU"),
+        ("import time; time.sleep(600)", 0, "no answer within 3 seconds", ""),
+        (ANSWERS, 0, "HTTP 400", "no such model"),
+        (ANSWERS, 1, None, None),
+    ],
+    ids=["dies", "hangs", "refuses", "answers"],
+)
+def test_a_server_is_asked_and_ended(tmp_path: Path, server: str, folder: int, kind: str | None, message: str | None) -> None:
+    script, ours = tmp_path / "server.py", tmp_path / "pid"
+    script.write_text(f"import os; open({str(ours)!r}, 'w').write(str(os.getpid()))\n{server}")
+    engine = engine_of(tmp_path, SERVER.replace("{script!r}", repr(str(script))))
+    answer = serving._by_server(engine, Path(sys.executable), request(folder), 3 if "sleep" in server else 30)
+    if kind is None:
+        assert answer["tokens"] == [[7]] and answer["first_token_seconds"] == 0.5
+    else:
+        assert answer["error"] == {"type": kind, "message": message}
+    assert gone(int(ours.read_text()))
+
+
+# Comparison --------------------------------------------------------------------------------------------------------------------------
+
+
+def test_log_probabilities_are_those_of_a_softmax() -> None:
+    logits, ids = torch.randn(5, 11) * 30, [3, 0, 10, 7, 7]
+    meant = logits.double().log_softmax(-1)[torch.arange(4), ids[1:]]
+    assert launch.logprobs_of(logits.numpy(), ids) == pytest.approx(meant.tolist(), abs=1e-9)
+
+
+def test_an_answer_is_judged_token_by_token(artifacts: Path) -> None:
+    """Each token of the reference itself agrees; one of them changed is told, with its place and how far it is."""
+    from compress.runtime import load
+
+    asked = serving.ask_for(artifacts / "w4", None, 8)[:2]
+    session = launch.Session({"folder": "", "prompts": asked, "max_tokens": 8, "dtype": "float32"})
+    answer = session.by_torch(load(artifacts / "w4").float()) | {"version": "x"}
+    found = serving.compare(artifacts / "w4", asked, answer)
+    assert found["agrees"] and found["tokens_equal"] == found["tokens"] == 16 and found["prompt_logprob_difference"] < 1e-3
+    wrong = json.loads(json.dumps(answer))
+    wrong["tokens"][1][3] = (wrong["tokens"][1][3] + 1) % 4096
+    found = serving.compare(artifacts / "w4", asked, wrong)
+    first = found["prompts"][1]["other"][0]
+    assert not found["agrees"] and not found["prompts"][0]["other"] and first["position"] == 3
+    assert first["reference"] == answer["tokens"][1][3] and first["margin"] > serving.TOLERANCE["float32"]
+    for logprob in (float("nan"), answer["prompt_logprobs"][0][0] - 0.1):
+        off = json.loads(json.dumps(answer))
+        off["prompt_logprobs"][0][0] = logprob
+        assert not serving.compare(artifacts / "w4", asked, off)["agrees"]
+    assert not serving.compare(artifacts / "w4", asked, answer | {"tokens": [answer["tokens"][0], answer["tokens"][1][:-1]]})["agrees"]
+
+
+def test_transformers_serves_what_was_meant_and_nothing_else(artifacts: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("The old man said\n\nIt was a cold\n")
+    options = ("--engine", "transformers", "--prompts", prompts, "--tokens", "6", "--json")
+    code, said = told("serve-check", artifacts / "w4", *options)
+    result = json.loads(said)
+    assert code == Exit.ACCEPTED and result["agrees"] and result["tokens"] == 12 and result["version"].startswith("transformers ")
+    assert result["tokens_per_second"] > 0 and result["first_token_seconds"] > 0 and result["prompt_logprob_difference"] < 0.01
+    code, said = told("serve-check", artifacts / "w4", *options, "--reference", artifacts / "w2")
+    assert code == Exit.GATE_FAILED and json.loads(said)["prompt_logprob_difference"] > 0.1
+
+
+def test_an_engine_that_refuses_is_told_in_its_own_words(artifacts: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    for path in (artifacts / "w4").iterdir():
+        if path.suffix == ".json":
+            (damaged / path.name).write_bytes(path.read_bytes())
+    code, said = told("serve-check", damaged, "--engine", "transformers", "--reference", artifacts / "w4")
+    assert code == Exit.BAD_INPUT and "does not run it: OSError" in said and "safetensors" in said
+
+
+def test_what_cannot_be_tried_is_told_at_once(tmp_path: Path, artifacts: Path) -> None:
+    long = tmp_path / "long.txt"
+    long.write_text("a\n" + "so it was " * 3000)
+    code, said = told("serve-check", artifacts / "w4", "--engine", "sglang", "--python", tmp_path / "no", "--prompts", long)
+    assert code == Exit.BAD_INPUT
+    assert "--engine: sglang is known, but no way to run it here" in said and "no is no interpreter" in said
+    assert "long.txt:1: 'a' is no more than a token" in said and "long.txt:2: has" in said
+    code, said = told("serve-check", artifacts / "nothing", "--engine", "vllm", "--dtype", "int3")
+    assert code == Exit.BAD_INPUT and "nothing: is no folder" in said and "--dtype: vllm is not run in int3; take float16 or bfloat16" in said
+
+
+def test_an_export_is_compared_with_what_it_was_made_of(artifacts: Path) -> None:
+    if not (artifacts / "w4-mlx").exists():
+        assert told("export", artifacts / "w4", "--to", "mlx")[0] == 0
+    code, said = told("serve-check", artifacts / "w4-mlx", "--engine", "mlx")
+    assert code == Exit.BAD_INPUT and "is an export, which compress itself does not run; name the artifact it was made of" in said
+    code, said = told("serve-check", artifacts / "w4-mlx", "--engine", "mlx", "--reference", artifacts / "w2")
+    assert code == Exit.BAD_INPUT and "was made of an artifact with another" in said
+
+
+# The matrix --------------------------------------------------------------------------------------------------------------------------
+
+
+def matrix() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("engine_matrix", ROOT / "scripts" / "engine_matrix.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_cell_runs_or_is_refused() -> None:
+    cells = matrix().read()["cells"]
+    assert len(cells) > 100 and not [cell for cell in cells if cell["outcome"].startswith("MISMATCH")]
+    assert all(matrix().outcome(cell) == cell["outcome"] for cell in cells if "said" in cell)
+
+
+def test_the_document_is_what_was_measured() -> None:
+    assert (ROOT / "docs" / "engines.md").read_text() == matrix().render(matrix().read())
+
+
+@pytest.mark.parametrize(
+    ("said", "happened", "outcome"),
+    [
+        ("loads", {"tokens": 9, "agrees": True}, "agrees"),
+        ("loads", {"tokens": 9, "agrees": False}, "MISMATCH: differs"),
+        ("loads", {"error": {}}, "MISMATCH: did not run"),
+        ("refuses 3-bit", {"error": {}}, "refused"),
+        ("refuses 3-bit", {"tokens": 9, "agrees": False}, "refused"),
+        ("refuses 3-bit", {"tokens": 9, "agrees": True}, "MISMATCH: runs"),
+        ("GPU only: nvfp4", {"error": {}}, "elsewhere"),
+        ("GPU only: nvfp4", {"tokens": 9, "agrees": True}, "MISMATCH: runs here"),
+        ("GPU only: nvfp4", {"tokens": 9, "agrees": False}, "MISMATCH: differs"),
+    ],
+)
+def test_a_cell_is_judged_by_what_was_known(said: str, happened: dict[str, Any], outcome: str) -> None:
+    assert matrix().outcome({"said": said} | happened) == outcome
+
+
+# Engines for real --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.engines
+@pytest.mark.parametrize(
+    ("name", "target"), [(name, target) for name, table in tables().items() for target in table.READS if hasattr(table, "INSTALL")]
+)
+def test_an_engine_serves_four_bits(artifacts: Path, name: str, target: str) -> None:
+    python = Path(sys.executable) if name == "compress" else RIVALS / name / "bin" / "python"
+    if not python.exists():
+        pytest.skip(f"needs {python}: see bench/README.md")
+    if target in ("mxfp4", "nm-packed"):
+        pytest.skip(f"{target} is for other models")
+    folder = artifacts / ("w4" if target == "compressed-tensors" else f"w4-{target}")
+    if not folder.exists():
+        assert told("export", artifacts / "w4", "--to", target)[0] == 0
+    code, said = told("serve-check", folder, "--engine", name, "--python", python, "--reference", artifacts / "w4", "--tokens", "16")
+    assert code == 0, said
