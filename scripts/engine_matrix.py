@@ -188,11 +188,16 @@ def outcome(row: dict[str, Any]) -> str:
     return ("MISMATCH: runs here" if elsewhere else "agrees") if row["agrees"] else "MISMATCH: differs"
 
 
+def python_of(name: str, venvs: Path) -> Path:
+    """The interpreter of an engine, in a folder named as rivals' are."""
+    return venvs / name.replace(".", "") / "bin" / "python"
+
+
 def create(engine: Engine, venvs: Path) -> None:
     """A virtual environment with an engine, as its file says."""
     environment = os.environ | engine.table.ENVIRONMENT
-    python = str(venvs / engine.name / "bin" / "python")
-    subprocess.run([sys.executable, "-m", "venv", str(venvs / engine.name)], check=True)
+    python = str(python_of(engine.name, venvs))
+    subprocess.run([sys.executable, "-m", "venv", str(Path(python).parents[1])], check=True)
     subprocess.run([python, "-m", "pip", "install", "-q", *engine.table.INSTALL], check=True, env=environment)
     if engine.table.REMOVE:
         subprocess.run([python, "-m", "pip", "uninstall", "-q", "-y", *engine.table.REMOVE], check=True)
@@ -213,7 +218,7 @@ def main() -> None:
             parser.error("--work is needed")
         arguments.work.mkdir(parents=True, exist_ok=True)
         for name in arguments.engine or [name for name in tables() if name != "compress"]:
-            engine, python = find(name), arguments.venvs / name / "bin" / "python"
+            engine, python = find(name), python_of(name, arguments.venvs)
             if not engine.runs:
                 continue
             if arguments.create and not python.exists():

@@ -403,7 +403,7 @@ def test_a_cell_is_judged_by_what_was_known(said: str, happened: dict[str, Any],
     ("name", "target"), [(name, target) for name, table in tables().items() for target in table.READS if hasattr(table, "INSTALL")]
 )
 def test_an_engine_serves_four_bits(artifacts: Path, name: str, target: str) -> None:
-    python = Path(sys.executable) if name == "compress" else RIVALS / name / "bin" / "python"
+    python = Path(sys.executable) if name == "compress" else matrix().python_of(name, RIVALS)
     if not python.exists():
         pytest.skip(f"needs {python}: see bench/README.md")
     if target in ("mxfp4", "nm-packed"):
@@ -413,3 +413,45 @@ def test_an_engine_serves_four_bits(artifacts: Path, name: str, target: str) -> 
         assert told("export", artifacts / "w4", "--to", target)[0] == 0
     code, said = told("serve-check", folder, "--engine", name, "--python", python, "--reference", artifacts / "w4", "--tokens", "16")
     assert code == 0, said
+
+
+AUTOGPTQ = """
+import sys
+from auto_gptq.nn_modules.qlinear.qlinear_cuda_old import QuantLinear
+from safetensors.torch import load_file, save_file
+from torch import nn
+given, bits, group = load_file(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+rows, columns = given["weight"].shape
+linear = nn.Linear(columns, rows, bias=False)
+linear.weight.data = given["weight"]
+packed = QuantLinear(bits, group, columns, rows, False)
+packed.pack(linear, given["scale"], given["zero"], None)
+save_file({name: getattr(packed, name).contiguous() for name in ("qweight", "qzeros", "scales", "g_idx")}, sys.argv[4])
+"""
+
+
+@pytest.mark.engines
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_gptq_is_what_autogptq_packs(tmp_path: Path, bits: int, symmetric: bool) -> None:
+    """The archived package's own packer, byte for byte; its models need CUDA, its packer does not."""
+    from safetensors.torch import load_file, save_file
+
+    from compress.formats import gptq
+    from compress.numerics.grid import Integer, Quantized
+
+    python = matrix().python_of("autogptq", RIVALS)
+    if not python.exists():
+        pytest.skip(f"needs {python}, with auto-gptq==0.7.1 transformers==4.44.2 peft==0.11.1")
+    half = 1 << bits - 1
+    codes = torch.randint(-half, half, (64, 128), dtype=torch.int16).to(torch.int8)
+    zero = None if symmetric else torch.randint(1 - half, half, (64, 4), dtype=torch.int16).to(torch.int8)
+    weight = Quantized(codes, (torch.rand(64, 4) + 0.5).half(), zero, Integer(bits, symmetric))
+    points = torch.full((64, 4), half) if zero is None else zero.int() + half
+    save_file({"weight": weight.dequantize(torch.float32), "scale": weight.scale.float(), "zero": points.float()}, tmp_path / "given")
+    command = [str(python), "-c", AUTOGPTQ, str(tmp_path / "given"), str(bits), "32", str(tmp_path / "packed")]
+    subprocess.run(command, check=True, capture_output=True, env={**os.environ, "PYTHONPATH": ""})
+    theirs, ours = load_file(tmp_path / "packed"), gptq.pack("X", weight, 1)
+    for part in ("qweight", "qzeros", "g_idx"):
+        assert torch.equal(theirs[part].int(), ours[f"X.{part}"]), part
+    assert torch.equal(theirs["scales"].half(), ours["X.scales"])
