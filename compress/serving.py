@@ -37,7 +37,7 @@ PROMPTS = (
     '"Where have you been?" she asked.',
 )
 """What is asked where the user has no questions of his own."""
-TOLERANCE = {"float32": 0.02, "float16": 0.1, "bfloat16": 0.4}
+TOLERANCE = {"float32": 0.02, "float16": 0.1, "bfloat16": 0.4, "int8": 0.15}
 """In nats, by what the engine computes in: of log probabilities of prompts, and of margins. Three times the worst that docs/engines.md has."""
 EXPORT = "export.json"
 """What `compress.exporting` leaves beside the weights."""
@@ -146,11 +146,19 @@ def check(wanted: Wish) -> dict[str, Any]:
         said = f"{answer['version'] or engine.title} does not run it: {error['type']}: {message[:TOLD]}{'...' * (len(message) > TOLD)}"
         raise InputError.one(str(wanted.folder), said, f"compress check RECIPE MODEL --engine {engine.name} tells what is known of it")
     found = {"folder": str(wanted.folder), "reference": str(wanted.reference), "engine": engine.name, "how": how}
-    return found | compare(wanted.reference, wanted.prompts, answer)
+    return found | compare(wanted.reference, wanted.prompts, answer, rounded=is_rounded(wanted.folder))
 
 
-def compare(reference: Path, asked: list[list[int]], answer: dict[str, Any]) -> dict[str, Any]:
-    """An engine's answer beside what `compress.load` makes of `reference`, and whether they agree within `TOLERANCE`."""
+def is_rounded(folder: Path) -> bool:
+    """Whether a folder is an export that could not hold every weight as it was, which its own record tells."""
+    return (folder / EXPORT).is_file() and bool(json.loads((folder / EXPORT).read_text(encoding="utf-8"))["losses"])
+
+
+def compare(reference: Path, asked: list[list[int]], answer: dict[str, Any], *, rounded: bool = False) -> dict[str, Any]:
+    """An engine's answer beside what `compress.load` makes of `reference`, and whether they agree within `TOLERANCE`.
+
+    What was `rounded` again as it was exported is held to no more than an engine that computes in float16.
+    """
     import torch
 
     from compress import runtime
@@ -177,7 +185,7 @@ def compare(reference: Path, asked: list[list[int]], answer: dict[str, Any]) -> 
     count = sum(item["tokens"] for item in each)
     differences = [item["prompt_logprob_difference"] for item in each if item["prompt_logprob_difference"] is not None]
     margin = max((token["margin"] for item in each for token in item["other"]), default=0.0)
-    tolerance = TOLERANCE[answer["dtype"]]
+    tolerance = max(TOLERANCE[answer["dtype"]], TOLERANCE["float16"] * rounded)
     # A comparison with NaN is false, so that one does not agree.
     agrees = all(value <= tolerance for value in (*differences, margin)) and all(item["tokens"] == len(answer["tokens"][0]) for item in each)
     return {

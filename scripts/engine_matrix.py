@@ -164,7 +164,8 @@ def run(engine: Engine, python: Path, rows: list[dict[str, Any]], timeout: float
                 row["version"] = row.get("version") or answer["version"]
                 continue
             row.pop("error", None)
-            row |= {key: value for key, value in serving.compare(Path(row["artifact"]), asked[index], answer).items() if key in KEPT}
+            found = serving.compare(Path(row["artifact"]), asked[index], answer, rounded=serving.is_rounded(Path(row["folder"])))
+            row |= {key: value for key, value in found.items() if key in KEPT}
     for row in rows:
         del row["folder"], row["artifact"]
         row["outcome"] = outcome(row)

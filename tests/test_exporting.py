@@ -55,6 +55,19 @@ def refused(artifact: Path, *targets: str, **options: Any) -> str:
     return "\n".join(map(str, caught.value.problems))
 
 
+def test_mlx_is_told_in_the_older_keys_that_most_of_its_models_read_alone() -> None:
+    """The base of rotation above all: without it mlx-lm takes one of its own."""
+    from compress.export.mlx import _spelled_out
+
+    plain = {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}, "num_local_experts": 16, "quantization": {"bits": 4}}
+    assert _spelled_out(plain) == plain | {"rope_theta": 5e5, "num_experts": 16}
+    scaled = {"text_config": {"rope_parameters": {"rope_theta": 5e5, "rope_type": "llama3", "factor": 8.0}}}
+    older = {"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", "factor": 8.0}}
+    assert _spelled_out(scaled) == {"text_config": scaled["text_config"] | older}
+    old = {"rope_theta": 1e4, "num_experts": 8, "rope_scaling": None}
+    assert _spelled_out(old) == old
+
+
 # Bytes ----------------------------------------------------------------------------------------------------------------------------------
 
 

@@ -15,7 +15,8 @@ PACKAGES = ("llama-cpp-python",)
 MODULE = "llama_cpp"
 VERSIONS = {"0.3": "run"}
 READS = ("gguf",)
-DTYPES = ("float32",)
+DTYPES = ("int8",)
+"""It computes in float32, with the inputs of quantised weights rounded to 8 bits."""
 INSTALL = ("llama-cpp-python==0.3.36",)
 REMOVE: tuple[str, ...] = ()
 ENVIRONMENT = {"CMAKE_ARGS": "-DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON"}

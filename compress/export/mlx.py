@@ -69,7 +69,7 @@ def write(model: Model, plan: dict[str, Scheme], cache: Caching | None, folder: 
     common = Counter(kinds.values()).most_common(1)[0][0]
     quantization: dict[str, Any] = _told(common) | {name: _told(kind) for name, kind in sorted(kinds.items()) if kind != common}
     config = base.settings(model, quantization) | {"quantization": quantization}
-    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    write_text(folder / "config.json", json.dumps(_spelled_out(config), indent=2) + "\n")
 
 
 def weights(model: Model, plan: dict[str, Scheme], folder: Path) -> Iterator[tuple[str, Tensor]]:
@@ -85,6 +85,22 @@ def weights(model: Model, plan: dict[str, Scheme], folder: Path) -> Iterator[tup
         if name.endswith(".weight") and name.removesuffix(".weight") in model.layout.of_experts and not model.packed_as(name.removesuffix(".weight")):
             yield name, _read(model.layout, written, name)
     yield from base.unpacked(model, folder, read)
+
+
+def _spelled_out(config: dict[str, Any]) -> dict[str, Any]:
+    """`config` with what transformers 5 nests or renamed under the older keys too.
+
+    Most models of mlx-lm read those alone, and where one is missing they fail or, for the base of rotation, take a default of their own silently
+    (seen with 0.32.2).
+    """
+    rope = config.get("rope_parameters") or {}
+    older: dict[str, Any] = {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
+    if rope.get("rope_type", "default") != "default":
+        older["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+    if "num_local_experts" in config:
+        older["num_experts"] = config["num_local_experts"]
+    inner = {"text_config": _spelled_out(config["text_config"])} if "text_config" in config else {}
+    return older | config | inner
 
 
 def _told(kind: tuple[int, int]) -> dict[str, Any]:
