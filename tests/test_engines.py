@@ -294,24 +294,23 @@ def test_log_probabilities_are_those_of_a_softmax() -> None:
 
 def test_an_answer_is_judged_token_by_token(artifacts: Path) -> None:
     """Each token of the reference itself agrees; one of them changed is told, with its place and how far it is."""
-    from compress.runtime import load
-
     asked = serving.ask_for(artifacts / "w4", None, 8)[:2]
     session = launch.Session({"folder": "", "prompts": asked, "max_tokens": 8, "dtype": "float32"})
-    answer = session.by_torch(load(artifacts / "w4").float()) | {"version": "x"}
-    found = serving.compare(artifacts / "w4", asked, answer)
+    model = serving.meant(artifacts / "w4")
+    answer = session.by_torch(model) | {"version": "x"}
+    found = serving.compare(model, asked, answer)
     assert found["agrees"] and found["tokens_equal"] == found["tokens"] == 16 and found["prompt_logprob_difference"] < 1e-3
     wrong = json.loads(json.dumps(answer))
     wrong["tokens"][1][3] = (wrong["tokens"][1][3] + 1) % 4096
-    found = serving.compare(artifacts / "w4", asked, wrong)
+    found = serving.compare(model, asked, wrong)
     first = found["prompts"][1]["other"][0]
     assert not found["agrees"] and not found["prompts"][0]["other"] and first["position"] == 3
     assert first["reference"] == answer["tokens"][1][3] and first["margin"] > serving.TOLERANCE["float32"]
     for logprob in (float("nan"), answer["prompt_logprobs"][0][0] - 0.1):
         off = json.loads(json.dumps(answer))
         off["prompt_logprobs"][0][0] = logprob
-        assert not serving.compare(artifacts / "w4", asked, off)["agrees"]
-    assert not serving.compare(artifacts / "w4", asked, answer | {"tokens": [answer["tokens"][0], answer["tokens"][1][:-1]]})["agrees"]
+        assert not serving.compare(model, asked, off)["agrees"]
+    assert not serving.compare(model, asked, answer | {"tokens": [answer["tokens"][0], answer["tokens"][1][:-1]]})["agrees"]
 
 
 def test_transformers_serves_what_was_meant_and_nothing_else(artifacts: Path, tmp_path: Path) -> None:
@@ -369,7 +368,7 @@ def matrix() -> ModuleType:
 
 def test_every_cell_runs_or_is_refused() -> None:
     cells = matrix().read()["cells"]
-    assert len(cells) > 100 and not [cell for cell in cells if cell["outcome"].startswith("MISMATCH")]
+    assert cells and not [cell for cell in cells if cell["outcome"].startswith("MISMATCH")]
     assert all(matrix().outcome(cell) == cell["outcome"] for cell in cells if "said" in cell)
 
 
