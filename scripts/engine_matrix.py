@@ -35,6 +35,8 @@ DOCUMENT = ROOT / "docs" / "engines.md"
 TOKENS = 64
 CHUNK = 12
 """Cells that one process of an engine answers, after which they are written."""
+FIRST_WORDS = 240
+"""Characters of what an engine says that are told."""
 KEPT = ("agrees", "tolerance", "tokens", "tokens_equal", "largest_margin", "prompt_logprob_difference", "version", "dtype")
 CALIBRATION = {"data": "demo:text", "samples": 16, "length": 128}
 SEES_DATA = ("kv_quant", "kv_shrink", "prune_nm", "prune_structured", "low_rank", "prune_experts")
@@ -180,10 +182,9 @@ def meant(artifact: str) -> Any:
 
 
 def first_words(text: str, folder: str) -> str:
-    """Of an error, without the folders of this machine."""
-    lines = [line for line in text.strip().splitlines() if line.strip()]
-    line = next((line for line in reversed(lines) if "Error" in line or "Exception" in line), (lines or [""])[0])
-    return " ".join(line.replace(folder, "DIR").split())[:240]
+    """Of an error, without the folders of this machine; of the log of what died, the line of the error."""
+    line = next((line for line in reversed(text.splitlines()) if "Error: " in line), text) if len(text) > FIRST_WORDS else text
+    return " ".join(line.replace(folder, "DIR").split())[:FIRST_WORDS]
 
 
 def outcome(row: dict[str, Any]) -> str:

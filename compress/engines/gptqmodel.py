@@ -10,7 +10,8 @@ if TYPE_CHECKING:
 NAME = "gptqmodel"
 TITLE = "GPTQModel"
 PACKAGES = ("gptqmodel",)
-MODULE = "gptqmodel"
+MODULE = None
+"""It starts threads when it is imported, which a fork would wait for without end."""
 VERSIONS = {"7.6": "run"}
 READS = ("gptq", "awq")
 DTYPES = ("float32", "float16")

@@ -17,6 +17,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -131,9 +132,14 @@ def fulfil(engine: ModuleType, request: Path, answer: Path) -> None:
 
 
 def fork(engine: ModuleType, pairs: list[tuple[Path, Path]]) -> None:
-    """Answer each request in a process of its own."""
-    importlib.import_module(engine.MODULE)
+    """Answer each request in a process of its own: a fork that finds `MODULE` imported, or where there is none a new interpreter."""
+    if engine.MODULE:
+        importlib.import_module(engine.MODULE)
     for request, answer in pairs:
+        if not engine.MODULE:
+            with answer.with_suffix(".stderr").open("wb") as own:
+                subprocess.run([sys.executable, __file__, str(engine.__file__), str(request), str(answer)], stdout=own, stderr=own)
+            continue
         if child := os.fork():
             os.waitpid(child, 0)
             continue
