@@ -146,6 +146,8 @@ def _weight_verdicts(layout: Layout, plan: dict[str, Scheme]) -> dict[str, str]:
         vllm = sglang = f"unproven: experts of a {layout.arch.model_type} one by one"
     elif layout.outside.keys() & plan.keys():
         vllm = sglang = "unproven: quantised linears outside the decoder blocks"
+    elif any(scheme.layout == "pack-quantized" and scheme.bits != 4 for scheme in schemes):
+        vllm = "GPU only: its CPU kernel wants 4 bits"
     elif narrow:
         vllm = "GPU only: its CPU kernel wants widths divisible by 32"
     return {"transformers": _transformers(layout, plan), "vLLM": vllm, "SGLang": sglang}

@@ -38,6 +38,8 @@ def verdicts(layout: Layout, plan: dict[str, Scheme], cache: Caching | None = No
     found = {"GPTQModel": "loads", "transformers": "loads with gptqmodel and optimum", "vLLM": "loads", "SGLang": "loads on GPUs since Ampere"}
     if layout.arch.image:
         found["transformers"] = "refuses GPTQ in models that read images"
+    if any(scheme.bits != 4 for scheme in plan.values()):
+        found["vLLM"] = "GPU only: its CPU kernel wants 4 bits"
     if any(not scheme.symmetric for scheme in plan.values()):
         found |= dict.fromkeys(("vLLM", "SGLang"), "refuses asymmetric GPTQ")
     if odd := "/".join(map(str, sorted({scheme.bits for scheme in plan.values()} - {4, 8}))):
