@@ -277,7 +277,7 @@ def order(each: tuple[str, ...]) -> tuple[Any, ...]:
 INTRODUCTION = """<!-- written by scripts/engine_matrix.py; do not edit -->
 # Engines
 
-Every export in every engine that reads it, run for real. Each cell is one artifact in one engine: what is asked are {tokens} greedy tokens after
+Exports in the engines that read them, run for real; cells that have not run yet are empty. Each cell is one artifact in one engine: what is asked are {tokens} greedy tokens after
 each of {prompts} prompts, and the log probabilities of the prompts; what answers are compared with is `compress.load` in float32, token by token,
 each given the same ones before it. Weights are rounded to nearest: what is asked is who reads them, not what they lost.
 
@@ -287,8 +287,9 @@ each given the same ones before it. Weights are rounded to nearest: what is aske
 | refused | `compress check --engine` says no, and so does the engine, or it answers wrongly; both are told below |
 | elsewhere | `check` says that it takes a GPU, or that it is unproven, and this engine on a CPU says no |
 | no place | the layout cannot hold it, so `compress export` and `check` refuse to write it |
+| MISMATCH | it answers otherwise than was meant, or otherwise than `check` says |
 
-Nothing else may happen: an engine that answers otherwise without a word is a mismatch, and {broken}.
+Nothing else should happen; of mismatches {broken}.
 Tolerances, in nats, of differences and of ties: {tolerance}. Run here: {versions}; SGLang's rules are read off its
 loaders, it does not run without a GPU.
 
