@@ -279,8 +279,8 @@ INTRODUCTION = """<!-- written by scripts/engine_matrix.py; do not edit -->
 
 Exports in the engines that read them, run for real; cells that have not run yet are empty. Each cell is one artifact in one engine: what is
 asked are {tokens} greedy tokens after each of {prompts} prompts, and the log probabilities of the prompts; what answers are compared with is
-`compress.load` in float32, token by token, each given the same ones before it. Weights are rounded to nearest: what is asked is who reads them, not what
-they lost.
+`compress.load` in float32, token by token, each given the same ones before it. Weights are rounded to nearest: what is asked is who reads them, not
+what they lost.
 
 | | |
 |---|---|
