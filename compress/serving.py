@@ -38,7 +38,8 @@ PROMPTS = (
 )
 """What is asked where the user has no questions of his own."""
 TOLERANCE = {"float32": 0.05, "float16": 0.1, "bfloat16": 0.4, "int8": 0.15}
-"""In nats, by what the engine computes in: of log probabilities of prompts, and of margins. Above what engines that agree differ by, docs/engines.md."""
+"""In nats, by what the engine computes in: of log probabilities of prompts, and of margins.
+Above what engines that agree were seen to differ by, see docs/engines.md."""
 EXPORT = "export.json"
 """What `compress.exporting` leaves beside the weights."""
 PATIENCE = 15.0
