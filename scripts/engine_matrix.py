@@ -195,7 +195,9 @@ def outcome(row: dict[str, Any]) -> str:
         return "refused" if no else "elsewhere" if elsewhere else "MISMATCH: did not run"
     if no:
         return "MISMATCH: runs" if row["agrees"] else "refused"
-    return ("MISMATCH: runs here" if elsewhere else "agrees") if row["agrees"] else "MISMATCH: differs"
+    if row["agrees"]:
+        return "MISMATCH: runs here" if elsewhere else "agrees"
+    return "elsewhere" if "GPU only" in row["said"] else "MISMATCH: differs"
 
 
 def python_of(name: str, venvs: Path) -> Path:
@@ -286,7 +288,7 @@ what they lost.
 |---|---|
 | `agrees 0.0003, 256/256` | the largest difference of a prompt's log probabilities in nats; how many tokens are those meant, others being near ties |
 | refused | `compress check --engine` says no, and so does the engine, or it answers wrongly; both are told below |
-| elsewhere | `check` says that it takes a GPU, or that it is unproven, and this engine on a CPU says no |
+| elsewhere | `check` says that it takes a GPU, or that it is unproven, and this engine on a CPU says no or, where it takes a GPU, answers otherwise |
 | no place | the layout cannot hold it, so `compress export` and `check` refuse to write it |
 | MISMATCH | it answers otherwise than was meant, or otherwise than `check` says |
 

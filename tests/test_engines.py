@@ -396,7 +396,8 @@ def test_the_document_is_what_was_measured() -> None:
         ("refuses 3-bit", {"tokens": 9, "agrees": True}, "MISMATCH: runs"),
         ("GPU only: nvfp4", {"error": {}}, "elsewhere"),
         ("GPU only: nvfp4", {"tokens": 9, "agrees": True}, "MISMATCH: runs here"),
-        ("GPU only: nvfp4", {"tokens": 9, "agrees": False}, "MISMATCH: differs"),
+        ("GPU only: nvfp4", {"tokens": 9, "agrees": False}, "elsewhere"),
+        ("unproven: inputs", {"tokens": 9, "agrees": False}, "MISMATCH: differs"),
     ],
 )
 def test_a_cell_is_judged_by_what_was_known(said: str, happened: dict[str, Any], outcome: str) -> None:

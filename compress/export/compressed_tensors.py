@@ -115,7 +115,7 @@ def verdicts(layout: Layout, plan: dict[str, Scheme], cache: Caching | None = No
     ignored = "ignores the scales of the cache"
     of_cache = {
         "transformers": ignored if found["transformers"] == WHILE_LOADING else "rounds the cache, but does not store it smaller",
-        "vLLM": "FP8 cache",
+        "vLLM": "FP8 cache, GPU only: its kernel for CPUs cuts off what it should round",
         "SGLang": "FP8 cache" if cache.granularity == "tensor" else f"{ignored}: only one for all heads",
     }
     return {engine: f"{verdict}; {of_cache[engine]}" for engine, verdict in found.items()}
