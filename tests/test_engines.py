@@ -235,7 +235,8 @@ def test_nothing_that_an_engine_started_is_left(tmp_path: Path, seconds: int) ->
 
 def test_nothing_is_left_where_we_are_killed_ourselves(tmp_path: Path) -> None:
     script = "import subprocess, sys; subprocess.Popen(sys.argv[1:], stdin=subprocess.PIPE, start_new_session=True).wait()"
-    leaves = textwrap.dedent(LEAVES.format(pids=str(tmp_path / "pids"), seconds=600))
+    # The child has to be deaf before it is asked to end.
+    leaves = textwrap.dedent(LEAVES.format(pids=str(tmp_path / "pids"), seconds=600)).replace("\nopen(", "\ntime.sleep(2)\nopen(")
     with subprocess.Popen([sys.executable, "-c", script, sys.executable, str(serving.GUARD), sys.executable, "-c", leaves]) as owner:
         found = pids(tmp_path / "pids")
         assert all(map(alive, found))

@@ -18,11 +18,13 @@ from oracles import paired
 from test_tasks import task_file
 from typer.testing import CliRunner
 
+from compress.checkpoint import Checkpoint
 from compress.cli import app
 from compress.data import Tokenizer
 from compress.errors import InputError
 from compress.gate import decide, integrity, observe, record, report, run
 from compress.gate.rules import Rules, validate
+from compress.layout import Layout
 
 ROWS = [
     {"group": "a" if index % 2 else "b", "stereotype": f"the {word} was late", "anti": f"the {word} was never late"}
@@ -203,7 +205,7 @@ def test_tasks_are_compared_item_by_item(checkpoint: Callable[..., Path], change
     from compress.evaluate import tasks
 
     for folder, key in ((checkpoint("llama"), "right before"), (other, "right after")):
-        assert counts[key] == round(3 * tasks.run(folder, (str(task_file(tmp_path)),))["which_is_better"]["acc"])
+        assert counts[key] == round(3 * tasks.run(folder, (str(task_file(tmp_path)),), Layout(Checkpoint(folder)))["which_is_better"]["acc"])
     assert result["protocol"]["suites"]["better"]["task_versions"].keys() == {"which_is_better"}
     with pytest.raises(InputError, match=r"which_is_better gives no number called 'f1' for each item; it has \['acc'\]"):
         judged(validate({"tasks": [{"task": str(task_file(tmp_path)), "metric": "f1", "max_drop": 0}]}, "g"), other, other)

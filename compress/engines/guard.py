@@ -1,7 +1,8 @@
 """Runs a command and sees to it that nothing of it is left: ``python guard.py COMMAND ...``, at the head of a process group of its own.
 
-When stdin ends - because who started it closed it, or died, however it died - or when the command itself ends, whatever the group still holds is
-asked to end, and killed ten seconds later. Exits with the command's code, or 128 and the signal that ended it. Stands alone, as `launch.py` does.
+When the command ends, whatever else the group holds is asked to end, and this exits with the command's code, or 128 and the signal that ended it.
+When stdin ends first - because who started it closed it, or died, however it died - all are asked to end; what does not is killed, the command after
+ten seconds and what it left behind a second later. Stands alone, as `launch.py` does.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 PATIENCE = 10.0
+GRACE = 1.0
 
 
 def main() -> None:
@@ -20,13 +23,19 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     command = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL, restore_signals=True, preexec_fn=_heed)
 
+    abandoned = threading.Event()
+
     def watch() -> None:
         sys.stdin.buffer.read()
+        abandoned.set()
         _end(command)
 
     threading.Thread(target=watch, daemon=True).start()
     code = command.wait()
     os.killpg(0, signal.SIGTERM)
+    if abandoned.is_set():
+        time.sleep(GRACE)
+        os.killpg(0, signal.SIGKILL)  # nobody is there to be told a code
     os._exit(code if code >= 0 else 128 - code)
 
 
