@@ -343,7 +343,7 @@ HEADLINES = (
     "a fifth of each block's parameters taken out of MLPs, excess loss",
     "half of the weights removed, 2:4, excess loss",
     "three quarters of the experts, or of their channels, excess loss",
-    "W3 g128 with outlier channels of a model that sees, excess loss of answers",
+    "W3 g128 with outlier channels of a model that sees, KL divergence of answers",
     "cache of 20 % of the channels, 512 tokens, KL divergence",
     "GPTQ of one Qwen3-MoE block (2048 wide, 128 experts of 768), wall seconds",
     "GPTQ of one Llama block (2048 wide, MLP 5632), wall seconds",
