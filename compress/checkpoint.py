@@ -438,6 +438,21 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def deliver(staging: Path, place: Path) -> None:
+    """Move a finished folder to its place in one step, durably; what was there before is gone only then."""
+    for path in staging.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    previous = place.with_name(f".{place.name}.previous")
+    if place.exists():
+        shutil.rmtree(previous, ignore_errors=True)  # what was killed between the next two lines and the last left
+        place.rename(previous)
+    staging.rename(place)
+    sync_folder(place.parent)
+    shutil.rmtree(previous, ignore_errors=True)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a small file durably and atomically."""
     partial = path.with_name(path.name + ".partial")

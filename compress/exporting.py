@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from compress import __version__, declared
-from compress.checkpoint import BRANCHED, Checkpoint, copy_file, entry, read_header, sha256, sync_folder, write_safetensors, write_text
+from compress.checkpoint import BRANCHED, Checkpoint, copy_file, deliver, entry, read_header, sha256, write_safetensors, write_text
 from compress.errors import Problems
 from compress.export import base
 from compress.formats import base as formats
@@ -128,7 +127,7 @@ def export(artifact: Path, places: dict[str, Path], progress: Progress, *, overw
                 "losses": {name: error for name, error in sorted(errors.items()) if error},
             }
             write_text(staging / FILE, json.dumps({"compress": __version__, "of": _identity(artifact)} | result, indent=2) + "\n")
-            _deliver(staging, place.absolute())
+            deliver(staging, place.absolute())
         finally:
             shutil.rmtree(staging, ignore_errors=True)
         results.append(result | {"folder": str(place), "seconds": time.monotonic() - began})
@@ -161,18 +160,3 @@ def _identity(artifact: Path) -> dict[str, str]:
     """What an export was made of."""
     known = [artifact / name for name in ("manifest.json", "config.json") if (artifact / name).is_file()]
     return {path.name: sha256(path) for path in known}
-
-
-def _deliver(staging: Path, place: Path) -> None:
-    """Move a finished folder to its place in one step."""
-    for path in staging.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-    previous = place.with_name(f".{place.name}.previous")
-    if place.exists():
-        shutil.rmtree(previous, ignore_errors=True)
-        place.rename(previous)
-    staging.rename(place)
-    sync_folder(place.parent)
-    shutil.rmtree(previous, ignore_errors=True)

@@ -22,7 +22,7 @@ import yaml
 
 from compress import __version__, allocation, exporting
 from compress.allocation import Allocation
-from compress.checkpoint import Checkpoint, copy_file, sha256, sync_folder, write_text
+from compress.checkpoint import Checkpoint, copy_file, deliver, sha256, write_text
 from compress.errors import InputError, Problem
 from compress.formats.base import BESIDE_PARTS, PARTS
 from compress.layout import Layout
@@ -555,19 +555,8 @@ class _Run:
         write_text(staging / "manifest.json", json.dumps(manifest, indent=2) + "\n")
 
     def _deliver(self, staging: Path) -> None:
-        """Move the finished artifact to its place in one step, then forget the work folder."""
-        for path in staging.rglob("*"):
-            if path.is_file():
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
-        out = self.request.out.absolute()
-        previous = out.with_name(f".{out.name}.previous")
-        if out.exists():
-            shutil.rmtree(previous, ignore_errors=True)  # what a run killed between the next two lines and the last left
-            out.rename(previous)
-        staging.rename(out)
-        sync_folder(out.parent)
-        shutil.rmtree(previous, ignore_errors=True)
+        """Move the finished artifact to its place, then forget the work folder."""
+        deliver(staging, self.request.out.absolute())
         shutil.rmtree(staging.parent)
 
 
