@@ -241,9 +241,10 @@ class Smoothing:
             return {(self.options.alpha, 0.0): salient(magnitude, self.options.alpha)}
         alphas = [step / CANDIDATES for step in range(CANDIDATES)]
         found = {(alpha, 0.0): salient(magnitude, alpha) for alpha in alphas}
-        if weights:
-            # One power of inputs alone cannot undo a few channels that are loud where their weights are small: what is right for them is
-            # wrong for all others. Powers of both that make one in all do so whatever scale lies between the two.
+        if weights and all(self.schemes[linear].activations == "none" for linear in weights):
+            # One power of inputs alone cannot undo a few channels that are loud where their weights are small: what is right for them is wrong for
+            # all others. Powers of both that make one in all do so whatever scale lies between the two. Where inputs are rounded as well, what is
+            # moved into them is lost there: more of answers, though less of what submodules give on average (docs/log.md).
             usual = folding.heads(torch.cat(list(weights.values())).abs().mean(0)).mean(0)
             found |= {(alpha, 1 - alpha): salient(magnitude, alpha, usual, 1 - alpha) for alpha in alphas}
         return found
