@@ -137,7 +137,8 @@ def _weight_verdicts(layout: Layout, plan: dict[str, Scheme]) -> dict[str, str]:
     floats = sorted({scheme.format for scheme in schemes if scheme.format != "int"})
     vllm, sglang = "loads", "loads on GPUs since Ampere"
     if any(scheme.layout == "pack-quantized" and scheme.activations != "none" for scheme in schemes):
-        vllm = sglang = "unproven: packed codes with rounded inputs"
+        sglang = "unproven: packed codes with rounded inputs"
+        vllm = vllm if {scheme.bits for scheme in schemes} == {4} else sglang  # run with 4 bits
     elif odd:
         vllm, sglang = f"GPU only: {odd}-bit needs the Humming kernels", f"refuses {odd}-bit: only 4 and 8"
     elif floats:

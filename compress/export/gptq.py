@@ -40,7 +40,10 @@ def verdicts(layout: Layout, plan: dict[str, Scheme], cache: Caching | None = No
         found["transformers"] = "refuses GPTQ in models that read images"
     if any(scheme.bits != 4 for scheme in plan.values()):
         found["vLLM"] = "GPU only: its CPU kernel wants 4 bits"
+    if len(set(_kinds(layout, plan).values())) > 1:
+        found["transformers"] = "refuses linears of different bits or groups in GPTQ"
     if any(not scheme.symmetric for scheme in plan.values()):
+        found["GPTQModel"] = "refuses asymmetric GPTQ: reads its zero points wrongly (seen with 7.6.0; transformers reads them)"
         found |= dict.fromkeys(("vLLM", "SGLang"), "refuses asymmetric GPTQ")
     if odd := "/".join(map(str, sorted({scheme.bits for scheme in plan.values()} - {4, 8}))):
         found |= dict.fromkeys(("vLLM", "SGLang"), f"refuses {odd}-bit GPTQ: only 4 and 8")
@@ -80,10 +83,15 @@ def _version(plan: dict[str, Scheme]) -> int:
     return 1 if all(scheme.symmetric for scheme in plan.values()) else 2
 
 
+def _kinds(layout: Layout, plan: dict[str, Scheme]) -> dict[str, tuple[int, int]]:
+    """Bits and inputs per scale, by linear."""
+    sizes = base.group_sizes(layout, plan)
+    return {name: (scheme.bits, sizes[name]) for name, scheme in plan.items()}
+
+
 def _quantization(layout: Layout, plan: dict[str, Scheme]) -> dict[str, Any]:
     """What engines are told: what most linears have, and by name what differs."""
-    sizes = base.group_sizes(layout, plan)
-    kinds = {name: (scheme.bits, sizes[name]) for name, scheme in plan.items()}
+    kinds = _kinds(layout, plan)
     (bits, group_size), _ = Counter(kinds.values()).most_common(1)[0]
     other = {name: {"bits": kind[0], "group_size": kind[1]} for name, kind in kinds.items() if kind != (bits, group_size)}
     dynamic = {f"+:^{re.escape(name)}$": changes for name, changes in other.items()}
