@@ -270,7 +270,9 @@ def evaluate(
 
 @app.command()
 def export(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="a finished artifact, or any checkpoint compressed-tensors wrote")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="a finished artifact, any checkpoint compressed-tensors wrote, or demo:dense, demo:moe")
+    ],
     to: Annotated[str, typer.Option(help="layouts, parted by commas: gptq, awq, mlx, gguf, compressed-tensors")],
     out: Annotated[Path | None, typer.Option(help="folder to write, with several layouts one inside it for each [default: DIR-LAYOUT]")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace what an earlier export wrote there")] = False,
@@ -284,8 +286,13 @@ def export(
             raise InputError.one("--to", "names no layout")
         from compress import exporting, view
 
-        artifact = Path(os.path.abspath(folder))  # so that it has a name where it was given as a dot
-        places = exporting.folders(artifact, targets, out)
+        if str(folder).startswith("demo:"):
+            from compress.source import demo_model
+
+            artifact, beside = demo_model(str(folder)), Path(str(folder).replace(":", "-"))
+        else:
+            artifact = beside = Path(os.path.abspath(folder))  # so that it has a name where it was given as a dot
+        places = exporting.folders(beside, targets, out)
         with _interruptible(), view.watch(as_json) as progress:
             results = exporting.export(artifact, places, progress, overwrite=overwrite, rejected=rejected)
         if as_json:
@@ -308,11 +315,10 @@ def serve_check(
 ) -> None:
     """Start an engine on DIR, and compare what it answers with what the artifact means; exits with 3 where they differ."""
     with _errors(as_json):
-        from compress import serving, view
+        with _interruptible():  # from here on: what follows imports for seconds
+            from compress import serving, view
 
-        wanted = serving.wish(folder, engine, python, prompts, tokens, dtype, reference, timeout)
-        with _interruptible():
-            result = serving.check(wanted)
+            result = serving.check(serving.wish(folder, engine, python, prompts, tokens, dtype, reference, timeout))
         if as_json:
             typer.echo(json.dumps(result))
         else:
@@ -535,7 +541,7 @@ def _errors(as_json: bool) -> Iterator[None]:
                 typer.echo(f"error: {problem}", err=True)
         raise typer.Exit(Exit.BAD_INPUT) from error
     except (Interrupted, KeyboardInterrupt) as error:
-        typer.echo("interrupted; a run continues where it stopped if the same command is given again", err=True)
+        typer.echo("interrupted, with nothing half-written; a run continues where it stopped if the same command is given again", err=True)
         raise typer.Exit(Exit.INTERRUPTED) from error
 
 

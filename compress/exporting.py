@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from compress import __version__, declared
 from compress.checkpoint import BRANCHED, Checkpoint, copy_file, deliver, entry, read_header, sha256, write_safetensors, write_text
-from compress.errors import Problems
+from compress.errors import InputError, Problems
 from compress.export import base
 from compress.formats import base as formats
 from compress.layout import Layout
@@ -51,6 +52,7 @@ def check(artifact: Path, places: dict[str, Path], *, overwrite: bool = False, r
     problems = Problems()
     _check_manifest(artifact, rejected, problems)
     for target, place in places.items():
+        _check_place(artifact, place, problems)
         if target not in export_names():
             problems.add("--to", f"no export is called {target!r}", f"known are {', '.join(export_names())}")
             continue
@@ -69,6 +71,19 @@ def check(artifact: Path, places: dict[str, Path], *, overwrite: bool = False, r
         module.check("--to", layout, plan, problems)
     problems.raise_if_any()
     return layout, plan
+
+
+def _check_place(artifact: Path, place: Path, problems: Problems) -> None:
+    """Report a place that cannot be written, or in which an export would be taken for a part of something else."""
+    if place.resolve().is_relative_to(artifact.resolve()):
+        problems.add(str(place), "lies in the artifact itself", "choose another --out")
+    there = next(parent for parent in place.absolute().parents if parent.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        problems.add(str(place), f"cannot be made: {there} is {'not writable' if there.is_dir() else 'no folder'}", "choose another --out")
+    if (place.parent / FILE).is_file():
+        problems.add(str(place), "lies in an earlier export", "choose another --out")
+    if inside := sorted(path.parent.name for path in place.glob(f"*/{FILE}")):
+        problems.add(str(place), f"holds other exports: {', '.join(inside)}", "choose another --out")
 
 
 def _check_manifest(artifact: Path, rejected: bool, problems: Problems) -> None:
@@ -105,8 +120,8 @@ def export(artifact: Path, places: dict[str, Path], progress: Progress, *, overw
         module = export_module(target)
         staging = place.absolute().with_name(f".{place.name}.partial")
         shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
         try:
+            staging.mkdir(parents=True)
             model = _unpacked(Model(layout, plan), plan, staging / UNPACKED)
             module.write(model, plan, declared.cache(layout), staging)
             if module.READABLE:
@@ -128,6 +143,8 @@ def export(artifact: Path, places: dict[str, Path], progress: Progress, *, overw
             }
             write_text(staging / FILE, json.dumps({"compress": __version__, "of": _identity(artifact)} | result, indent=2) + "\n")
             deliver(staging, place.absolute())
+        except OSError as error:
+            raise InputError.one(str(place), f"cannot be written ({error.strerror})", "free some space or choose another --out") from error
         finally:
             shutil.rmtree(staging, ignore_errors=True)
         results.append(result | {"folder": str(place), "seconds": time.monotonic() - began})

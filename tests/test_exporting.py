@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -331,3 +332,26 @@ def test_what_was_not_quantised_by_us_is_taken_too(checkpoint: Callable[..., Pat
     (artifact / "manifest.json").unlink()
     assert exported(artifact, "awq")["awq"]["losses"] == {}
     assert "no linear is quantised" in refused(checkpoint("llama"), "awq")
+
+
+def test_places_where_an_export_would_be_lost_or_cannot_be_are_refused(artifact: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    exporting.export(artifact, {"gptq": tmp_path / "made" / "gptq", "awq": tmp_path / "alone"}, tiny.Silent())
+    places = {
+        artifact / "sub": "lies in the artifact itself",
+        tmp_path / "file" / "x": "is no folder",
+        Path("/proc/x"): "cannot be made",
+        tmp_path / "made": "holds other exports: gptq",
+        tmp_path / "alone" / "mlx": "lies in an earlier export",
+    }
+    for place, message in places.items():
+        if place == Path("/proc/x") and os.access("/proc", os.W_OK):
+            continue  # nothing forbids root to try
+        with pytest.raises(InputError) as caught:
+            exporting.check(artifact, {"mlx": place}, overwrite=True)
+        assert any(message in str(problem) for problem in caught.value.problems)
+
+
+def test_a_model_that_ships_is_exported_too(tmp_path: Path) -> None:
+    said = CliRunner().invoke(cli.app, ["export", "demo:dense", "--to", "gguf", "--out", str(tmp_path / "out")])
+    assert said.exit_code == 0 and (tmp_path / "out" / "model.gguf").is_file()

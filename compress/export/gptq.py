@@ -43,7 +43,7 @@ def verdicts(layout: Layout, plan: dict[str, Scheme], cache: Caching | None = No
     if len(set(_kinds(layout, plan).values())) > 1:
         found["transformers"] = "refuses linears of different bits or groups in GPTQ"
     if any(not scheme.symmetric for scheme in plan.values()):
-        found["GPTQModel"] = "refuses asymmetric GPTQ: reads its zero points wrongly (seen with 7.6.0; transformers reads them)"
+        found["GPTQModel"] = "loads in 16 bits; in float32 it answers wrongly where GPTQ is asymmetric (seen with 7.6.0)"
         found |= dict.fromkeys(("vLLM", "SGLang"), "refuses asymmetric GPTQ")
     if odd := "/".join(map(str, sorted({scheme.bits for scheme in plan.values()} - {4, 8}))):
         found |= dict.fromkeys(("vLLM", "SGLang"), f"refuses {odd}-bit GPTQ: only 4 and 8")
