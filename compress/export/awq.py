@@ -33,8 +33,11 @@ def check(place: str, layout: Layout, plan: dict[str, Scheme], problems: Problem
 
 def verdicts(layout: Layout, plan: dict[str, Scheme], cache: Caching | None = None) -> dict[str, str]:
     """For each engine, whether and how it reads the folder."""
-    vllm = "GPU only: its build for CPUs has no kernel for experts in AWQ" if layout.of_experts & plan.keys() else "loads"
-    return {"GPTQModel": "loads", "transformers": "loads with gptqmodel", "vLLM": vllm, "SGLang": "loads on GPUs since Turing"}
+    found = {"GPTQModel": "loads", "transformers": "loads with gptqmodel", "vLLM": "loads", "SGLang": "loads on GPUs since Turing"}
+    if layout.of_experts & plan.keys():
+        found["transformers"] = "refuses experts in AWQ: makes up numbers for them (seen with 5.23.0)"
+        found["vLLM"] = "GPU only: its build for CPUs has no kernel for experts in AWQ"
+    return found
 
 
 def write(model: Model, plan: dict[str, Scheme], cache: Caching | None, folder: Path) -> None:

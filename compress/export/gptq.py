@@ -40,6 +40,8 @@ def verdicts(layout: Layout, plan: dict[str, Scheme], cache: Caching | None = No
         found["transformers"] = "refuses GPTQ in models that read images"
     if any(scheme.bits != 4 for scheme in plan.values()):
         found["vLLM"] = "GPU only: its CPU kernel wants 4 bits"
+    if layout.of_experts & plan.keys():
+        found["transformers"] = "refuses experts in GPTQ: makes up numbers for them (seen with 5.23.0)"
     if len(set(_kinds(layout, plan).values())) > 1:
         found["transformers"] = "refuses linears of different bits or groups in GPTQ"
     if any(not scheme.symmetric for scheme in plan.values()):
