@@ -8,8 +8,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
@@ -18,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.arch.base import Experts
+from compress.cache import Cache
 from compress.checkpoint import (
     DTYPE_NAMES,
     Entry,
@@ -26,20 +25,21 @@ from compress.checkpoint import (
     read_tensor,
     write_safetensors,
 )
+from compress.expert_forward import Change, Experts3D, Recorder
 from compress.formats import base as formats
 from compress.formats import branch as branches
 from compress.formats import sparse_residual
 from compress.formats.branch import Branch
 from compress.formats.sparse_residual import Residual
-from compress.fused import Member, joined
-from compress.latents import Blended, Heard, Latents, Rotation, View, own_kernel
+from compress.fused import joined
+from compress.latents import Latents, Rotation, own_kernel
 from compress.layout import MAP, BlockLayout
 from compress.numerics.activations import Activations
-from compress.numerics.cache import as_cached
 from compress.numerics.grid import Quantized
 from compress.numerics.pattern import Pattern
 from compress.numerics.sparsity import violations
 from compress.routing import MappedRouter
+from compress.slots import Slot
 
 if TYPE_CHECKING:
     from compress.model import Model
@@ -47,151 +47,8 @@ if TYPE_CHECKING:
 EXACT = "weight_exact"
 """Part of a linear in a block file: its dense weight, if one pass both changed and quantised it."""
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
-WIDTHS = "widths"
-"""What the module of experts that differ in width has beside its parameters: the width of each."""
 ADDED = "added before"
 """Among the arguments of a block: what is added to what the block before it gives, such as features of images (DeepStack), [rows, tokens, hidden]."""
-Recorder = Callable[[int, Tensor, Tensor], None]
-Change = tuple[Tensor, Tensor | None]
-"""What inputs [..., columns] are multiplied by, and what is added then, each [columns]."""
-
-
-class Reached(Exception):
-    """Raised inside a block's forward once everything asked for has been measured; the rest need not be computed."""
-
-
-@dataclass
-class Experts3D:
-    """Listens to the experts of one block: ``record(expert, token [n], inputs [n, in])`` before and after the gated product.
-
-    ``token`` counts through the rows of a batch one after the other. What comes after what it hears is computed only if it is not where it `ends`.
-    """
-
-    before: Recorder | None = None
-    after: Recorder | None = None
-    ends: bool = True
-
-
-def experts_forward(self: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """The experts of transformers v5, one after the other, telling `self.listener` what each is given.
-
-    `self.factors`, by expert, are what the last linear of each is to have its inputs multiplied by, and what is then to be added; `self.watcher`
-    is told what these inputs are, and nothing ends.
-
-    ``hidden`` [tokens, hidden]; ``top_k_index`` and ``top_k_weights`` [tokens, k]. Same operations in the same order as the eager
-    implementation.
-    """
-    listener: Experts3D | None = getattr(self, "listener", None)
-    factors: dict[int, Change] | None = getattr(self, "factors", None)
-    watcher: Callable[[int, Tensor], None] | None = getattr(self, "watcher", None)
-    result = torch.zeros_like(hidden)
-    for expert in range(self.gate_up_proj.shape[0]):
-        token, place = torch.where(top_k_index == expert)
-        inputs = hidden[token]
-        if listener and listener.before:
-            listener.before(expert, token, inputs)
-            if listener.ends:
-                continue
-        gated = gated_by(self, expert, inputs)
-        if watcher:
-            watcher(expert, gated)
-        if factors and expert in factors:
-            factor, shift = factors[expert]
-            gated = gated * factor if shift is None else gated * factor + shift
-        if listener and listener.after:
-            listener.after(expert, token, gated)
-            if listener.ends:
-                continue
-        output = given_by(self, expert, gated) * top_k_weights[token, place, None]
-        result.index_add_(0, token, output.to(result.dtype))
-    if listener and listener.ends:
-        raise Reached
-    return result
-
-
-def gated_by(experts: Any, expert: int, inputs: Tensor) -> Tensor:
-    """What the last linear of an expert is given, [tokens, width], when the expert is given ``inputs`` [tokens, hidden]."""
-    gated: Tensor = experts._apply_gate(_product(experts, "gate_up_proj", expert, inputs))
-    widths: list[int] | None = getattr(experts, WIDTHS, None)
-    return gated if widths is None else gated[:, : widths[expert]]
-
-
-def given_by(experts: Any, expert: int, gated: Tensor) -> Tensor:
-    """What an expert gives, [tokens, hidden], when its last linear is given ``gated`` [tokens, width]."""
-    return _product(experts, "down_proj", expert, gated)
-
-
-def _product(experts: Any, name: str, expert: int, inputs: Tensor) -> Tensor:
-    weight = getattr(experts, name)[expert]
-    width = inputs.shape[-1]  # what is behind the width of an expert is zero
-    outputs = inputs @ weight[:width] if experts.is_transposed else nn.functional.linear(inputs, weight[:, :width])
-    return outputs + getattr(experts, f"{name}_bias")[expert] if experts.has_bias else outputs
-
-
-@dataclass
-class Cache:
-    """Stands where attention expects its cache: for forwards over whole sequences, or before the one of transformers, `kept`.
-
-    `listener` is told what the cache is given: keys, after rotation, and values, [rows, heads, tokens, head size]. With `scales`, one for
-    keys and one for values, attention gets both back as `as_cached` says. With `latents` it gets them as `Blended` does. `queries` is told queries,
-    keys, values and the `rotation` of the forward, and has to end it.
-    """
-
-    scales: tuple[Tensor, Tensor] | None = None
-    listener: Callable[[Tensor, Tensor], None] | None = None
-    kept: Any = None
-    latents: Latents | None = None
-    queries: Callable[..., None] | None = None
-    rotation: Rotation | None = None
-
-    @property
-    def idle(self) -> bool:
-        """Whether attention may as well do without."""
-        return self.scales is None and self.listener is None and self.latents is None and self.queries is None
-
-    def update(self, keys: Tensor, values: Tensor, *more: Any, **named: Any) -> tuple[Tensor, Tensor]:
-        """What attention of transformers calls."""
-        if self.listener:
-            self.listener(keys, values)
-        if self.queries is not None or self.latents is not None:
-            assert self.rotation is not None
-            view: View
-            if self.queries is not None:
-                view = Heard(keys, values, partial(self.queries, rotation=self.rotation))
-            else:
-                assert self.latents is not None
-                view = Blended(self.latents, keys, values, self.rotation)
-            return view, view  # type: ignore[return-value]
-        if self.scales is not None:
-            keys, values = as_cached(keys, self.scales[0]), as_cached(values, self.scales[1])
-        return (keys, values) if self.kept is None else self.kept.update(keys, values, *more, **named)
-
-
-@dataclass(frozen=True)
-class Slot:
-    """Where a tensor on disk lives in memory: a parameter or buffer of the block's module, or in what that holds of one expert the `member`.
-
-    With an `extent` it is the first of that along each dimension, and what is behind it is zero.
-    """
-
-    parameter: str
-    expert: int | None = None
-    member: Member | None = None
-    extent: tuple[int, ...] | None = field(default=None, compare=False)
-
-    def view(self, module: nn.Module) -> Tensor:
-        owner, _, leaf = self.parameter.rpartition(".")
-        data = cast(Tensor, getattr(module.get_submodule(owner), leaf)).data
-        found = data if self.member is None else self.member.view(data[self.expert])
-        return found if self.extent is None else found[tuple(map(slice, self.extent))]
-
-    def filled(self, part: Tensor, module: nn.Module) -> Tensor:
-        """``part``, of the `extent`, with zeros behind it as in memory."""
-        if self.extent is None:
-            return part
-        whole = replace(self, extent=None).view(module).shape
-        behind = [size - had for size, had in zip(whole, self.extent, strict=True)]
-        return nn.functional.pad(part, [each for size in reversed(behind) for each in (0, size)])
 
 
 class Block:

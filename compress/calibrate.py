@@ -16,10 +16,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from compress.block import Block, Reached
+from compress.block import Block
 from compress.checkpoint import entry, read_header, read_tensor, write_safetensors
 from compress.data import Samples
 from compress.drift import Drift, Moved
+from compress.expert_forward import Reached
 from compress.hardware import in_parallel, return_freed_memory, widened
 from compress.layout import EXPERTS_IN, EXPERTS_OUT, Group, Stage
 from compress.model import Model

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.block import Block, Reached
+from compress.block import Block
+from compress.expert_forward import Reached
 from compress.hardware import widened
 from compress.layout import DOWN, OUT
 from compress.model import Model

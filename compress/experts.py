@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from compress.block import Block, gated_by, given_by
+from compress.block import Block
+from compress.expert_forward import gated_by, given_by
 from compress.numerics.experts import Tally, aligned, average
 from compress.probe import Probe
 

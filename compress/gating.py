@@ -16,9 +16,10 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from compress.block import Block, Change
+from compress.block import Block
 from compress.calibrate import Progress
 from compress.data import Samples
+from compress.expert_forward import Change
 from compress.layout import Units
 from compress.model import Model
 from compress.numerics.gates import LOWEST, Multipliers, gate, in_order, middle, retention

@@ -9,7 +9,6 @@ import copy
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import Any, cast
@@ -18,11 +17,10 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
-from compress import declared, fused, hardware
-from compress.block import ADDED, DTYPES, EXACT, WIDTHS, Block, Cache, Slot, experts_forward, stored_as
+from compress import cache, declared, hardware
+from compress.block import ADDED, DTYPES, EXACT, Block, stored_as
 from compress.checkpoint import (
     FLOATS,
-    LATENT,
     Checkpoint,
     Entry,
     TensorInfo,
@@ -34,6 +32,7 @@ from compress.checkpoint import (
     write_safetensors,
 )
 from compress.errors import InputError, Problems
+from compress.expert_forward import experts_forward
 from compress.formats import base as formats
 from compress.formats import branch as branches
 from compress.formats import nm_packed, sparse_residual
@@ -41,17 +40,16 @@ from compress.formats.branch import Branch
 from compress.formats.nm_packed import Compact
 from compress.formats.sparse_residual import Residual
 from compress.latents import PARTS as LATENT_PARTS
-from compress.latents import Latents, Turns, attach, check_values, shapes
+from compress.latents import Latents, Turns, attach
 from compress.layout import MAP, OLD_LEVEL, BlockLayout, Layout
 from compress.numerics.activations import Activations
 from compress.numerics.grid import Quantized
 from compress.numerics.pattern import Pattern
 from compress.routing import MappedRouter
-from compress.scheme import LatentScheme, Scheme
+from compress.scheme import Scheme
+from compress.slots import Slot, find_slots
 
 EXPERTS_FUNCTION = "compress"
-CACHE_BUFFERS = ("k_scale", "v_scale")
-"""Of attention in a model that is kept whole: the scales of its cache, if that is quantised."""
 
 
 CONFIG_ERRORS = (StrictDataclassError, OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError)
@@ -94,7 +92,11 @@ class Model:
         self._outside: dict[str, str] = {}
         """Of the linears outside blocks, by name on disk, what transformers calls their modules."""
         self._config, self._modules = self._empty_blocks()
-        self._slots = self._all_slots()
+        problems = Problems()
+        cache.check_scales(layout, self.tensors, problems)
+        cache.check_latents(layout, self.tensors, problems)
+        self._slots = find_slots(layout, self.tensors, self._modules, problems)
+        problems.raise_if_any()
 
     @property
     def blocks(self) -> list[BlockLayout]:
@@ -207,7 +209,7 @@ class Model:
         """Have two modules in sequence compute a linear whose factors are on disk."""
         index, _, local = linear.removeprefix(f"{self.layout.arch.blocks}.").partition(".")
         module = modules[int(index)]
-        path = self._slot(local).parameter
+        path = Slot.of(self.layout.arch, local).parameter
         whole, rank = module.get_submodule(path), self.layout.linears[f"{linear}.0"].rows
         pair = nn.Linear(whole.in_features, rank, bias=False), nn.Linear(rank, whole.out_features, bias=whole.bias is not None)
         _replace(module, path, nn.Sequential(*pair).to(self.dtype))
@@ -215,7 +217,7 @@ class Model:
     def _map(self, router: str, modules: Any) -> None:
         """Have a router's probabilities pass through the map that is on disk."""
         index, _, local = router.removeprefix(f"{self.layout.arch.blocks}.").partition(".")
-        path, shape = self._slot(f"{local}.weight").parameter.removesuffix(".weight"), self.tensors[f"{router}.{MAP}"].shape
+        path, shape = Slot.of(self.layout.arch, f"{local}.weight").parameter.removesuffix(".weight"), self.tensors[f"{router}.{MAP}"].shape
         count = len(self.blocks[int(index)].experts)
         if len(shape) != 2 or shape[0] != count:
             raise InputError.one(f"{router}.{MAP}", f"is {list(shape)}, no map to the {count} experts of its block", "fetch it again")
@@ -288,119 +290,6 @@ class Model:
         module.weight = nn.Parameter(self.dense(linear).to(self.device, self.dtype), requires_grad=False)
         if inputs := self.inputs(linear):
             module.register_forward_pre_hook(lambda _, given: (inputs.round(given[0]),))
-
-    def _all_slots(self) -> list[dict[str, Slot]]:
-        """For each block, tensor name to slot. Raises `InputError` for tensors missing from disk or unknown to transformers."""
-        problems = Problems()
-        self._check_cache_scales(problems)
-        self._check_latents(problems)
-        slots = []
-        for block, module in zip(self.blocks, self._modules, strict=True):
-            self._check_experts(module, problems)
-            needed = self._needed(module.state_dict(keep_vars=True))
-            found = {}
-            for name in dict.fromkeys(_dense_name(name) for name in block.tensors if name not in self.layout.cache_scales | self.layout.latents):
-                slot = self._slot(name.removeprefix(block.prefix + "."))
-                if slot not in needed:
-                    problems.add(name, f"is not accounted for: a {type(module).__name__} has no such weight", "this variant is not supported")
-                    continue
-                linear = self.layout.linears.get(name.removesuffix(".weight"))
-                shape = (linear.rows, linear.columns) if linear else self.tensors[name].shape
-                wanted = tuple(slot.view(module).shape)
-                if shape != wanted and self.layout.uneven and slot.expert is not None and _narrower(shape, wanted):
-                    slot = replace(slot, extent=shape)
-                elif shape != wanted:
-                    problems.add(
-                        name, f"has the shape {list(shape)}, config.json makes it {list(wanted)}", "do config.json and the weights belong together?"
-                    )
-                found[name] = slot
-            if self.layout.uneven and block.experts:
-                self._set_widths(block, module, problems)
-            for slot in sorted(needed.keys() - found.values(), key=lambda slot: needed[slot]):
-                problems.add(f"{block.prefix}.{needed[slot]}", "is missing from the checkpoint", "is the download complete?")
-            slots.append(found)
-        problems.raise_if_any()
-        return slots
-
-    def _set_widths(self, block: BlockLayout, module: nn.Module, problems: Problems) -> None:
-        """Tell the module of experts that differ in width the width of each."""
-        table = self.layout.arch.experts
-        assert table
-        widths = []
-        for expert in block.experts:
-            first, *others = (self.layout.linears[f"{block.prefix}.{table.prefix}.{expert}.{name}"] for name in (table.down, table.gate, table.up))
-            if any(linear.rows != first.columns for linear in others):
-                problems.add(first.name, f"reads {first.columns} channels, of which the expert makes {others[0].rows}", "fetch the checkpoint again")
-            widths.append(first.columns)
-        setattr(module.get_submodule(table.module), WIDTHS, widths)
-
-    def _check_cache_scales(self, problems: Problems) -> None:
-        for name in sorted(self.layout.cache_scales):
-            info = self.tensors.get(name)
-            if info is None:
-                problems.add(name, "is missing from the checkpoint, though config.json says that the cache is quantised", "is the download complete?")
-            elif info.dtype not in FLOATS or info.shape not in ((1,), (self.layout.kv_heads, 1, 1)):
-                problems.add(name, f"is {info.dtype} {list(info.shape)}, which is no scale of a tensor or of heads", "this variant is not supported")
-
-    def _check_latents(self, problems: Problems) -> None:
-        for block in self.blocks:
-            start = f"{block.prefix}.{self.layout.arch.latents}."
-            found = {name.removeprefix(start): self.tensors[name] for name in block.tensors if name in self.layout.latents}
-            if not found and (self.checkpoint.wrapped_as != LATENT or block.index not in LatentScheme.blocks(self.layout)):
-                continue
-            before = len(problems)
-            wanted = shapes(self.layout.cached_channels // 2, {part: info.shape for part, info in found.items()})
-            for part in sorted(found.keys() | wanted.keys()):
-                if part not in found:
-                    problems.add(start + part, "is missing from the checkpoint", "is the download complete?")
-                elif part not in wanted:
-                    problems.add(start + part, "is not accounted for", "this variant is not supported")
-                elif found[part].shape != wanted[part]:
-                    problems.add(start + part, f"has the shape {list(found[part].shape)}, not {list(wanted[part])}", "fetch the checkpoint again")
-                elif found[part].dtype not in (FLOATS if part in LATENT_PARTS[:4] else ("I32",)):
-                    problems.add(start + part, f"is {found[part].dtype}, which is none of its dtypes", "fetch the checkpoint again")
-            if len(problems) == before:
-                check_values(start, {part: read_tensor(info) for part, info in found.items()}, problems)
-        if self.layout.latents:
-            LatentScheme.refuse("config.json", self.layout, problems)
-
-    def _needed(self, parameters: Mapping[str, Tensor]) -> dict[Slot, str]:
-        """Everything a block must be given: slot to local name on disk."""
-        table = self.layout.arch.experts
-        needed: dict[Slot, str] = {}
-        for name, parameter in parameters.items():
-            if table and name.startswith(f"{table.module}.") and (tensor := name.removeprefix(f"{table.module}.")) in fused.names(table):
-                for local, member in fused.members(table, tensor).items():
-                    needed |= {Slot(name, number, member): f"{table.prefix}.{number}.{local}" for number in range(parameter.shape[0])}
-            else:
-                old, new = next((rule for rule in self.layout.arch.rename if name.startswith(rule[1])), ("", ""))
-                needed[Slot(name)] = old + name.removeprefix(new)
-        return needed
-
-    def _slot(self, local: str) -> Slot:
-        table = self.layout.arch.experts
-        if table and local.startswith(table.prefix + "."):
-            number, _, part = local.removeprefix(table.prefix + ".").partition(".")
-            for tensor in fused.names(table):
-                if member := fused.members(table, tensor).get(part):
-                    return Slot(f"{table.module}.{tensor}", int(number), member)
-        for old, new in self.layout.arch.rename:
-            if local.startswith(old):
-                local = new + local.removeprefix(old)
-        return Slot(local)
-
-    def _check_experts(self, module: nn.Module, problems: Problems) -> None:
-        """Compare what transformers says of how it holds the experts of a block with the table."""
-        table = self.layout.arch.experts
-        found = table and dict(module.named_modules()).get(table.module)
-        if not table or found is None:
-            return
-        said = {flag: value for flag, value in vars(found).items() if flag.startswith(("is_", "has_")) and isinstance(value, bool)}
-        known = {"is_concatenated": not table.interleaved, "is_transposed": table.transposed, "has_bias": table.biased, "has_gate": True}
-        differing = [f"{flag}: {said.get(flag)}" for flag in known if said.get(flag) != known[flag]]
-        differing += [f"{flag}: True" for flag, value in said.items() if value and flag not in known]  # what is not so needs no care
-        if differing:
-            problems.add(f"{self.layout.arch.model_type} experts", f"are held in a way that is not supported: {', '.join(differing)}")
 
     # Reading --------------------------------------------------------------------------------------------------------------------
 
@@ -632,7 +521,7 @@ class Model:
                     name = slots[f"{each.name}.weight"].parameter.removesuffix(".weight")
                     _replace(module, name, branched(module.get_submodule(name), branch, self.inputs(each.name)))
             if scales := self.cache_scales(layout):
-                _round_cache(module.get_submodule(self.layout.arch.attention), scales)
+                cache.round_cache(module.get_submodule(self.layout.arch.attention), scales)
             if latents := self.latents(layout):
                 turns = turns or Turns(whole.get_submodule(self.layout.arch.module_blocks.rpartition(".")[0]).rotary_emb)
                 attach(module.get_submodule(self.layout.arch.attention), latents.to(self.dtype), turns)
@@ -727,31 +616,6 @@ def _with(config: Any, changes: dict[str, Any]) -> Any:
     return changed
 
 
-def _narrower(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
-    """Whether a tensor is as wanted but for one dimension, in which it is smaller."""
-    differing = [(one, other) for one, other in zip(shape, wanted, strict=False) if one != other]
-    return len(shape) == len(wanted) and len(differing) == 1 and 0 < differing[0][0] < differing[0][1]
-
-
 def _replace(module: nn.Module, name: str, by: nn.Module) -> None:
     owner, _, leaf = name.rpartition(".")
     setattr(module.get_submodule(owner), leaf, by)
-
-
-def _round_cache(attention: nn.Module, scales: tuple[Tensor, Tensor]) -> None:
-    """Have ``attention`` of transformers read its cache as FP8 under ``scales``, which become its buffers."""
-    for name, scale in zip(CACHE_BUFFERS, scales, strict=True):
-        attention.register_buffer(name, scale)
-
-    attention.register_forward_pre_hook(_with_cache, with_kwargs=True)
-
-
-def _with_cache(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    keys, values = (module.get_buffer(name) for name in CACHE_BUFFERS)
-    return given, named | {"past_key_values": Cache((keys, values), kept=named.get("past_key_values"))}
-
-
-def _dense_name(name: str) -> str:
-    """The source name of a tensor that may be one of several that replaced it."""
-    head, _, part = name.rpartition(".")
-    return f"{head}.weight" if part in (*formats.PARTS, *formats.BESIDE_PARTS) else name

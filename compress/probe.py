@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress.block import Block, Reached, Recorder
+from compress.block import Block
+from compress.expert_forward import Reached, Recorder
 from compress.layout import EXPERTS_IN, EXPERTS_OUT, Group
 
 

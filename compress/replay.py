@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
-from compress.block import Block, Reached
+from compress.block import Block
+from compress.expert_forward import Reached
 from compress.layout import Group
 
 Wrap = Callable[[Tensor], Any]

@@ -66,13 +66,13 @@ def explain(model: Any) -> list[dict[str, Any]]:
     Records have the name of the ``module``, what ``part`` it is (`linear`, `experts`, `dense`, `branch`, `cache`, `latents`), how it is ``stored``,
     the ``kernel`` that multiplies by it (`torch` where it is unpacked for each product), and ``why`` torch does it.
     """
+    from compress.cache import BUFFERS
     from compress.kernels import native
     from compress.kernels.branch import BranchProduct
     from compress.kernels.dense import DenseLinear
     from compress.kernels.experts import Stack
     from compress.kernels.packed import Packed
     from compress.latents import Latents
-    from compress.model import CACHE_BUFFERS
 
     records: list[dict[str, Any]] = []
     for name, module in model.named_modules():
@@ -83,7 +83,7 @@ def explain(model: Any) -> list[dict[str, Any]]:
         elif isinstance(module, BranchProduct):
             stored = f"{module.weight.dtype}, one per {module.run} inputs".removeprefix("torch.")
             records.append({"module": name, "part": "branch", "stored": stored, "kernel": "torch", "why": "no kernel for branches"})
-        elif all(hasattr(module, buffer) for buffer in CACHE_BUFFERS):
+        elif all(hasattr(module, buffer) for buffer in BUFFERS):
             why = "rounded as the checkpoint says, but kept in the dtype of the model"
             records.append({"module": name, "part": "cache", "stored": "fp8", "kernel": "torch", "why": why})
         elif isinstance(module, Latents):

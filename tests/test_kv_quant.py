@@ -167,9 +167,9 @@ def test_scales_alone_make_an_artifact_that_plain_transformers_opens(checkpoint:
 def test_a_cache_that_transformers_rounds_otherwise_is_never_handed_over(
     checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from compress import block
+    from compress import cache
 
-    monkeypatch.setattr(block, "as_cached", lambda states, scale: states)
+    monkeypatch.setattr(cache, "as_cached", lambda states, scale: states)
     with pytest.raises(InputError, match="transformers computes other logits than meant"):
         compress(recipe_of({"kv_quant": {}}), checkpoint("llama"), tmp_path / "out")
 
