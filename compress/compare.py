@@ -249,7 +249,7 @@ def _differing(flat: Sequence[dict[str, Any] | None], absent: str, before: str =
 def _flat(mapping: dict[str, Any], before: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in mapping.items():
-        found |= _flat(value, f"{before}{key}.") if isinstance(value, dict) and value else {f"{before}{key}": value}
+        found |= _flat(value, f"{before}{key}.") if isinstance(value, dict) else {f"{before}{key}": value}
     return found
 
 

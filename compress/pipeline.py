@@ -219,7 +219,7 @@ class _Run:
         self._export(staging)
         verification = self._reopen(staging)
         evaluation = self._evaluate(staging)
-        ledger = self._ledger()
+        ledger = self._ledger(Checkpoint(staging))
         size = self._size(staging)
         fallbacks = [record for record in (*self.records, *self.transforms) if record.get("fallback")]
         gates = judge(self.recipe, evaluation, size, len(fallbacks))
@@ -464,9 +464,12 @@ class _Run:
         )
         result["retrieval"], result["figures"]["retrieval_drop"], result["intervals"]["retrieval_drop"] = retrieval.compared(before, after)
 
-    def _ledger(self) -> list[dict[str, Any]]:
-        """What became of every tensor of the source, and what is new. Raises AssertionError if one is not accounted for: a bug, not a warning."""
-        ledger = []
+    def _ledger(self, after: Checkpoint) -> list[dict[str, Any]]:
+        """What became of every tensor of the source, how many bytes `after` stores for it, and what is new.
+
+        Raises AssertionError if one is not accounted for: a bug, not a warning.
+        """
+        ledger: list[dict[str, Any]] = []
         names: dict[str, list[str]] = {}
         for name, of in sorted(self.origins.items()):
             names.setdefault(of, []).append(name)
@@ -495,7 +498,19 @@ class _Run:
             ledger.append({"name": name, "shape": list(info.shape), "dtype": info.dtype, "action": "added", "why": f"by {by}{then}"})
         ledger += [{"name": name, "action": "dropped", "why": "in a shard, but not in the index"} for name in self.source.checkpoint.unlisted]
         ledger += [{"name": name, "action": "dropped", "why": "weights in another format"} for name in self.source.checkpoint.left_behind]
-        return ledger
+        stored = self._stored(after)
+        return [item | {"stored_bytes": stored.get(item["name"], 0)} if "shape" in item else item for item in ledger]
+
+    def _stored(self, after: Checkpoint) -> dict[str, int]:
+        """Bytes in `after` by the tensor of the source that they stand for, or by their own name where they are new."""
+        found: dict[str, int] = {}
+        for name, info in after.tensors.items():
+            # Codes, scales and residuals of a weight have its linear's name, then their own.
+            linear = f"{name.rpartition('.')[0]}.weight"
+            owner = next((each for each in (name, linear) if each in self.origins or each in self.added), name)
+            owner = self.origins.get(owner, owner)
+            found[owner] = found.get(owner, 0) + info.nbytes
+        return found
 
     def _fate(self, name: str, cut: dict[str, str]) -> dict[str, Any]:
         """What became of a tensor of the model as it is now, which passes `cut` before."""

@@ -20,22 +20,27 @@ HEIGHT = 250
 """Of a plot with two axes."""
 LETTER = 7.5
 """Width of a letter, generously: which font the page finds is not known here."""
+BOLD = 8.5
+"""The same of a bold one."""
 TOP, BASE = 26, HEIGHT - 40
 """Where its vertical axis ends and where its horizontal one lies."""
 COLOURS = 6
-"""Classes `c0` to `c5` of the style sheet."""
+"""Classes `c0` to `c5` of the style sheet; what comes after them has class `again` too."""
+MOST_NAMES = 13
+"""So many names have room beside the ends of lines."""
 
 Format = Callable[[float], str]
 
 
 @dataclass(frozen=True)
 class Series:
-    """One value per block, and where many were summed up into it, the lowest and highest of them."""
+    """One value per block, and where many were summed up into it, the lowest and highest of them; `shade` numbers its colour."""
 
     name: str
     values: dict[int, float]
     lows: dict[int, float]
     highs: dict[int, float]
+    shade: int
 
 
 @dataclass(frozen=True)
@@ -129,12 +134,13 @@ def round_domain(values: Iterable[float]) -> tuple[float, float, bool]:
 
 
 def along_blocks(series: Sequence[Series], blocks: range, domain: tuple[float, float, bool], unit: str, show: Format, label: str) -> Markup:
-    """A line per series with its name at its end; a band where a value sums up many."""
-    right = 18 + LETTER * max(len(each.name) for each in series)
+    """A line per series with its name at its end, unless there are too many; a band where a value sums up many."""
+    named = len(series) <= MOST_NAMES
+    right = 18 + LETTER * max(len(each.name) for each in series) if named else 14
     x, y = _frame(blocks, domain, right)
     parts = [_axes(x, y, unit, show, _block_ticks(blocks), "block")]
-    for index, each in enumerate(series):
-        shade = f"c{index % COLOURS}"
+    for each in series:
+        shade = shade_of(each.shade)
         for run in _unbroken(each.values):
             if any(each.highs[block] > each.lows[block] for block in run):
                 upper = " ".join(f"{_n(x(block))},{_n(y(each.highs[block]))}" for block in run)
@@ -144,7 +150,7 @@ def along_blocks(series: Sequence[Series], blocks: range, domain: tuple[float, f
             parts.append(f'<path class="line {shade}" d="M{points}"/>')
         dots = "".join(f"M{_n(x(block))} {_n(y(value))}h0" for block, value in each.values.items())
         parts.append(f'<path class="dots {shade}" stroke-width="{_dot_width(x, blocks, 5)}" d="{dots}"/>')
-    parts += _end_labels(series, x, y, WIDTH - right + 8)
+    parts += _end_labels(series, x, y, WIDTH - right + 8) if named else []
     parts += _hits(x, blocks, lambda block: [_value_text(each, block, show) for each in series if block in each.values])
     return _svg(HEIGHT, label, parts)
 
@@ -181,13 +187,16 @@ def front(curve: Sequence[tuple[float, float]], marks: Sequence[Mark], units: tu
     parts = [_axes(x, y, units[1], show, x.ticks, units[0])]
     points = " ".join(f"{_n(x(place))} {_n(y(value))}" for place, value in curve)
     parts.append(f'<path class="line c0" d="M{points}"/>')
+    taken = [(x(each.x) - 5, y(each.y) - 5, x(each.x) + 5, y(each.y) + 5) for each in marks]
+    taken += [(x(place) - 1, y(value) - 1, x(place) + 1, y(value) + 1) for place, value in curve]
     for mark in sorted(marks, key=lambda mark: mark.loud):
         told = escape(f"{mark.name}: {mark.x:.4g} {units[0]}, {show(mark.y)}")
         shade, width = ("loud", 10) if mark.loud else ("c2", 8)
         parts.append(f'<path class="dots {shade}" stroke-width="{width}" d="M{_n(x(mark.x))} {_n(y(mark.y))}h0"><title>{told}</title></path>')
-        at_end = x(mark.x) > WIDTH - 24 - LETTER * len(mark.name)
-        anchor, shift = ("end", -8) if at_end else ("start", 8)
-        parts.append(f'<text class="name" x="{_n(x(mark.x) + shift)}" y="{_n(y(mark.y) - 7)}" text-anchor="{anchor}">{escape(mark.name)}</text>')
+    for mark in sorted(marks, key=lambda mark: not mark.loud):
+        if found := _free(x(mark.x), y(mark.y), LETTER * len(mark.name), taken, x.end + 20):
+            taken.append(found)
+            parts.append(_name(found, mark.name))
     return _svg(HEIGHT, label, parts)
 
 
@@ -206,16 +215,22 @@ def scatter(points: Sequence[Point], units: tuple[str, str], shows: tuple[Format
         parts.append(f'<path class="front" d="M{_n(best[0][0])} {_n(best[0][1])}{steps}"/>')
     taken = [(x(point.x) - 6, y(point.y) - 6, x(point.x) + 6, y(point.y) + 6) for point in points]
     for point in points:
-        across, up, shade = x(point.x), y(point.y), f"c{point.shade % COLOURS}"
+        across, up, shade = x(point.x), y(point.y), shade_of(point.shade)
         told = f"{point.name}: {shows[0](point.x)}, {shows[1](point.y)}, 95 % {shows[1](point.interval[0])} to {shows[1](point.interval[1])}"
         parts.append(f"<g><title>{escape(told)}</title>")
         parts.append(f'<path class="line {shade}" d="M{_n(across)} {_n(y(point.interval[0]))}V{_n(y(point.interval[1]))}"/>')
-        parts.append(f'<circle class="point {shade} {"best" if point.best else "beaten"}" cx="{_n(across)}" cy="{_n(up)}" r="5"/></g>')
+        area = f'x="{_n(across - 5)}" y="{_n(up - 5)}" width="10" height="10" rx="{0 if "again" in shade else 5}"'
+        parts.append(f'<rect class="point {shade} {"best" if point.best else "beaten"}" {area}/></g>')
     for point in points:
         if place := _free(x(point.x), y(point.y), LETTER * len(point.name), taken, x.end + 20):
             taken.append(place)
-            parts.append(f'<text class="name" x="{_n(place[0])}" y="{_n(place[3] - 3)}">{escape(point.name)}</text>')
+            parts.append(_name(place, point.name))
     return _svg(HEIGHT, label, parts)
+
+
+def shade_of(number: int) -> str:
+    """Class of the colour with that number; the second time around, lines are dashed and points square."""
+    return f"c{number % COLOURS}" + (" again" if number // COLOURS % 2 else "")
 
 
 def padded(values: Sequence[float]) -> tuple[float, float]:
@@ -236,6 +251,10 @@ def _free(x: float, y: float, width: float, taken: Sequence[Box], right: float) 
         if inside and not any(box[0] < other[2] and other[0] < box[2] and box[1] < other[3] and other[1] < box[3] for other in taken):
             return box
     return None
+
+
+def _name(box: Box, name: str) -> str:
+    return f'<text class="name" x="{_n(box[0])}" y="{_n(box[3] - 3)}">{escape(name)}</text>'
 
 
 def runs_along_blocks(rows: Sequence[tuple[str, Sequence[Run]]], blocks: range, label: str) -> Markup:
@@ -277,7 +296,7 @@ def stacked(bars: Sequence[tuple[str, Sequence[tuple[str, str, float]]]], show: 
             width = x(at + value) - x(at)
             drawn.append(f"<g><title>{escape(part)}: {escape(show(value))}</title>")
             drawn.append(f'<rect class="part {escape(shade)}" x="{_n(x(at))}" y="{y}" width="{_n(max(width - 1, 0.5))}" height="{row}"/>')
-            if LETTER * len(show(value)) < width - 6:
+            if BOLD * len(show(value)) < width - 8:
                 drawn.append(f'<text class="part-text" x="{_n(x(at) + 6)}" y="{y + row / 2 + 4:g}">{escape(show(value))}</text>')
             drawn.append("</g>")
             at += value
@@ -362,7 +381,7 @@ def _end_labels(series: Sequence[Series], x: Scale, y: Scale, left: float) -> li
         places[index] = min(places[index] - (overflow if index + 1 == len(places) else 0), ceiling)
     parts = []
     for place, (end, index) in zip(places, ends, strict=True):
-        shade = f"c{index % COLOURS}"
+        shade = shade_of(series[index].shade)
         start = x(max(series[index].values))
         parts.append(f'<path class="leader {shade}" d="M{_n(start + 4)} {_n(end)}L{_n(left)} {_n(place)}"/>')
         parts.append(f'<text class="name" x="{_n(left + 4)}" y="{_n(place + 4)}">{escape(series[index].name)}</text>')

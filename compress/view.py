@@ -117,7 +117,7 @@ def comparison(result: dict[str, Any], worth: dict[str, str]) -> None:
     """The tables of `compress compare`; `worth` says by run whether it is worth its bytes."""
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
     runs = result["runs"]
-    table = Table(title=f"{result['model']}, {len(runs)} runs", title_justify="left", show_edge=False)
+    table = Table(title=f"{result['model']}, {len(runs)} run{'s' if len(runs) > 1 else ''}", title_justify="left", show_edge=False)
     for heading in ("run", "size", "bits/weight", "perplexity x", "KL, nats", "time", "peak", "worth its bytes?", "verdict"):
         table.add_column(heading, justify="left" if heading in ("run", "worth its bytes?", "verdict") else "right", overflow="fold")
     for run in runs:

@@ -156,13 +156,37 @@ def test_experts_and_many_blocks_are_drawn() -> None:
     assert "Relative error of outputs" in page([Run("a", many), Run("b", many)]).titles
 
 
+def test_a_run_has_one_colour_wherever_it_is_drawn() -> None:
+    """Errors of outputs and of weights are in plots of their own, of fewer runs than the plots of the frontier."""
+    runs = [Run(f"run{index}", report()) for index in range(14)]
+    for run in runs[::2]:
+        for record in run.report["linears"]:
+            record["pass"] = "rtn"
+    html = comparison.page(compare.compare(runs))
+    for index, run in enumerate(runs):
+        shade = plots.shade_of(index)
+        assert html.count(f'<i class="{shade}"></i>{run.name}<') == 3, "in the table and in two keys"
+    outputs = html[html.index("<h3>Relative error of outputs") :]
+    drawn = re.findall(r'<path class="line (c\d(?: again)?)"', outputs[: outputs.index("</svg>")])
+    assert drawn == [plots.shade_of(index) for index in range(1, 14, 2)]
+    assert len({plots.shade_of(index) for index in range(12)}) == 12
+
+
+def test_many_lines_are_named_in_the_key_alone() -> None:
+    many, few = ([Run(f"run{index}", report()) for index in range(count)] for count in (plots.MOST_NAMES + 1, plots.MOST_NAMES))
+    for runs, expected in ((many, 0), (few, len(few))):
+        drawn = comparison.page(compare.compare(runs)).partition("<h3>Relative error of")[2].partition("</svg>")[0]
+        assert drawn.count('class="name"') == expected
+
+
 @given(st.lists(st.tuples(st.floats(0, 1e3), st.floats(1e-6, 1e3), st.booleans()), min_size=1, max_size=8))
 def test_points_lie_within_the_plot_and_names_do_not_touch(places: list[tuple[float, float, bool]]) -> None:
     points = [plots.Point(f"run{index}", x, y, (y * 0.9, y * 1.1), index, best) for index, (x, y, best) in enumerate(places)]
     svg = str(plots.scatter(points, ("size", "loss"), (str, str), "a plot"))
-    circles = re.findall(r'<circle class="point c\d (?:best|beaten)" cx="([-\d.]+)" cy="([-\d.]+)" r="5"/>', svg)
+    found = re.findall(r'<rect class="point c\d(?: again)? (?:best|beaten)" x="([-\d.]+)" y="([-\d.]+)" width="10" height="10" rx="[05]"/>', svg)
+    circles = [(float(x) + 5, float(y) + 5) for x, y in found]
     assert len(circles) == len(points)
-    assert all(60 <= float(x) <= plots.WIDTH and plots.TOP - 1 <= float(y) <= plots.BASE + 1 for x, y in circles)
+    assert all(60 <= x <= plots.WIDTH and plots.TOP - 1 <= y <= plots.BASE + 1 for x, y in circles)
     names = [(float(x), float(y), len(name) * plots.LETTER) for x, y, name in re.findall(r'class="name" x="([-\d.]+)" y="([-\d.]+)">([^<]+)<', svg)]
     for index, (x, y, width) in enumerate(names):
         assert x >= 60 and x + width <= plots.WIDTH

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -31,7 +32,9 @@ def linear(name: str, block: int, **changes: Any) -> dict[str, Any]:
 
 
 def tensor(name: str, shape: list[int], action: str = "quantized", why: str = "gptq: 4 bits, group 128") -> dict[str, Any]:
-    return {"name": name, "shape": shape, "dtype": "BF16", "action": action, "why": why}
+    size = 2 * math.prod(shape)
+    stored = {"quantized": size // 4, "dropped": 0, "removed": 0}.get(action, size)
+    return {"name": name, "shape": shape, "dtype": "BF16", "action": action, "why": why, "stored_bytes": stored}
 
 
 def folded(kind: str, block: int, alpha: float) -> dict[str, Any]:
@@ -200,7 +203,7 @@ def test_values_are_escaped_everywhere() -> None:
     mappings = {key: {evil: evil} for key in ("engines", "recipe")}
     html = report.page(run_result([record], ledger, gates=gates, evaluation=evaluation, **names, **mappings))
     assert "<script>alert" not in html
-    assert html.count("<script>") == 1
+    assert html.count("<script>") == report.page({}).count("<script>") == 2
     assert {tag for tag, name, _ in Page(html).attributes if name.startswith("on")} == set()
 
 
@@ -280,8 +283,8 @@ def test_tasks_stand_beside_each_other() -> None:
 
 def test_transforms_are_a_row_per_kind() -> None:
     text = " ".join(read(dense()).text.split())
-    assert "smooth qkv 3 0.15, 0.2, 0.25 0.85, 0.8, 0.75 2.0 % \u2192 1.1 %" in text.replace("\u00a0", " ")
-    assert "smooth experts.down 20 0 to 0.95, median 0.475" in text and "smooth clip 1 1.3" in text
+    assert "smooth: qkv 3 0.15, 0.2, 0.25 0.85, 0.8, 0.75 2.0 % \u2192 1.1 %" in text.replace("\u00a0", " ")
+    assert "smooth: experts.down 20 0 to 0.95, median 0.475" in text and "smooth: clip 1 1.3" in text
 
 
 def test_what_was_pruned_is_a_row_per_kind_of_linear() -> None:
@@ -308,7 +311,9 @@ def test_sizes_are_split_by_what_happened() -> None:
     ]
     size = {"before_bytes": 4_002_000, "after_bytes": 1_502_000, "bits_per_weight": 4.0, "quantized_weights": 1_000_000}
     text = read(run_result([linear("mlp.up_proj", 0)], ledger, size=size)).text
-    for expected in ("quantised linears: 2.00 MB", "quantised linears: 500 kB", "kept: outside the decoder blocks: 1.00 MB", "dropped: 1.00 MB"):
+    for expected in ("quantised linears: 2.00 MB \u2192 500 kB", "kept: outside the decoder blocks: 1.00 MB ", "dropped: 1.00 MB \u2192 0 "):
+        assert expected in text
+    for expected in ("quantised linears: 2.00 MB ", "quantised linears: 500 kB "):  # on the parts of the bars
         assert expected in text
 
 
@@ -316,12 +321,38 @@ def test_what_is_rewritten_or_added_is_not_taken_for_quantised() -> None:
     ledger = [
         tensor("model.layers.0.mlp.up_proj.weight", [1000, 1000]),
         tensor("model.embed_tokens.weight", [500, 1000], "rotated", "by rotate, stored in its own dtype again"),
+        tensor("model.layers.0.mlp.down_proj.weight", [500, 1000], "pruned", "by prune_structured, stored in its own dtype again")
+        | {"stored_bytes": 600_000},
+        tensor("model.layers.1.mlp.up_proj.weight", [1000, 1000], "removed", "by prune_depth"),
         tensor("lm_head.weight", [500, 1000], "added", "by rotate"),
     ]
-    size = {"before_bytes": 3_000_000, "after_bytes": 2_500_000, "bits_per_weight": 4.0, "quantized_weights": 1_000_000}
-    text = read(run_result([linear("mlp.up_proj", 0)], ledger, size=size)).text
-    for expected in ("quantised linears: 2.00 MB", "quantised linears: 500 kB", "rewritten, as large as before: 1.00 MB", "added: 1.00 MB"):
-        assert expected in text.replace("\u00a0", " ")
+    size = {"before_bytes": 6_000_000, "after_bytes": 3_100_000, "bits_per_weight": 4.0, "quantized_weights": 1_000_000}
+    text = read(run_result([linear("mlp.up_proj", 0)], ledger, size=size)).text.replace("\u00a0", " ")
+    for expected in ("quantised linears: 2.00 MB \u2192 500 kB", "rewritten, not quantised: 2.00 MB \u2192 1.60 MB", "added: 0 \u2192 1.00 MB"):
+        assert expected in text
+    assert "taken out: 2.00 MB \u2192 0" in text
+
+
+def test_nothing_is_said_of_bits_where_nothing_was_rounded() -> None:
+    cut = [{"name": "model.layers.2", "block": 2, "pass": "prune_depth", "method": "influence 0.07", "kind": "block 2", "before": 1, "after": 0}]
+    cut += [
+        {
+            "name": f"model.layers.{block}.ffn",
+            "block": block,
+            "pass": "prune_structured",
+            "method": "flap",
+            "kind": "ffn_channel",
+            "before": 768,
+            "after": 576,
+        }
+        for block in range(4)
+    ]
+    ledger = [tensor("model.layers.1.mlp.up_proj.weight", [8, 8], "kept", "no pass takes this linear")]
+    page = read(run_result([], ledger, transforms=cut))
+    assert page.titles == ["Size before and after"]
+    text = " ".join(page.text.split())
+    assert "No linear was quantised. 1 block taken out by prune_depth. 768 of 3,072 ffn channels taken out by prune_structured." in text
+    assert "prune_depth: influence 0.07 block 2 1 whole gone" in text and "prune_structured: flap ffn channel 4 768 576" in text
 
 
 def test_kept_linears_are_on_the_map_of_bits() -> None:
@@ -333,7 +364,8 @@ def test_ledger_rows_stand_for_all_their_tensors() -> None:
     ledger = [tensor(f"model.layers.{block}.mlp.experts.{expert}.up_proj.weight", [8, 8]) for block in (0, 1, 3) for expert in range(4)]
     (row,) = rows([*ledger, tensor("model.norm.weight", [8], "kept", "outside the decoder blocks")])[:1]
     assert row["name"] == "model.layers.{0\u20131,3}.mlp.experts.{0\u20133}.up_proj.weight"
-    assert (row["count"], row["key"], row["bytes"]) == (12, "model.layers.#.mlp.experts.#.up_proj.weight", "1.54\u00a0kB")
+    assert (row["count"], row["key"]) == (12, "model.layers.#.mlp.experts.#.up_proj.weight")
+    assert (row["before"], row["after"]) == ("1.54\u00a0kB", "384\u00a0B")
 
 
 @pytest.mark.parametrize(
@@ -382,7 +414,7 @@ def test_scales_map_ends_to_ends() -> None:
 
 
 def test_labels_at_line_ends_do_not_touch() -> None:
-    series = [plots.Series(f"kind{index}", {0: 1.0, 1: 1.0}, {0: 1.0, 1: 1.0}, {0: 1.0, 1: 1.0}) for index in range(5)]
+    series = [plots.Series(f"kind{index}", {0: 1.0, 1: 1.0}, {0: 1.0, 1: 1.0}, {0: 1.0, 1: 1.0}, index) for index in range(5)]
     svg = plots.along_blocks(series, range(2), (0.0, 4.0, False), "", str, "")
     places = sorted(float(y) for y in re.findall(r'class="name" x="[\d.]+" y="([\d.]+)"', svg))
     assert all(after - before >= plots.LINE - 0.1 for before, after in pairwise(places))
@@ -411,11 +443,11 @@ def test_residuals_are_told_with_what_they_are_good_for(kept: bool) -> None:
     text = re.sub(r"\s+", " ", read(result).text)
     if kept:
         expected = (
-            "15,728 weights have a residual beside their code. Loss on the calibration data: 3.7000 before quantising, 3.9000 after, 3.8000 with"
+            "15,728 weights have a residual beside their code. Loss on the calibration data, nats: 3.7000 before quantising, 3.9000 after, 3.8000"
         )
         assert "Perplexity without residuals 54.21" in text and "KL divergence 0.2 nats" in text and "It leaves residuals out" in text
     else:
-        expected = "No weight was given a residual. Loss on the calibration data: 3.7000 before quantising, 3.9000 after; residuals would"
+        expected = "No weight was given a residual. Loss on the calibration data, nats: 3.7000 before quantising, 3.9000 after; residuals would"
     assert expected in text and "adds up to 99.80 % of" in text
 
 
@@ -431,8 +463,8 @@ def test_linears_of_low_rank_are_told_with_those_left_whole() -> None:
     page = read(run_result([], transforms=records))
     text = " ".join(page.text.split())
     assert "2 linears made two of low rank by low_rank." in text
-    assert "svd_llm up_proj 2 128 32, 16 4 %, 8 %" in text
-    assert f"svd_llm model.layers.{{0{DASH}1}}.mlp.down_proj 2 128 left whole nothing" in text
+    assert "up_proj svd_llm 2 128 32, 16 4 %, 8 %" in text
+    assert f"model.layers.{{0{DASH}1}}.mlp.down_proj svd_llm 2 128 left whole nothing" in text
     assert "Relative error of mlp" in page.titles and "up_proj, block 1: rank 16" in page.text
 
 
@@ -474,7 +506,11 @@ def test_the_verdict_comes_first_and_says_what_failed() -> None:
 def test_tables_have_heads_and_pictures_have_words() -> None:
     html = report.page(moe(2, 3))
     page = Page(html)
-    assert html.count("<table") == html.count("<thead>") and "<th>" not in html
+    assert html.count("<table") == html.count("<thead>") == html.count("<caption>") and "<th>" not in html
+    bodies = re.findall(r"<tbody>\s*(.*?)\s*</tbody>", html, re.DOTALL)
+    assert bodies and all(
+        row.lstrip().startswith('<th scope="row"') for body in bodies for row in re.findall(r"<tr[^>]*>(.*?)</tr>", body, re.DOTALL)
+    )
     for attribute in ("role", "aria-label"):
         assert len([value for tag, name, value in page.attributes if tag == "svg" and name == attribute and value]) == html.count("<svg")
     assert ("html", "lang", "en") in page.attributes and re.search("<title>demo:dense - compress report</title>", html)

@@ -28,6 +28,7 @@ from compress.formats import pack_quantized
 from compress.layout import Group, Layout, Linear
 from compress.model import Model
 from compress.passes import gptq
+from compress.report.records import tensor_bytes
 
 QUICK: dict[str, Any] = {
     "calibration": {"samples": 4, "length": 48},
@@ -378,6 +379,17 @@ REPORTS = {
     "mla": 10,
     "prune_nm": 8,
 }
+
+
+@pytest.mark.parametrize("which", [*RESUMED, "experts"])
+def test_the_ledger_accounts_for_every_byte_before_and_after(which: str, checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    experts = {"passes": [{"prune_experts": {"keep": 0.5}}, {"rtn": {"group_size": 32}}]}
+    report = compress(
+        QUICK | experts if which == "experts" else RESUMED[which], checkpoint("mixtral" if which == "experts" else "llama-3-blocks"), tmp_path / "out"
+    )
+    source = [item for item in report["ledger"] if item["action"] != "added"]
+    assert sum(tensor_bytes(item) for item in source) == report["size"]["before_bytes"]
+    assert sum(item["stored_bytes"] for item in report["ledger"]) == report["size"]["after_bytes"] == Checkpoint(tmp_path / "out").nbytes
 
 
 @pytest.mark.parametrize(("which", "reports"), [(which, reports) for which, count in REPORTS.items() for reports in range(count)])

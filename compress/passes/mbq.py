@@ -65,7 +65,7 @@ class Pass(Quantize, Transform):
         def finish(block: Block) -> None:
             for stage in block.layout.stages:
                 for group in stage.groups:
-                    rounding.round_group(block, split(group, chosen), None, None)
+                    rounding.round_group(block, split(group, chosen), None, None, "mbq")
 
         balance = search.measured_balance(model, samples, workspace)
         for probe in visit(model, samples, workspace, finish):

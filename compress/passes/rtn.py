@@ -73,7 +73,8 @@ class Pass(Quantize):
             rounded.append((result, scheme.layout, scheme.input_rounding(None, dense), record))
         model.write_quantized_outside(workspace.outside_file, rounded)
 
-    def round_group(self, block: Block, linears: tuple[Linear, ...], peak: float | None, importance: Tensor | None) -> None:
+    def round_group(self, block: Block, linears: tuple[Linear, ...], peak: float | None, importance: Tensor | None, by: str = "rtn") -> None:
+        """Round ``linears``, which share an input with largest magnitude ``peak`` and errors that count ``importance`` [in]; ``by`` is who is told to have."""
         weighted = importance if self.scales == "imatrix" else None
         if weighted is not None and linears and not weighted.any():
             raise InputError.one(linears[0].name, "saw no calibration token, so nothing weighs its errors", "give more data, or set scales: mse")
@@ -81,7 +82,7 @@ class Pass(Quantize):
         widest = max((float(weight.abs().max()) for weight in weights), default=0.0)
         for linear, weight in zip(linears, weights, strict=True):
             result, error = self._rounded(linear, weight, widest, block.stored_dtype(linear.name), weighted)
-            self.commit(block, linear, result, {"pass": "rtn", "error": error}, peak)
+            self.commit(block, linear, result, {"pass": by, "error": error}, peak)
 
     def _rounded(self, linear: Linear, weight: Tensor, widest: float, dense: torch.dtype, weighted: Tensor | None) -> tuple[Quantized, float]:
         """``weight`` [out, in] float32 on its grid, and the squared error as a share of its squares.

@@ -65,6 +65,7 @@ def page(result: dict[str, Any]) -> str:
         detached=[passes.detaching(record, result) for record in passes.detached(result)],
         passes=passes.times(result),
         engines=origins.engines(result),
+        copies=", ".join(((result.get("recipe") or {}).get("export") or [])[1:]),
         fallbacks=passes.fallbacks(result.get("fallbacks") or []),
         verification=origins.verification(result.get("verification") or {}),
         calibration=plain(result.get("calibration")),

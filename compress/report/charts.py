@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from compress import plots
 from compress.report.records import Place, caches, factored, measured, place, tensor_bytes, treatment
-from compress.report.text import percent_text, share_text, size_text, small
+from compress.report.text import ARROW, percent_text, share_text, size_text, small
 from compress.report.training import block_losses
 
 PARTS = {
@@ -25,7 +25,16 @@ EXPERTS = "experts "
 
 KEPT_IN_BLOCKS = ("kept: norms, biases and routers", "c2")
 
-REWRITTEN = ("rewritten, as large as before", "c3")
+QUANTISED = ("quantised linears", "c0")
+
+REWRITTEN = ("rewritten, not quantised", "c3")
+
+GONE = {"removed": ("taken out", "away"), "dropped": ("dropped", "away")}
+
+ADDED = ("added", "c4")
+
+ORDER = ("c0", "still", "c1", "c3", "c2", "c4", "away")
+"""Of the parts of a bar, by colour."""
 
 
 def figures(result: dict[str, Any]) -> list[dict[str, Any]]:
@@ -45,12 +54,12 @@ def _training_plot(linears: list[dict[str, Any]]) -> dict[str, Any] | None:
     losses = block_losses(linears)
     if not losses:
         return None
-    series = [_series(name, {block: [ends[side]] for block, ends in losses.items()}) for side, name in enumerate(("plain", "trained"))]
+    series = [_series(name, {block: [ends[side]] for block, ends in losses.items()}, side) for side, name in enumerate(("before", "after"))]
     domain = plots.round_domain(loss for ends in losses.values() for loss in ends)
     title = "Training of the rounding"
     label = "mean squared error" + (", log scale" if domain[2] else "")
     svg = plots.along_blocks(series, range(min(losses), max(losses) + 1), domain, label, small, title)
-    return _plot(title, svg, "Squared error of a block's outputs on calibration data, before its rounding was trained and after.")
+    return _plot(title, svg, "Mean squared error of a block's outputs on calibration data, before its rounding was trained and after.")
 
 
 def retrieval(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
@@ -74,7 +83,9 @@ def _cache_plot(records: list[dict[str, Any]]) -> dict[str, Any] | None:
     if not records:
         return None
     blocks = [record["block"] for record in records]
-    series = [_series(side, {record["block"]: [record[f"{side[:-1]}_error"]] for record in records}) for side in ("keys", "values")]
+    series = [
+        _series(side, {record["block"]: [record[f"{side[:-1]}_error"]] for record in records}, index) for index, side in enumerate(("keys", "values"))
+    ]
     domain = plots.round_domain(value for each in series for value in each.lows.values())
     title = "Relative error of cached keys and values"
     label = "relative squared error" + (", log scale" if domain[2] else "")
@@ -97,7 +108,7 @@ def _error_plots(records: list[tuple[Place, dict[str, Any]]], blocks: range) -> 
             kinds.setdefault(where.kind, {}).setdefault(where.block, []).append(record["error"])
     drawn = []
     for step, panels in found.items():
-        series = {panel: [_series(kind, values) for kind, values in kinds.items()] for panel, kinds in panels.items()}
+        series = {panel: [_series(kind, values, index) for index, (kind, values) in enumerate(kinds.items())] for panel, kinds in panels.items()}
         every = [each for members in series.values() for each in members]
         domain = plots.round_domain(value for each in every for ends in (each.lows, each.highs) for value in ends.values())
         for panel, members in series.items():
@@ -110,13 +121,14 @@ def _error_plots(records: list[tuple[Place, dict[str, Any]]], blocks: range) -> 
     return drawn
 
 
-def _series(kind: str, values: dict[int, list[float]]) -> plots.Series:
+def _series(kind: str, values: dict[int, list[float]], shade: int) -> plots.Series:
     ordered = {block: values[block] for block in sorted(values)}
     return plots.Series(
         kind,
         {block: median(each) for block, each in ordered.items()},
         {block: min(each) for block, each in ordered.items()},
         {block: max(each) for block, each in ordered.items()},
+        shade,
     )
 
 
@@ -130,42 +142,53 @@ def _allocation_plot(plan: dict[str, Any]) -> dict[str, Any] | None:
     ]
     marks.append(plots.Mark(plan["figures"]["bits_per_weight"], plan["predicted"], "chosen", True))
     title = "Bits against predicted loss"
-    svg = plots.front(curve, marks, ("bits per weight as stored", f"predicted by {plan['score']}"), small, title)
+    unit = f"predicted by {plan['score']}" + (", nats" if plan["score"] == "kl" else "")
+    svg = plots.front(curve, marks, ("bits per weight as stored", unit), small, title)
     caption = f"The least that the scores {plan['score']} of {len(plan['units'])} units predict within each size, and uniform bits beside it."
     if plan["measured"]:
-        found = "; ".join(f"{name} {small(value)}" for name, value in plan["measured"].items())
-        caption += f" Divergence measured with plain rounding, nats: {found}."
+        found = "; ".join(f"{name}: {small(value)}" for name, value in plan["measured"].items())
+        caption += f" Divergence measured on calibration data, nats: {found}."
     if plan["other_model"]:
         caption += " The scores were measured on another model."
     return _plot(title, svg, caption, [("loud", "chosen"), ("c2", "the same bits everywhere")])
 
 
 def _size_plot(result: dict[str, Any]) -> dict[str, Any] | None:
-    """Bytes by what happened to them. What is kept is copied byte for byte, so the rest of the artifact is the quantised part."""
+    """Bytes before and after, by what happened to the tensors they are of."""
     size = result.get("size") or {}
     before, after = size.get("before_bytes"), size.get("after_bytes")
     if not before or not after:
         return None
-    kept: dict[tuple[str, str], float] = {}
-    away = {"dropped": 0, "added": 0}
+    parts: dict[tuple[str, str], list[int]] = {}
     for item in result.get("ledger") or []:
-        action = item["action"]
-        if action in away:
-            away[action] += tensor_bytes(item) if item.get("shape") is not None else 0
-        elif action != "quantized":
-            part = PARTS.get(item["why"], KEPT_IN_BLOCKS) if action == "kept" else REWRITTEN
-            kept[part] = kept.get(part, 0) + tensor_bytes(item)
-    same = sum(kept.values())
-    if same + away["added"] > after:
-        kept, same, away = {}, 0, dict.fromkeys(away, 0)
-    quantised = ("quantised linears" if kept else "all weights", "c0")
-    ends = (("before", before, ("dropped", "away")), ("after", after, ("added", "c4")))
-    rows = [
-        (name, [(*part, value) for part, value in [(quantised, total - same - away[one[0]]), *kept.items(), (one, away[one[0]])] if value > 0])
-        for name, total, one in ends
-    ]
-    legend = list(dict.fromkeys((shade, part) for _, parts in rows for part, shade, _ in parts))
+        if item.get("shape") is not None:
+            sizes = parts.setdefault(_part(item), [0, 0])
+            sizes[0] += 0 if item["action"] == "added" else tensor_bytes(item)
+            sizes[1] += item["stored_bytes"]
+    if not parts:
+        parts = {("all tensors", "c0"): [before, after]}
+    ordered = sorted(parts.items(), key=lambda each: ORDER.index(each[0][1]))
+    rows = [(name, [(*part, sizes[side]) for part, sizes in ordered if sizes[side]]) for side, name in enumerate(("before", "after"))]
+    legend = [(shade, f"{part}: {_change(*sizes)}") for (part, shade), sizes in ordered]
     return _plot("Size before and after", plots.stacked(rows, size_text, "Size before and after"), "Bytes of all tensors.", legend)
+
+
+def _part(item: dict[str, Any]) -> tuple[str, str]:
+    """Name and colour of what a tensor of the ledger belongs to."""
+    match item["action"]:
+        case "kept":
+            return PARTS.get(item["why"].partition(";")[0], KEPT_IN_BLOCKS)
+        case "removed" | "dropped" as action:
+            return GONE[action]
+        case "added":
+            return ADDED
+    return QUANTISED if "quantized" in item["action"] else REWRITTEN
+
+
+def _change(before: int, after: int) -> str:
+    if before == after:
+        return size_text(before)
+    return f"{size_text(before) if before else 0} {ARROW} {size_text(after) if after else 0}"
 
 
 def _bits_plot(
@@ -176,6 +199,8 @@ def _bits_plot(
     for where, record in records:
         cell = (f"b{record['bits']}", treatment(record))
         cells.setdefault(_row_name(where), {}).setdefault(where.block, set()).add(cell)
+    if not records and not halves:
+        return None
     quantised = {record["name"] for _, record in records}
     for where, record in halves:
         if f"{record['name']}.0" not in quantised:
@@ -184,8 +209,6 @@ def _bits_plot(
         if item["action"] == "kept" and item["why"] == "no pass takes this linear" and (match := re.search(r"\.(\d+)\.", item["name"])):
             where = place(item["name"].removesuffix(".weight"), int(match[1]))
             cells.setdefault(_row_name(where), {}).setdefault(where.block, set()).add(("kept", f"{item['dtype'].lower()}, kept"))
-    if not cells:
-        return None
     numbers = [block for row in cells.values() for block in row]
     rows = [(name, _runs(row)) for name, row in sorted(cells.items(), key=lambda item: item[0].startswith(EXPERTS))]
     title = "Bits per layer"

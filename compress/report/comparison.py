@@ -35,10 +35,11 @@ def page(result: dict[str, Any]) -> str:
         "comparison.html.j2",
         title=f"{result['model']} - {len(runs)} runs compared",
         result=result,
-        runs=[_run(run, result) for run in runs],
+        runs=[_run(run, result) | {"shade": plots.shade_of(number)} for number, run in enumerate(runs)],
+        names=[(plots.shade_of(number), run["name"]) for number, run in enumerate(runs)],
         retrieval=any(run["retrieval_drop"] is not None for run in runs),
         fronts=_fronts(result),
-        errors=_errors(result["errors"]),
+        errors=_errors(result),
         recipes=[[row["key"], *row["values"]] for row in result["recipes"]],
         gates=_gates(runs),
         engines=_engines(runs),
@@ -118,11 +119,12 @@ def _fronts(result: dict[str, Any]) -> list[dict[str, Any]]:
     return drawn
 
 
-def _errors(errors: dict[str, dict[str, dict[int, float]]]) -> list[dict[str, Any]]:
-    """A plot for what was measured, a line for each run."""
+def _errors(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """A plot for what was measured, a line for each run, in the colour that the run has everywhere."""
     drawn = []
-    for what, runs in errors.items():
-        series = [plots.Series(short(name), blocks, blocks, blocks) for name, blocks in runs.items()]
+    numbers_of = {run["name"]: number for number, run in enumerate(result["runs"])}
+    for what, runs in result["errors"].items():
+        series = [plots.Series(short(name), blocks, blocks, blocks, numbers_of[name]) for name, blocks in runs.items()]
         numbers = [block for blocks in runs.values() for block in blocks]
         domain = plots.round_domain(value for blocks in runs.values() for value in blocks.values())
         title = f"Relative error of {what.partition(',')[0]}"

@@ -22,7 +22,8 @@ def rows(ledger: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "count": len(items),
             "shape": f" {TIMES} ".join(f"{side:,}" for side in key[1]) or "scalar" if items[0].get("shape") is not None else "",
             "dtype": key[2] or "",
-            "bytes": size_text(sum(tensor_bytes(item) for item in items)) if items[0].get("shape") is not None else "",
+            "before": size_text(sum(map(tensor_bytes, items))) if items[0].get("shape") is not None and key[3] != "added" else "",
+            "after": size_text(after) if (after := sum(item.get("stored_bytes", 0) for item in items)) else "",
             "action": key[3],
             "why": key[4],
         }
@@ -31,7 +32,7 @@ def rows(ledger: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def allocated(plan: dict[str, Any]) -> dict[str, Any]:
-    """A row per unit: weights, bits, and what each option was predicted to cost."""
+    """A row per unit: weights, bits, and what each option was predicted to add to what was measured."""
     rows = [
         (unit["name"], count_text(unit["weights"]), unit["bits"], [small(unit["scores"][bits]) for bits in sorted(unit["scores"], key=int)])
         for unit in plan.get("units") or []

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from compress.report.text import percent_text
+
 
 def modalities(result: dict[str, Any]) -> list[dict[str, str]]:
     """A row per block: sensitivities and what a vision token counted, of attention and of the MLP, and the share of what it gives that was lost."""
@@ -19,8 +21,8 @@ def modalities(result: dict[str, Any]) -> list[dict[str, str]]:
         {
             "block": block,
             **{key: ", ".join(found.get(block, {}).get(key, [])) for key in ("sensitivity", "counted")},
-            "vision": f"{lost[block]['vision']:.2%}" if block in lost else "",
-            "text": f"{lost[block]['text']:.2%}" if block in lost else "",
+            "vision": percent_text(lost[block]["vision"]) if block in lost else "",
+            "text": percent_text(lost[block]["text"]) if block in lost else "",
         }
         for block in dict.fromkeys((*found, *lost))
     ]
@@ -39,4 +41,4 @@ def remark(result: dict[str, Any]) -> str | None:
             "Calibrated on text alone: no pass saw what vision tokens are like in the language model, so what it kept for them is chance. "
             "Give images with questions as calibration data, such as a folder with data.jsonl."
         )
-    return f"{seen:,} of the {tokens:,} calibration tokens, {seen / tokens:.0%}, stand for images."
+    return f"{seen:,} of the {tokens:,} calibration tokens, {percent_text(seen / tokens)}, stand for images."

@@ -23,11 +23,14 @@ def cut(result: dict[str, Any]) -> list[dict[str, str]]:
             "pass": f"{step}: {method}",
             "kind": kind.replace("_", " "),
             "places": f"{len(members):,}",
-            "before": spread(sorted({record["before"] for record in members}), str),
-            "after": spread(sorted({record["after"] for record in members}), str),
+            **({"before": "whole", "after": "gone"} if kind.startswith("block ") else _ends(members)),
         }
         for (step, method, kind), members in rows.items()
     ]
+
+
+def _ends(members: list[dict[str, Any]]) -> dict[str, str]:
+    return {side: spread(sorted({record[side] for record in members}), str) for side in ("before", "after")}
 
 
 def transforms(records: list[dict[str, Any]]) -> list[dict[str, str]]:
@@ -37,8 +40,7 @@ def transforms(records: list[dict[str, Any]]) -> list[dict[str, str]]:
         rows.setdefault((record["pass"], record.get("kind") or ""), []).append(record)
     return [
         {
-            "pass": step,
-            "kind": kind,
+            "what": f"{step}: {kind}" if kind else step,
             "count": f"{len(members):,}",
             **{
                 power: spread([record[power] for record in members if record.get(power) is not None], lambda value: f"{value:g}")
@@ -100,10 +102,10 @@ def detaching(record: dict[str, Any], result: dict[str, Any]) -> str:
     """What residuals there are and what they are good for, in a few sentences."""
     loss, residuals = record["loss"], sum(linear.get("residuals", 0) for linear in result.get("linears") or [])
     told = f"{residuals:,} weights have a residual beside their code" if residuals else "No weight was given a residual"
-    told += f". Loss on the calibration data: {loss['before']:.4f} before quantising, {loss['quantised']:.4f} after"
+    told += f". Loss on the calibration data, nats: {loss['before']:.4f} before quantising, {loss['quantised']:.4f} after"
     told += f", {loss['with residuals']:.4f} with residuals." if residuals else f"; residuals would have made it {loss['with residuals']:.4f}."
     if record["completeness"] is not None:
-        told += f" What the change of each weight does to the loss adds up to {percent_text(record['completeness'])} of what all of them did."
+        told += f" What is reckoned for each weight adds up to {percent_text(record['completeness'])} of what the loss rose by in fact."
     return told
 
 

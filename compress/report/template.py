@@ -14,6 +14,7 @@ def _environment() -> Environment:
     loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["rows"] = lambda records, *keys: [[record[key] for key in keys] for record in records]
+    environment.filters["filled"] = lambda headings, rows: [index for index in range(len(headings)) if any(row[index] for row in rows)]
     return environment
 
 

@@ -69,7 +69,14 @@ def digits4(value: float) -> str:
 
 
 def small(value: float) -> str:
-    return f"{value:.3g}"
+    """Three significant digits, with an exponent only for what is far too long without."""
+    text = f"{value:,.0f}" if 999.5 <= abs(value) < 1e7 else f"{value:.3g}"
+    return text.replace("-", MINUS, 1) if value < 0 else text
+
+
+def decimals(value: float) -> str:
+    """Four decimals, for figures that are set off against each other."""
+    return f"{MINUS if value < 0 else ''}{abs(value):.4f}"
 
 
 def points(value: float) -> str:

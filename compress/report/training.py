@@ -6,7 +6,7 @@ import math
 from statistics import median
 from typing import Any
 
-from compress.report.text import MINUS, TIMES, small
+from compress.report.text import TIMES, decimals, small
 
 
 def outcomes(result: dict[str, Any]) -> list[dict[str, str]]:
@@ -24,9 +24,10 @@ def _searched(transforms: list[dict[str, Any]]) -> list[dict[str, str]]:
     if found is None:
         return []
     seen, held = found["fitness"], found["held_out"]
-    note = f"{found['evaluated']:,} choices, the higher the better; best one-shot {seen['one_shot']:.4f}"
+    note = f"higher is better; {found['evaluated']:,} choices tried, the best by a one-shot score gave {decimals(seen['one_shot'])}"
+    what = f"eep: {found['method']}" + (", nats per token" if found["method"] == "likelihood" else "")
     return [
-        _row(f"eep: {found['method']}", on, (f"{each['before']:.4f}", f"{each['after']:.4f}"), _signed(each["after"] - each["before"]), said)
+        _row(what, on, (decimals(each["before"]), decimals(each["after"])), _signed(each["after"] - each["before"]), said)
         for on, each, said in (("what it searched with", seen, note), ("what it did not see", held, ""))
     ]
 
@@ -69,4 +70,4 @@ def block_losses(linears: list[dict[str, Any]]) -> dict[int, tuple[float, float]
 
 
 def _signed(value: float) -> str:
-    return f"{MINUS if value < 0 else '+'}{abs(value):.4f}"
+    return f"{'' if value < 0 else '+'}{decimals(value)}"

@@ -19,10 +19,28 @@ def summary(result: dict[str, Any]) -> str:
         rest = f" {len(removed):,} linear{'s' if len(removed) > 1 else ''} pruned to {' and '.join(sorted(set(removed)))}.{rest}"
     if of_low_rank := factored(result):
         rest = f" {len(of_low_rank):,} linear{'s' if len(of_low_rank) > 1 else ''} made two of low rank by {of_low_rank[0]['pass']}.{rest}"
+    rest = "".join(f" {sentence}" for sentence in taken_out(result)) + rest
     if not records:
         return f"No linear was quantised.{rest}"
     ways = sorted({f"{treatment(record)} by {record['pass']}" for record in records})
     return f"{len(records):,} linear{'s' if len(records) > 1 else ''} quantised: {'; '.join(ways[:4])}{' and more' if len(ways) > 4 else ''}.{rest}"
+
+
+def taken_out(result: dict[str, Any]) -> list[str]:
+    """How much of what was taken out, a sentence per pass and kind."""
+    found: dict[tuple[str, str], list[int]] = {}
+    for record in result.get("transforms") or []:
+        if "after" in record:
+            # Of blocks, which go as a whole, it is not known here how many there were.
+            kind = "block" if record["kind"].startswith("block ") else record["kind"].replace("_", " ")
+            counts = found.setdefault((record["pass"], kind), [0, 0])
+            counts[0] += record["before"] - record["after"]
+            counts[1] += record["before"] if kind != "block" else 0
+    return [
+        f"{gone:,}{f' of {there:,}' if there else ''} {kind}{'s' if max(gone, there) > 1 else ''} taken out by {step}."
+        for (step, kind), (gone, there) in found.items()
+        if gone
+    ]
 
 
 def sentence(accepted: bool | None, gates: list[dict[str, Any]]) -> str:
