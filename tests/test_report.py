@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Iterator
+from copy import deepcopy
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -516,3 +518,60 @@ def test_tables_have_heads_and_pictures_have_words() -> None:
     assert ("html", "lang", "en") in page.attributes and re.search("<title>demo:dense - compress report</title>", html)
     anchors = [value[1:] for tag, name, value in page.attributes if name == "href"]
     assert set(anchors) <= {value for _, name, value in page.attributes if name == "id"}
+
+
+def leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Where the floats of `value` are."""
+    for key, each in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield from [(*path, key)] if isinstance(each, float) else leaves(each, (*path, key))
+
+
+def test_a_model_that_is_broken_beyond_measuring_has_a_page() -> None:
+    loss = {"before": 3.7, "quantised": 3.9, "with residuals": 3.8}
+    detach = {"name": "detach", "block": 0, "pass": "detach", "score": "pqi", "points": 2, "completeness": 0.998, "loss": loss, "fallback": None}
+    cache = [{"name": "c", "block": block, "pass": "kv_quant", "granularity": "head", "key_error": 0.01, "value_error": 0.02} for block in (0, 1)]
+    search = {"fitness": {"before": -3.9, "after": -4.1, "one_shot": -4.2}, "held_out": {"before": -3.7, "after": -3.8}, "evaluated": 18}
+    eep = {
+        "name": "model.layers.0.experts",
+        "block": 0,
+        "pass": "eep",
+        "kind": "expert",
+        "method": "likelihood",
+        "before": 4,
+        "after": 2,
+        "kept": [0, 1],
+    }
+    heal = {"name": "m", "block": 0, "pass": "heal", "steps": 3, "tokens": 9, "loss": [3.9, 3.8], "copies": [3.8, 3.9], "averaged": 1}
+    seeing = {
+        "name": "model.layers.0.mlp.down",
+        "block": 0,
+        "pass": "mbq",
+        "kind": "down",
+        "sensitivity": {"vision": 0.1, "text": 0.2, "counted": 0.5},
+    }
+    transforms = [*dense()["transforms"], detach, *cache, eep | search, heal, seeing, low_rank("mlp.up_proj", 0, 32, 0.04)]
+    result = dense(transforms=transforms, model="m")
+    result["linears"][0]["block_loss"] = [2.0, 1.0]
+    result["evaluation"] |= {"without_residuals": {"perplexity": 54.2, "kl": 0.2}, "modalities": [{"block": "m", "vision": 0.1, "text": 0.2}]}
+    for side in ("baseline", "compressed"):
+        result["evaluation"][side]["tasks"] = {"arc": {"acc": 0.5}}
+    unit = {"name": "model.layers.0.o", "weights": 64, "bits": 4, "scores": {"2": 0.3, "4": 0.1}}
+    uniform = [{"bits": 4, "bits_per_weight": 4.25, "predicted": 0.11}]
+    plan = {"score": "round 1", "predicted": 0.1, "figures": {"bits_per_weight": 4.25}, "uniform": uniform, "measured": {"kl": 0.2}}
+    result["allocation"] = plan | {"curve": [[2.25, 0.5], [4.25, 0.1]], "units": [unit], "other_model": False}
+    text = read(result).text
+    assert "Bits against predicted loss" in text and "predicted by kl, round 1, nats" in text and "eep: likelihood, nats per token" in text
+    sizes = ("seconds", "bits_per_weight", "min", "max", "damp")
+    once = {tuple("*" if isinstance(key, int) else key for key in path): path for path in leaves(result) if path[0] != "recipe"}
+    for path in [*once.values(), ("allocation", "curve", 0, 1)]:
+        if path[-1] not in sizes:
+            broken = deepcopy(result)
+            inside = broken
+            for key in path[:-1]:
+                inside = inside[key]
+            inside[path[-1]] = math.inf
+            assert "None" not in read(report.finite(broken)).text, path
+    lost = dense(gates=[{"name": "kl", "value": math.nan, "bound": {"max": 0.01}, "interval": [math.nan] * 2, "passed": False, "certain": True}])
+    lost["evaluation"]["compressed"]["perplexity"] = math.inf
+    text = " ".join(read(report.finite(lost)).text.split())
+    assert "52.99 \u2192 not finite" in text and "KL divergence \u2717 failed not finite at most 0.01 nats" in text

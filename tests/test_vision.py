@@ -195,6 +195,7 @@ def test_every_kind_is_balanced(kind: str, grid: dict[str, Any], checkpoint: Cal
 def test_the_demonstration_model_is_balanced_from_the_recipe(tmp_path: Path) -> None:
     images = {"calibration": {"data": "demo:images", "samples": 16, "length": 128}, "evaluate": {"data": "demo:images-heldout", "windows": 8}}
     report = run([{"mbq": {"bits": 3, "group_size": 128}}], "demo:vlm", tmp_path / "out", **images)
+    assert {record["pass"] for record in report["linears"]} == {"mbq"}
     assert report["ledger"] and report["evaluation"]["protocol"]["accuracy"] == "share of questions answered exactly"
     assert digests(tmp_path / "out") == digests(demo.path("vlm"))
 

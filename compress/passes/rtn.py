@@ -74,7 +74,7 @@ class Pass(Quantize):
         model.write_quantized_outside(workspace.outside_file, rounded)
 
     def round_group(self, block: Block, linears: tuple[Linear, ...], peak: float | None, importance: Tensor | None, by: str = "rtn") -> None:
-        """Round ``linears``, which share an input with largest magnitude ``peak`` and errors that count ``importance`` [in]; ``by`` is who is told to have."""
+        """Round ``linears`` that share an input, of magnitude up to ``peak``; errors count ``importance`` [in]; ``by`` is the pass in records."""
         weighted = importance if self.scales == "imatrix" else None
         if weighted is not None and linears and not weighted.any():
             raise InputError.one(linears[0].name, "saw no calibration token, so nothing weighs its errors", "give more data, or set scales: mse")

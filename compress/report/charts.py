@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from compress import plots
 from compress.report.records import Place, caches, factored, measured, place, tensor_bytes, treatment
-from compress.report.text import ARROW, percent_text, share_text, size_text, small
+from compress.report.text import ARROW, percent_text, score_text, share_text, size_text, small
 from compress.report.training import block_losses
 
 PARTS = {
@@ -22,6 +22,8 @@ PARTS = {
 """Name and colour of what stays as it was, by the ledger's reason."""
 
 EXPERTS = "experts "
+
+SIDES = ("keys", "values")
 
 KEPT_IN_BLOCKS = ("kept: norms, biases and routers", "c2")
 
@@ -72,9 +74,10 @@ def retrieval(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
             shares = [plots.Share(f"{cell['depth']:g}", f"{cell['length']:,}", cell["correct"], cell["cases"]) for cell in cells]
             label = f"{title}: right answers to {found['task']} by length and depth"
             right, cases = (sum(cell[name] for cell in cells) for name in ("correct", "cases"))
-            drawn.append(
-                _plot(title, plots.heat_map(shares, ("tokens", "depth"), label), f"{right:,} of {cases:,} right, {percent_text(right / cases)}.")
-            )
+            caption = f"{right:,} of {cases:,} right, {percent_text(right / cases)}."
+            if side == "baseline" and not right:
+                caption += " The source finds nothing, so nothing can be lost here."
+            drawn.append(_plot(title, plots.heat_map(shares, ("tokens", "depth"), label), caption))
     return drawn
 
 
@@ -83,9 +86,12 @@ def _cache_plot(records: list[dict[str, Any]]) -> dict[str, Any] | None:
     if not records:
         return None
     blocks = [record["block"] for record in records]
-    series = [
-        _series(side, {record["block"]: [record[f"{side[:-1]}_error"]] for record in records}, index) for index, side in enumerate(("keys", "values"))
-    ]
+    found = {
+        side: {record["block"]: [record[f"{side[:-1]}_error"]] for record in records if record[f"{side[:-1]}_error"] is not None} for side in SIDES
+    }
+    series = [_series(side, found[side], index) for index, side in enumerate(SIDES) if found[side]]
+    if not series:
+        return None
     domain = plots.round_domain(value for each in series for value in each.lows.values())
     title = "Relative error of cached keys and values"
     label = "relative squared error" + (", log scale" if domain[2] else "")
@@ -134,17 +140,18 @@ def _series(kind: str, values: dict[int, list[float]], shade: int) -> plots.Seri
 
 def _allocation_plot(plan: dict[str, Any]) -> dict[str, Any] | None:
     """The least loss predicted at each size, with what was chosen and what uniform bits would have been."""
-    curve = [(size, loss) for size, loss in plan.get("curve") or [] if loss > 0]
-    if len(curve) < 2:
+    curve = [(size, loss) for size, loss in plan.get("curve") or [] if (loss or 0) > 0]
+    if len(curve) < 2 or plan["predicted"] is None:
         return None
     marks = [
-        plots.Mark(each["bits_per_weight"], each["predicted"], f"{each['bits']} bits", False) for each in plan["uniform"] if each["predicted"] > 0
+        plots.Mark(each["bits_per_weight"], each["predicted"], f"{each['bits']} bits", False)
+        for each in plan["uniform"]
+        if (each["predicted"] or 0) > 0
     ]
     marks.append(plots.Mark(plan["figures"]["bits_per_weight"], plan["predicted"], "chosen", True))
     title = "Bits against predicted loss"
-    unit = f"predicted by {plan['score']}" + (", nats" if plan["score"] == "kl" else "")
-    svg = plots.front(curve, marks, ("bits per weight as stored", unit), small, title)
-    caption = f"The least that the scores {plan['score']} of {len(plan['units'])} units predict within each size, and uniform bits beside it."
+    svg = plots.front(curve, marks, ("bits per weight as stored", f"predicted by {score_text(plan['score'])}"), small, title)
+    caption = f"The least that {score_text(plan['score'])}, predicts of {len(plan['units'])} units within each size, and uniform bits beside it."
     if plan["measured"]:
         found = "; ".join(f"{name}: {small(value)}" for name, value in plan["measured"].items())
         caption += f" Divergence measured on calibration data, nats: {found}."

@@ -14,6 +14,7 @@ from compress.report.text import (
     bound_text,
     count_text,
     figure_text,
+    gated_text,
     interval_text,
     percent_text,
     share_text,
@@ -144,7 +145,7 @@ def _gates(runs: list[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any] | 
             [
                 {
                     "passed": gates[name]["passed"],
-                    "value": figure_text(name, gates[name].get("value")),
+                    "value": gated_text(name, gates[name].get("value")),
                     "bound": bound_text(name, gates[name].get("bound") or {}),
                     "noise": gates[name].get("value") is not None and not gates[name].get("certain", True),
                 }

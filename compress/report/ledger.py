@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from compress.report.records import tensor_bytes, with_ranges
-from compress.report.text import TIMES, count_text, percent_text, size_text, small
+from compress.report.text import TIMES, count_text, percent_text, score_text, size_text, small
 
 
 def rows(ledger: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -37,7 +37,7 @@ def allocated(plan: dict[str, Any]) -> dict[str, Any]:
         (unit["name"], count_text(unit["weights"]), unit["bits"], [small(unit["scores"][bits]) for bits in sorted(unit["scores"], key=int)])
         for unit in plan.get("units") or []
     ]
-    return {"score": plan.get("score"), "options": sorted(plan["units"][0]["scores"], key=int) if rows else [], "rows": rows}
+    return {"score": score_text(plan["score"]) if rows else "", "options": sorted(plan["units"][0]["scores"], key=int) if rows else [], "rows": rows}
 
 
 def worst(linears: list[dict[str, Any]]) -> list[tuple[str, str]]:

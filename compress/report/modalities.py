@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from compress.report.text import percent_text
+from compress.report.text import percent_text, small
 
 
 def modalities(result: dict[str, Any]) -> list[dict[str, str]]:
@@ -14,8 +14,8 @@ def modalities(result: dict[str, Any]) -> list[dict[str, str]]:
         if each := record.get("sensitivity"):
             block, _, writer = record["name"].rpartition(".")[0].rpartition(".")
             row = found.setdefault(block, {"sensitivity": [], "counted": []})
-            row["sensitivity"].append(f"{writer}: {each['vision']:.2g} and {each['text']:.2g}")
-            row["counted"].append(f"{writer}: {each['counted']:.2g}")
+            row["sensitivity"].append(f"{writer}: {small(each['vision'])} and {small(each['text'])}")
+            row["counted"].append(f"{writer}: {small(each['counted'])}")
     lost = {each["block"]: each for each in (result.get("evaluation") or {}).get("modalities") or []}
     return [
         {

@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from compress.report.records import with_ranges
-from compress.report.text import ARROW, percent_text, share_text, size_text, spread, time_text
+from compress.report.text import ARROW, decimals, percent_text, share_text, size_text, spread, time_text
 
 LISTED, AT_ONCE = 200, 8
 """Fallbacks that the page lists one by one, and those of them that are seen without a click; `report.json` has all."""
@@ -102,8 +102,9 @@ def detaching(record: dict[str, Any], result: dict[str, Any]) -> str:
     """What residuals there are and what they are good for, in a few sentences."""
     loss, residuals = record["loss"], sum(linear.get("residuals", 0) for linear in result.get("linears") or [])
     told = f"{residuals:,} weights have a residual beside their code" if residuals else "No weight was given a residual"
-    told += f". Loss on the calibration data, nats: {loss['before']:.4f} before quantising, {loss['quantised']:.4f} after"
-    told += f", {loss['with residuals']:.4f} with residuals." if residuals else f"; residuals would have made it {loss['with residuals']:.4f}."
+    with_them = decimals(loss["with residuals"])
+    told += f". Loss on the calibration data, nats: {decimals(loss['before'])} before quantising, {decimals(loss['quantised'])} after"
+    told += f", {with_them} with residuals." if residuals else f"; residuals would have made it {with_them}."
     if record["completeness"] is not None:
         told += f" What is reckoned for each weight adds up to {percent_text(record['completeness'])} of what the loss rose by in fact."
     return told

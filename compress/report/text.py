@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from statistics import median
 from typing import Any
 
 DASH, TIMES, SPACE, MINUS, ARROW = "\u2013", "\u00d7", "\u00a0", "\u2212", "\u2192"
+
+NOT_FINITE = "not finite"
+"""What stands for NaN and infinities, which a report holds as null."""
 
 FEW = 8
 """So many values of one kind are named one by one."""
@@ -42,8 +45,10 @@ def time_text(seconds: float) -> str:
     return f"{minutes // 60}{SPACE}h {minutes % 60}{SPACE}min"
 
 
-def percent_text(share: float) -> str:
+def percent_text(share: float | None) -> str:
     """A share in percent, as many digits as it takes to see it: also what is close to none or to all."""
+    if share is None:
+        return NOT_FINITE
     far = min(abs(share), abs(1 - share)) * 100
     digits = 1 if far >= 1 or far == 0 else min(1 - math.floor(math.log10(far)), 6)
     return f"{share * 100:.{digits}f}{SPACE}%"
@@ -64,19 +69,30 @@ def digits(value: float) -> str:
     return f"{value:.0f}" if abs(value) >= 99.95 else f"{value:.1f}" if abs(value) >= 9.995 else f"{value:.2f}"
 
 
-def digits4(value: float) -> str:
+def digits4(value: float | None) -> str:
+    if value is None:
+        return NOT_FINITE
     return f"{value:.4g}" if value < 1e4 else f"{value:,.0f}"
 
 
-def small(value: float) -> str:
+def small(value: float | None) -> str:
     """Three significant digits, with an exponent only for what is far too long without."""
+    if value is None:
+        return NOT_FINITE
     text = f"{value:,.0f}" if 999.5 <= abs(value) < 1e7 else f"{value:.3g}"
     return text.replace("-", MINUS, 1) if value < 0 else text
 
 
-def decimals(value: float) -> str:
+def decimals(value: float | None) -> str:
     """Four decimals, for figures that are set off against each other."""
+    if value is None:
+        return NOT_FINITE
     return f"{MINUS if value < 0 else ''}{abs(value):.4f}"
+
+
+def score_text(name: str) -> str:
+    """Scores of an allocation, with their unit: those that are called after a round are divergences too, measured again."""
+    return f"kl, {name}, nats" if name.startswith("round ") else "kl, nats" if name == "kl" else name
 
 
 def points(value: float) -> str:
@@ -101,6 +117,11 @@ def figure_text(name: str, value: float | None) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
+def gated_text(name: str, value: float | None) -> str:
+    """The figure of a gate: all but bits per weight, which need weights that are quantised, are measured if there is a gate."""
+    return NOT_FINITE if value is None and name != "bits_per_weight" else figure_text(name, value)
+
+
 def bound_text(name: str, bound: dict[str, float | None]) -> str:
     """What a gate lets through."""
     limits = [("at least", bound.get("min")), ("at most", bound.get("max"))]
@@ -117,15 +138,16 @@ def interval_text(name: str, interval: Iterable[float | None] | None) -> str | N
     return f"{figure_text(name, ends[0]).partition(SPACE)[0]} to {figure_text(name, ends[1])}"
 
 
-def spread(values: list[float], text: Callable[[float], str], *, middle_only: bool = False) -> str:
-    """A few values in order, or the ends and the middle of many."""
-    if not values:
-        return ""
+def spread(values: Sequence[float | None], text: Callable[[float], str], *, middle_only: bool = False) -> str:
+    """A few values in order, or the ends and the middle of many; what is not finite is left out."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return NOT_FINITE if values else ""
     if middle_only:
-        return text(median(values))
-    if len(values) <= FEW:
-        return ", ".join(map(text, values))
-    return f"{text(min(values))} to {text(max(values))}, median {text(median(values))}"
+        return text(median(known))
+    if len(known) <= FEW:
+        return ", ".join(map(text, known))
+    return f"{text(min(known))} to {text(max(known))}, median {text(median(known))}"
 
 
 def plain(mapping: dict[str, Any] | None) -> list[tuple[str, str]]:

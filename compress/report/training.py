@@ -27,7 +27,7 @@ def _searched(transforms: list[dict[str, Any]]) -> list[dict[str, str]]:
     note = f"higher is better; {found['evaluated']:,} choices tried, the best by a one-shot score gave {decimals(seen['one_shot'])}"
     what = f"eep: {found['method']}" + (", nats per token" if found["method"] == "likelihood" else "")
     return [
-        _row(what, on, (decimals(each["before"]), decimals(each["after"])), _signed(each["after"] - each["before"]), said)
+        _row(what, on, (decimals(each["before"]), decimals(each["after"])), _signed(each["before"], each["after"]), said)
         for on, each, said in (("what it searched with", seen, note), ("what it did not see", held, ""))
     ]
 
@@ -40,13 +40,15 @@ def _healed(transforms: list[dict[str, Any]]) -> list[dict[str, str]]:
         first, best = record["loss"]
         note = f"{record['steps']:,} steps, {record['tokens']:,} tokens"
         if len(copies := record.get("copies") or ()) > 1:
-            note += f"; {len(copies)} copies ended at {', '.join(f'{loss:.4f}' for loss in copies)}, {record['averaged']} averaged"
+            note += f"; {len(copies)} copies ended at {', '.join(map(decimals, copies))}, {record['averaged']} averaged"
         if record.get("branch"):
             note += f"; branches of one weight per {record['branch']} inputs, {record['branch_after']} afterwards"
-        change = f"{_signed(best - first)}, perplexity {TIMES}{math.exp(best - first):.4f}"
-        if best >= first:
+        change = _signed(first, best)
+        if change and best < first:
+            change += f", perplexity {TIMES}{math.exp(best - first):.4f}"
+        elif change:
             change, note = "none", f"{note}; nothing better was found, so the weights stayed as they were"
-        rows.append(_row("heal: loss, nats", "text it did not learn from", (f"{first:.4f}", f"{best:.4f}"), change, note))
+        rows.append(_row("heal: loss, nats", "text it did not learn from", (decimals(first), decimals(best)), change, note))
     return rows
 
 
@@ -69,5 +71,7 @@ def block_losses(linears: list[dict[str, Any]]) -> dict[int, tuple[float, float]
     return {block: (sum(first for first, _ in ends) / len(ends), sum(last for _, last in ends) / len(ends)) for block, ends in sorted(found.items())}
 
 
-def _signed(value: float) -> str:
-    return f"{'' if value < 0 else '+'}{decimals(value)}"
+def _signed(before: float | None, after: float | None) -> str:
+    if before is None or after is None:
+        return ""
+    return f"{'' if after < before else '+'}{decimals(after - before)}"

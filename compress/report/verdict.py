@@ -6,7 +6,19 @@ from typing import Any
 
 from compress import plots
 from compress.report.records import caches, caching, factored, treatment
-from compress.report.text import GATE_NAMES, SPACE, bound_text, count_text, digits4, figure_text, interval_text, percent_text, size_text, time_text
+from compress.report.text import (
+    GATE_NAMES,
+    SPACE,
+    bound_text,
+    count_text,
+    digits4,
+    figure_text,
+    gated_text,
+    interval_text,
+    percent_text,
+    size_text,
+    time_text,
+)
 
 
 def summary(result: dict[str, Any]) -> str:
@@ -113,7 +125,7 @@ def gate(gate: dict[str, Any]) -> dict[str, Any]:
         drawing = plots.against_bound(value, ends, (least, most), gate["passed"], f"{figure_text(name, value)}, {bound_text(name, bound)}")
     return {
         "name": GATE_NAMES.get(name, name),
-        "value": figure_text(name, value),
+        "value": gated_text(name, value),
         "bound": bound_text(name, bound),
         "interval": interval_text(name, interval),
         "passed": gate["passed"],
@@ -126,7 +138,7 @@ def tasks(evaluation: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     """Every lm-eval figure before and after."""
     before, after = ((evaluation.get(side) or {}).get("tasks") or {} for side in ("baseline", "compressed"))
     return [
-        (task, metric, f"{value:.4g}", f"{after[task][metric]:.4g}")
+        (task, metric, digits4(value), digits4(after[task][metric]))
         for task, metrics in before.items()
         for metric, value in metrics.items()
         if metric in after.get(task, {})
