@@ -6,6 +6,7 @@ from typing import Any
 
 from compress.report import page
 from compress.report.experts import experts
+from compress.report.template import AT_ONCE
 from compress.report.training import block_losses, outcomes
 
 PRUNED: dict[str, Any] = {
@@ -28,9 +29,9 @@ def test_a_starved_expert_is_named_beside_those_that_stay() -> None:
 def test_a_search_is_told_beside_the_best_one_shot() -> None:
     assert experts([SEARCHED])[0]["how"] == "mixtures of all, router with a map, 1 to a token"
     seen, held = outcomes({"transforms": [SEARCHED, SEARCHED]})
-    assert "1,210 choices" in seen["note"] and "best one-shot -0.4500" in seen["note"]
-    assert (seen["before"], seen["after"], seen["change"]) == ("-0.5000", "-0.4000", "+0.1000")
-    assert (held["on"], held["before"], held["after"]) == ("what it did not see", "-0.5200", "-0.4300")
+    assert "1,210 choices" in seen["note"] and "best by a one-shot score gave \u22120.4500" in seen["note"]
+    assert (seen["before"], seen["after"], seen["change"]) == ("\u22120.5000", "\u22120.4000", "+0.1000")
+    assert (held["on"], held["before"], held["after"]) == ("what it did not see", "\u22120.5200", "\u22120.4300")
 
 
 def test_healing_is_told_once_with_its_losses() -> None:
@@ -65,5 +66,15 @@ def test_learned_rounding_is_told_by_block() -> None:
 def test_the_page_has_all_of_it() -> None:
     html = page({"transforms": [PRUNED, HEALED | {"name": "model.layers.0"}, SEARCHED]})
     assert '<h2 id="experts">Experts</h2>' in html and "0 (expert 1), 24, 1,200 (expert 2)" in html
-    assert "best one-shot -0.4500" in html and "perplexity &#215;0.8607" in html
+    assert "best by a one-shot score gave &#8722;0.4500" in html and "perplexity &#215;0.8607" in html
     assert "<h2>Experts</h2>" not in page({})
+
+
+def test_columns_that_say_nothing_are_left_out_and_many_rows_are_folded() -> None:
+    blocks = [SEARCHED | {"name": f"model.layers.{block}.experts"} for block in range(AT_ONCE + 3)]
+    html = page({"transforms": blocks})
+    assert "Calibration tokens: least" not in html and "Experts that stay" in html
+    assert "<summary>3 more</summary>" in html and html.index("<summary>3 more") < html.index(f"model.layers.{AT_ONCE}<")
+    assert html.index(f"model.layers.{AT_ONCE - 1}<") < html.index("<summary>3 more")
+    assert "more</summary>" not in page({"transforms": blocks[:AT_ONCE]})
+    assert "Calibration tokens: least" in page({"transforms": [PRUNED]})

@@ -5,6 +5,8 @@ from __future__ import annotations
 from statistics import median
 from typing import Any
 
+from compress.report.records import ranges
+
 
 def experts(transforms: list[dict[str, Any]]) -> list[dict[str, str]]:
     """A row per block and pass: which experts stay, and how many calibration tokens those that were there had."""
@@ -13,7 +15,7 @@ def experts(transforms: list[dict[str, Any]]) -> list[dict[str, str]]:
             "block": record["name"].removesuffix(".experts"),
             "by": f"{record['pass']}: {record['method']}",
             "kept": f"{record['after']} of {record['before']}",
-            "which": numbers(record["kept"]),
+            "which": ranges(record["kept"], ", "),
             "tokens": _tokens(record.get("tokens")),
             "how": _how(record),
         }
@@ -22,24 +24,19 @@ def experts(transforms: list[dict[str, Any]]) -> list[dict[str, str]]:
     ]
 
 
-def numbers(each: list[int]) -> str:
-    """Ascending numbers as people write them."""
-    return ", ".join(map(str, each))
-
-
 def _tokens(tokens: list[int] | None) -> str:
     if not tokens:
         return ""
     least, most = min(tokens), max(tokens)
     told = f"{least:,} (expert {tokens.index(least)}), {median(tokens):,.0f}, {most:,} (expert {tokens.index(most)})"
     unseen = [expert for expert, count in enumerate(tokens) if not count]
-    return f"{told}; none: {numbers(unseen)}" if len(unseen) > 1 else told
+    return f"{told}; none: {ranges(unseen, ', ')}" if len(unseen) > 1 else told
 
 
 def _how(record: dict[str, Any]) -> str:
     said = []
     if record.get("super_experts"):
-        said.append(f"protected {numbers(record['super_experts'])}")
+        said.append(f"protected {ranges(sorted(record['super_experts']), ', ')}")
     if into := record.get("merged_into"):
         said.append(f"{sum(expert != each for expert, each in enumerate(into))} merged into others")
     if record.get("mixed"):

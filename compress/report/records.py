@@ -74,17 +74,16 @@ def tensor_bytes(item: dict[str, Any]) -> int:
 def with_ranges(pattern: str, names: list[str]) -> str:
     """`pattern` with every # replaced by the numbers that stand there in `names`."""
     columns = zip(*(map(int, re.findall(r"\d+", name)) for name in names), strict=True)
-    texts = iter([_ranges(sorted(set(column))) for column in columns])
+    texts = iter([f"{{{ranges(each)}}}" if len(each := sorted(set(column))) > 1 else str(each[0]) for column in columns])
     return re.sub("#", lambda _: next(texts), pattern)
 
 
-def _ranges(numbers: list[int]) -> str:
-    """Numbers in ascending order, neighbours as ranges; in braces if there are several."""
+def ranges(numbers: list[int], between: str = ",") -> str:
+    """Numbers in ascending order, neighbours as ranges."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][1] + 1:
             runs[-1][1] = number
         else:
             runs.append([number, number])
-    text = ",".join(str(low) if low == high else f"{low}{DASH}{high}" for low, high in runs)
-    return text if len(numbers) == 1 else f"{{{text}}}"
+    return between.join(str(low) if low == high else f"{low}{DASH}{high}" for low, high in runs)

@@ -8,11 +8,15 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+AT_ONCE = 16
+"""Rows of a table that are seen without a click."""
+
 
 @cache
 def _environment() -> Environment:
     loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.globals["at_once"] = AT_ONCE
     environment.filters["rows"] = lambda records, *keys: [[record[key] for key in keys] for record in records]
     environment.filters["filled"] = lambda headings, rows: [index for index in range(len(headings)) if any(row[index] for row in rows)]
     return environment

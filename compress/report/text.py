@@ -72,7 +72,7 @@ def digits(value: float) -> str:
 def digits4(value: float | None) -> str:
     if value is None:
         return NOT_FINITE
-    return f"{value:.4g}" if value < 1e4 else f"{value:,.0f}"
+    return f"{value:#.4g}".removesuffix(".") if abs(value) < 1e4 else f"{value:,.0f}"
 
 
 def small(value: float | None) -> str:

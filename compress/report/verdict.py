@@ -93,8 +93,8 @@ def _lost(evaluation: dict[str, Any]) -> list[dict[str, str | None]]:
         return f"95{SPACE}%: {text}" if text else None
 
     if "perplexity" in base and "perplexity" in compressed:
-        ratio = figure_text("perplexity_ratio", figures.get("perplexity_ratio"))
-        notes = [ratio, note("perplexity_ratio")]
+        ratio = figures.get("perplexity_ratio")
+        notes = [figure_text("perplexity_ratio", ratio) if ratio is not None else None, note("perplexity_ratio")]
         found.append(_tile("Perplexity", digits4(base["perplexity"]), digits4(compressed["perplexity"]), "; ".join(filter(None, notes))))
     for key in [key for key in evaluation if key.startswith("without_")]:
         what, without = key.removeprefix("without_").replace("_", " "), evaluation[key]
