@@ -8,6 +8,7 @@ from compress import plots
 from compress.report.records import caches, caching, factored, treatment
 from compress.report.text import (
     GATE_NAMES,
+    NOT_FINITE,
     SPACE,
     bound_text,
     count_text,
@@ -136,9 +137,13 @@ def gate(gate: dict[str, Any]) -> dict[str, Any]:
 
 def tasks(evaluation: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     """Every lm-eval figure before and after."""
+
+    def score(value: float | None) -> str:
+        return NOT_FINITE if value is None else f"{value:.4g}"
+
     before, after = ((evaluation.get(side) or {}).get("tasks") or {} for side in ("baseline", "compressed"))
     return [
-        (task, metric, digits4(value), digits4(after[task][metric]))
+        (task, metric, score(value), score(after[task][metric]))
         for task, metrics in before.items()
         for metric, value in metrics.items()
         if metric in after.get(task, {})
