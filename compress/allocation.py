@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
@@ -280,10 +280,10 @@ class Allocation(Plain):
         raise AssertionError("no budget is given")
 
 
-def write(allocation: Allocation, path: Path) -> None:
-    """Write a plan, its figures first."""
+def write(allocation: Allocation, path: Path, by: Callable[[Path, str], None] = write_text) -> None:
+    """Write a plan, its figures first, `by` what writes a text to a file."""
     head = {"figures": allocation.figures(allocation.chosen, allocation.budget.bandwidth)}
-    write_text(path, json.dumps(head | allocation.model_dump(mode="json", exclude_none=True), indent=2) + "\n")
+    by(path, json.dumps(head | allocation.model_dump(mode="json", exclude_none=True), indent=2) + "\n")
 
 
 def budget(plain: dict[str, Any], place: str) -> Budget:

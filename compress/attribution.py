@@ -12,10 +12,11 @@ from torch import Tensor
 
 from compress.backsweep import backsweep
 from compress.block import Block
-from compress.checkpoint import entry, read_header, read_tensor, write_safetensors
+from compress.checkpoint import entry, read_header, read_tensor
 from compress.data import Samples
 from compress.model import Model
 from compress.numerics.quadrature import between, contributions
+from compress.state import write_state
 
 Ends = Callable[[Block], dict[str, tuple[Tensor, Tensor]]]
 """The weights [out, in] float32 of a block before and after, by linear."""
@@ -57,7 +58,7 @@ class Attribution:
             for name, gradient in gradients.items():
                 gradient += read_tensor(kept[name]).to(gradient.device)
         entries = [entry(name, gradient) for name, gradient in gradients.items()]
-        write_safetensors(self._path(index), entries, {"done": str(number + 1)})
+        write_state(self._path(index), entries, {"done": str(number + 1)})
 
     def _done(self, index: int) -> int:
         """How many places have been added to what is kept of a block."""

@@ -137,7 +137,7 @@ def _scored(samples: Samples) -> int:
 
 def _boundary(folder: Path, index: int) -> Path:
     """Where what block `index` is given is kept."""
-    return folder / f"given-{index:05d}.safetensors"
+    return folder / f"given-{index:05d}.scratch"
 
 
 def _forward(block: Block, weights: dict[str, Tensor], hidden: list[Tensor], kwargs: list[list[dict[str, Any]]]) -> None:

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from compress.backsweep import backsweep, none
-from compress.checkpoint import write_text
 from compress.data import Samples
 from compress.errors import InputError
 from compress.layout import BlockLayout
 from compress.model import Model
+from compress.state import write_state_text
 
 KEPT = "balance.json"
 
@@ -73,7 +73,7 @@ def measure(model: Model, samples: Samples, folder: Path, advance: Callable[[], 
     path = folder / KEPT
     if not path.exists():
         found = sensitivities(model, samples, folder, advance)
-        write_text(path, json.dumps({name: asdict(each) for name, each in found.items()}))
+        write_state_text(path, json.dumps({name: asdict(each) for name, each in found.items()}))
     found = {name: Sensitivity(**each) for name, each in json.loads(path.read_text()).items()}
     return Balance(found, lambda name: name.rpartition(".")[2])
 

@@ -23,7 +23,6 @@ from compress.checkpoint import (
     entry,
     read_entry,
     read_tensor,
-    write_safetensors,
 )
 from compress.expert_forward import Change, Experts3D, Recorder
 from compress.formats import base as formats
@@ -40,6 +39,7 @@ from compress.numerics.pattern import Pattern
 from compress.numerics.sparsity import violations
 from compress.routing import MappedRouter
 from compress.slots import Slot
+from compress.state import write_state
 
 if TYPE_CHECKING:
     from compress.model import Model
@@ -479,7 +479,7 @@ class Block:
             tensors |= sparse_residual.pack(linear, residual)
         for linear, branch in self._branches.items():
             tensors |= branches.pack(linear, branch)
-        write_safetensors(path, [entry(name, tensor) for name, tensor in tensors.items()], {"records": json.dumps(self.records)})
+        write_state(path, [entry(name, tensor) for name, tensor in tensors.items()], {"records": json.dumps(self.records)})
 
 
 def stored_as(weight: Quantized, inputs: Activations | None) -> dict[str, Any]:

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from compress.calibrate import Progress, look
-from compress.checkpoint import entry, read_header, read_tensor, write_safetensors
+from compress.checkpoint import entry, read_header, read_tensor
 from compress.data import Samples
 from compress.formats.branch import WEIGHT, Branch
 from compress.layout import Group
 from compress.model import Model
 from compress.numerics.branch import count, least_squares, run_sums
+from compress.state import write_state
 
 
 @torch.no_grad()
@@ -43,5 +44,5 @@ def starts(model: Model, samples: Samples, run: int, path: Path, progress: Progr
                     found[f"{name}.{WEIGHT}"] = branch
                     if group.expert is None:
                         probe.block.add_branch(name, Branch(branch, run))
-        write_safetensors(path, [entry(name, branch) for name, branch in found.items()], {})
+        write_state(path, [entry(name, branch) for name, branch in found.items()], {})
     return {name: read_tensor(info).to(model.device) for name, info in read_header(path)[0].items()}

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from compress.block import Block
-from compress.checkpoint import entry, read_header, read_tensor, write_safetensors
+from compress.checkpoint import entry, read_header, read_tensor
 from compress.data import Samples
 from compress.drift import Drift, Moved
 from compress.expert_forward import Reached
@@ -26,6 +26,7 @@ from compress.layout import EXPERTS_IN, EXPERTS_OUT, Group, Stage
 from compress.model import Model
 from compress.probe import Probe
 from compress.replay import Replay
+from compress.state import write_state
 
 TILE = 512
 TOKENS_AT_ONCE = 512
@@ -359,7 +360,7 @@ def _begin(model: Model, samples: Samples, workspace: Workspace, streams: int) -
 def _keep(workspace: Workspace, block: int, streams: list[list[Tensor]]) -> None:
     """Put on disk what `block` is given; a run killed from here on starts there."""
     entries = [entry(f"{stream}.{index}", each) for stream, hidden in enumerate(streams) for index, each in enumerate(hidden)]
-    write_safetensors(workspace.activations, entries, {"block": str(block)})
+    write_state(workspace.activations, entries, {"block": str(block)})
 
 
 def _turns(groups: tuple[Group, ...]) -> Iterator[tuple[Group, ...]]:

@@ -176,8 +176,8 @@ class Checkpoint:
             config = unwrapped(plain)
             if config is not plain:
                 self.wrapped_as = plain["model_type"]
-            if isinstance(config, dict):
-                return config
+            if isinstance(config, dict):  # a null is how some say that nothing is quantised
+                return {key: value for key, value in config.items() if key != "quantization_config" or value is not None}
             place = "config.json" if config is plain else "config.json: original"
             problems.add(place, f"must hold a mapping, got {type(config).__name__}", "fetch it again")
         except OSError:
@@ -379,8 +379,11 @@ def read_entry(item: Entry) -> torch.Tensor:
     return cast
 
 
-def write_safetensors(path: Path, entries: Iterable[Entry], metadata: Mapping[str, str]) -> None:
-    """Write one safetensors file, streaming stored tensors through a small buffer; durable and atomic at `path`."""
+def write_safetensors(
+    path: Path, entries: Iterable[Entry], metadata: Mapping[str, str], before: Callable[[Path], None] = lambda partial: None
+) -> None:
+    """Write one safetensors file, streaming stored tensors through a small buffer; durable and atomic at `path`. Just before it gets that name
+    `before` is given the finished file under another."""
     entries = list(entries)
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     offset = 0
@@ -397,6 +400,7 @@ def write_safetensors(path: Path, entries: Iterable[Entry], metadata: Mapping[st
                 file.write(chunk)
         file.flush()
         os.fsync(file.fileno())
+    before(partial)
     partial.replace(path)
     sync_folder(path.parent)
 
@@ -453,13 +457,14 @@ def deliver(staging: Path, place: Path) -> None:
     shutil.rmtree(previous, ignore_errors=True)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a small file durably and atomically."""
+def write_text(path: Path, text: str, before: Callable[[Path], None] = lambda partial: None) -> None:
+    """Write a small file durably and atomically; `before` is as for `write_safetensors`."""
     partial = path.with_name(path.name + ".partial")
     with partial.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
+    before(partial)
     partial.replace(path)
 
 

@@ -18,6 +18,7 @@ from compress.errors import Exit, InputError, Interrupted
 
 if TYPE_CHECKING:
     from compress.layout import Layout
+    from compress.pipeline import Places
     from compress.recipe import Recipe
     from compress.scheme import Scheme
 
@@ -62,14 +63,18 @@ def run(
 ) -> None:
     """Compress MODEL as RECIPE says, measure what was lost and judge it."""
     with _errors(as_json):
-        chosen, path, _, _, _ = _planned(recipe, model)
-        target = out or Path(f"{model.rstrip('/').replace(':', '-').rpartition('/')[2]}-{path.stem}")
-        from compress import pipeline, view
+        from compress import pipeline
+
+        path = _find(recipe)
+        target = out or Path(f"{_called(model)}-{path.stem}")
+        places = pipeline.Places(target, work or target.with_name(target.name + ".work"), overwrite)
+        chosen, path, _, _, _ = _planned(path, model, places=places)
+        from compress import view
 
         options = {"--out": out, "--work": work, "--overwrite": overwrite, "--json": as_json}
         words = [word for name, value in options.items() if value for word in ((name,) if value is True else (name, str(value)))]
         command = shlex.join(["compress", "run", str(recipe), model, *words])
-        request = pipeline.Request(chosen, path.name, model, target, work or target.with_name(target.name + ".work"), overwrite, command)
+        request = pipeline.Request(chosen, path.name, model, places.out, places.work, overwrite, command)
         with _interruptible(), view.watch(as_json) as progress:
             result = pipeline.run(request, progress)
         if as_json:
@@ -481,21 +486,32 @@ def _find(path: Path) -> Path:
     return path
 
 
-def _planned(path: Path, model: str, engines: Sequence[str] = ()) -> tuple[Recipe, Path, Layout, dict[str, tuple[str, Scheme]], dict[str, str]]:
-    """Recipe and model, opened and checked against each other and for `engines`, whose verdicts come last; every mistake is reported at once."""
+def _called(model: str) -> str:
+    """What a model is called in the name of what is made of it: the last part of a path or hub id."""
+    if Path(model).name in ("", "..") and not model.startswith("demo:"):
+        model = os.path.abspath(model)
+    return model.rstrip("/").replace(":", "-").rpartition("/")[2]
+
+
+def _planned(
+    path: Path, model: str, engines: Sequence[str] = (), places: Places | None = None
+) -> tuple[Recipe, Path, Layout, dict[str, tuple[str, Scheme]], dict[str, str]]:
+    """Recipe and model, opened and checked against each other, for `places` and for `engines`, whose verdicts come last; every mistake is reported
+    at once."""
     from compress import judging, recipe
     from compress.engines.base import find_all
     from compress.errors import Problems
-    from compress.pipeline import open_layout
+    from compress.pipeline import check_places, open_layout
 
     problems = Problems()
     named = find_all(engines, problems)
     told: dict[str, str] = {}
     path = _find(path)
     chosen = layout = None
-    plain = recipe.read(path)
+    plain: object = None
     schemes: dict[str, tuple[str, Scheme]] = {}
     try:
+        plain = recipe.read(path)
         chosen = recipe.validate(plain, path.name)
     except InputError as error:
         problems.absorb(error)
@@ -510,6 +526,8 @@ def _planned(path: Path, model: str, engines: Sequence[str] = ()) -> tuple[Recip
             told = judging.judge(named, sound, layout, schemes, problems)
         except InputError as error:
             problems.absorb(error)
+    if places:
+        check_places(places, chosen, layout, schemes, problems)
     problems.raise_if_any()
     assert chosen and layout
     return chosen, path, layout, schemes, told

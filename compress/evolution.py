@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from compress.state import line, lines
+
 PRUNING, MERGING = "prune", "merge"
 FRONT, FROM_FRONT = 6, 0.6
 """Of the parents so many of the best are taken rather than the rest, so often."""
@@ -214,18 +216,10 @@ def _matrix(rows: list[list[float]] | None) -> Matrix | None:
 
 
 def _line(found: Found) -> str:
-    return json.dumps({"phase": found.phase, "fitness": found.fitness, "genes": plain(found.individual)}) + "\n"
+    return line(json.dumps({"phase": found.phase, "fitness": found.fitness, "genes": plain(found.individual)}))
 
 
 def _read(journal: Path) -> list[Found]:
-    """What a search that was cut short has found; a line that was not finished is taken off."""
-    if not journal.exists():
-        return []
-    whole = journal.read_text(encoding="utf-8").rpartition("\n")[0]
-    found = []
-    for line in whole.splitlines():
-        said = json.loads(line)
-        found.append(Found(parsed(said["genes"]), said["fitness"], said["phase"]))
-    with journal.open("r+", encoding="utf-8") as file:
-        file.truncate(len((whole + "\n").encode()) if whole else 0)
-    return found
+    """What a search that was cut short has found."""
+    told = map(json.loads, lines(journal))
+    return [Found(parsed(said["genes"]), said["fitness"], said["phase"]) for said in told]

@@ -17,13 +17,14 @@ from compress.backsweep import summed_loss
 from compress.block import Block
 from compress.branching import starts
 from compress.calibrate import Progress
-from compress.checkpoint import entry, read_header, read_tensor, write_safetensors, write_text
+from compress.checkpoint import entry, read_header, read_tensor
 from compress.data import Samples, divided
 from compress.errors import InputError
 from compress.formats.branch import WEIGHT
 from compress.model import Model
 from compress.numerics.branch import expanded
 from compress.numerics.sparsity import keep
+from compress.state import write_state, write_state_text
 from compress.whole import Distillation, Training, Whole, draw, opened, rate, scored
 
 BEST = "best.safetensors"
@@ -79,7 +80,7 @@ def heal(model: Model, source: Model, samples: Samples, options: Options, folder
         }
         model.release()
         source.release()
-        write_text(done, json.dumps(outcome))
+        write_state_text(done, json.dumps(outcome))
     found: dict[str, Any] = json.loads(done.read_text())
     return found
 
@@ -94,7 +95,7 @@ def _soup(student: Whole, held: Samples, copies: list[tuple[dict[str, Any], Path
         mixed = {name: (weight * count + other[name]) / (count + 1) for name, weight in weights.items()}
         if (loss := judge(student, held, mixed, run)) < outcome["loss"][1]:
             weights, count, outcome = mixed, count + 1, outcome | {"loss": [outcome["loss"][0], loss]}
-    write_safetensors(best, [entry(name, weight) for name, weight in weights.items()], {})
+    write_state(best, [entry(name, weight) for name, weight in weights.items()], {})
     return outcome | {"copies": [copy["loss"][1] for copy, _ in copies], "averaged": count}
 
 
@@ -270,7 +271,7 @@ class _Healing:
 
     def _keep(self, first: float, best: float, weights: Mapping[str, Tensor]) -> None:
         """Write ``weights``, which are the best, with the losses before anything was done and with them."""
-        write_safetensors(self._best_file, [entry(name, weight) for name, weight in weights.items()], {"first": repr(first), "best": repr(best)})
+        write_state(self._best_file, [entry(name, weight) for name, weight in weights.items()], {"first": repr(first), "best": repr(best)})
 
     def _kept_losses(self) -> tuple[float, float]:
         metadata = read_header(self._best_file)[1]

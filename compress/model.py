@@ -29,7 +29,6 @@ from compress.checkpoint import (
     read_header,
     read_tensor,
     transformers_config,
-    write_safetensors,
 )
 from compress.errors import InputError, Problems
 from compress.expert_forward import experts_forward
@@ -48,6 +47,7 @@ from compress.numerics.pattern import Pattern
 from compress.routing import MappedRouter
 from compress.scheme import Scheme
 from compress.slots import Slot, find_slots
+from compress.state import write_state
 
 EXPERTS_FUNCTION = "compress"
 
@@ -68,8 +68,7 @@ class Model:
     """
 
     def __init__(self, layout: Layout, schemes: Mapping[str, Scheme] = MappingProxyType({})) -> None:
-        if layout.packed:
-            declared.check(layout)
+        declared.check(layout)
         self.layout = layout
         self.schemes = schemes
         self.checkpoint: Checkpoint = layout.checkpoint
@@ -538,7 +537,7 @@ class Model:
     def write_outside(self, path: Path, tensors: dict[str, Tensor], settings: dict[str, Any], records: list[dict[str, Any]]) -> None:
         """Write, durably, tensors outside the blocks as a pass makes them, in the dtype they are to have, and what it changes of the config."""
         metadata = {"records": json.dumps(records), "settings": json.dumps(settings)}
-        write_safetensors(path, [entry(name, tensor) for name, tensor in tensors.items()], metadata)
+        write_state(path, [entry(name, tensor) for name, tensor in tensors.items()], metadata)
 
     def write_quantized_outside(self, path: Path, rounded: Iterable[tuple[Quantized, str, Activations | None, dict[str, Any]]]) -> None:
         """Write, durably, linears outside the blocks as a pass quantised them: codes, layout, how inputs are rounded, and a record with the name."""

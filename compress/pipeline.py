@@ -11,19 +11,20 @@ import platform
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import yaml
 
 from compress import __version__, allocation, exporting
 from compress.allocation import Allocation
 from compress.checkpoint import Checkpoint, copy_file, deliver, sha256, write_text
-from compress.errors import InputError, Problem
+from compress.errors import InputError, Problem, Problems
 from compress.formats.base import BESIDE_PARTS, PARTS
 from compress.layout import Layout
 from compress.passes.base import Allocator, Pass, Prunes, Quantize, Restructure, Rewrite
@@ -31,10 +32,14 @@ from compress.recipe import Recipe, cache_scheme, check, expected, export_module
 from compress.scheme import Scheme, output_bytes
 from compress.source import locate_model
 
+if TYPE_CHECKING:
+    from compress.evaluate.kept import Kept
+
 WORK_NAME = re.compile("run-[0-9a-f]{16}")
 """Folders of unfinished runs; anything else in a work folder is somebody else's."""
 FULL_REOPEN_BYTES = 2 << 30
-OURS = ("README.md", "recipe.yaml", allocation.FILE, "manifest.json", "report.json", "report.html")
+CARD = "README.md"
+OURS = (CARD, "recipe.yaml", allocation.FILE, "manifest.json", "report.json", "report.html")
 """Files every artifact has; those of the source that are called the same get `.source` before their ending."""
 NOT_IN_MANIFEST = ("manifest.json", "report.json", "report.html")
 """The report holds seconds and memory, which no two runs share; everything else is the same bytes every time."""
@@ -59,6 +64,15 @@ class Progress(Protocol):
 
 
 @dataclass(frozen=True)
+class Places:
+    """Where a run writes: the artifact, which may take the place of another with ``overwrite``, and what is not finished."""
+
+    out: Path
+    work: Path
+    overwrite: bool
+
+
+@dataclass(frozen=True)
 class Request:
     """One `compress run`."""
 
@@ -70,6 +84,10 @@ class Request:
     overwrite: bool
     command: str | None = None
     """What was typed, for the report."""
+
+    @property
+    def places(self) -> Places:
+        return Places(self.out, self.work, self.overwrite)
 
 
 def open_layout(model: str) -> Layout:
@@ -88,27 +106,69 @@ def run(request: Request, progress: Progress) -> dict[str, Any]:
     began = time.monotonic()
     tune_allocator()
     layout = open_layout(request.model)
-    plan = check(request.recipe, layout, request.place)
-    _check_target(request, layout)
-    _check_disk(request, expected(request.recipe, layout), {name: scheme for name, (_, scheme) in plan.items()})
+    problems = Problems()
+    plan: dict[str, tuple[str, Scheme]] = {}
+    try:
+        plan = check(request.recipe, layout, request.place)
+    except InputError as error:
+        problems.absorb(error)
+    check_places(request.places, request.recipe, layout, plan, problems)
+    problems.raise_if_any()
     with _no_space_is_an_input_error(request), _alone(request.work):
-        if request.work.stat().st_dev != request.out.absolute().parent.stat().st_dev:
-            what = f"is on another disk than {request.out}, to which the finished artifact moves in one step"
-            raise InputError.one(str(request.work), what, "choose a --work on the disk of --out")
+        _make(request.out.absolute().parent, "--out")
         return _Run(request, layout, plan, progress, began).go()
 
 
-def _check_target(request: Request, layout: Layout) -> None:
-    if request.out.resolve() == layout.checkpoint.folder.resolve():
-        raise InputError.one(str(request.out), "is the model itself", "choose another --out")
-    if request.out.exists() and not request.overwrite:
-        raise InputError.one(str(request.out), "exists already", "choose another --out or pass --overwrite")
-    if request.out.exists() and not (request.out / "manifest.json").is_file() and not (request.out.is_dir() and not any(request.out.iterdir())):
-        raise InputError.one(str(request.out), "exists and is no artifact of ours, so it is not overwritten", "choose another --out")
-    for place in exporting.folders(request.out, request.recipe.export[1:]).values():
-        if place.exists() and not (request.overwrite and (place / exporting.FILE).is_file()):
-            raise InputError.one(str(place), "exists already", "choose another --out, or move it away")
-    _make(request.out.absolute().parent, "--out")
+def check_places(places: Places, recipe: Recipe | None, layout: Layout | None, plan: dict[str, tuple[str, Scheme]], problems: Problems) -> None:
+    """Report all that speaks against writing there. What a recipe or a model that cannot be used would have told is left out; a `plan` that is
+    not empty, which is what `check` gives, says that both can."""
+    out, work = places.out.resolve(), places.work.resolve()
+    if layout:
+        model = layout.checkpoint.folder.resolve()
+        for option, given, place in (("--out", places.out, out), ("--work", places.work, work)):
+            if place == model:
+                problems.add(str(given), "is the model itself", f"choose another {option}")
+            elif place.is_relative_to(model):
+                problems.add(str(given), "lies in the model's folder, of which all files are carried along", f"choose another {option}")
+            elif model.is_relative_to(place):
+                problems.add(str(given), "holds the model", f"choose another {option}")
+    if out.is_relative_to(work) or work.is_relative_to(out):
+        what = "are the same folder" if out == work else "lie one in the other, of which the first replaces what is there as a whole"
+        problems.add(f"{places.out} and {places.work}", f"--out and --work {what}", "choose another --work")
+    _check_target(places, recipe.export[1:] if recipe else (), problems)
+    there = {option: _existing(place, option, problems) for option, place in (("--out", places.out.absolute().parent), ("--work", places.work))}
+    if None in there.values():
+        return
+    devices = {found.stat().st_dev: option for option, found in there.items() if found}
+    if len(devices) > 1:
+        what = f"is on another disk than {places.out}, to which the finished artifact moves in one step"
+        problems.add(str(places.work), what, "choose a --work on the disk of --out")
+    if recipe and layout and plan:
+        _check_disk(places, recipe, layout, plan, {option: found for option, found in there.items() if found}, problems)
+
+
+def _check_target(places: Places, copies: Sequence[str], problems: Problems) -> None:
+    out = places.out
+    if os.path.lexists(out) and not places.overwrite:
+        problems.add(str(out), "exists already", "choose another --out or pass --overwrite")
+    elif os.path.lexists(out) and not (out / "manifest.json").is_file() and not (out.is_dir() and not any(out.iterdir())):
+        problems.add(str(out), "exists and is no artifact of ours, so it is not overwritten", "choose another --out")
+    for place in exporting.folders(out, copies).values():
+        if place.exists() and not (places.overwrite and (place / exporting.FILE).is_file()):
+            problems.add(str(place), "exists already", "choose another --out, or move it away")
+
+
+def _existing(folder: Path, option: str, problems: Problems) -> Path | None:
+    """A folder that is to be written into, or the nearest one above it that is there; None, and a problem, if it cannot be made."""
+    there = next(each for each in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(each))
+    if not there.is_dir():
+        problems.add(str(folder), f"cannot be made: {there} is no folder", f"choose another {option}")
+    elif not os.access(there, os.W_OK | os.X_OK):
+        what = "is not writable" if there == folder.absolute() else f"cannot be made: {there} is not writable"
+        problems.add(str(folder), what, f"choose another {option}")
+    else:
+        return there
+    return None
 
 
 def _make(folder: Path, option: str) -> None:
@@ -117,28 +177,29 @@ def _make(folder: Path, option: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError.one(str(folder), f"cannot be made ({error.strerror})", f"choose another {option}") from error
-    if not os.access(folder, os.W_OK):
-        raise InputError.one(str(folder), "is not writable", f"choose another {option}")
 
 
-def _check_disk(request: Request, layouts: list[Layout], plan: dict[str, Scheme]) -> None:
-    """`layouts` are those of `expected`."""
-    from compress.planning import added_bytes, gradient_bytes, rewritten_bytes
+def _check_disk(
+    places: Places, recipe: Recipe, layout: Layout, plan: dict[str, tuple[str, Scheme]], there: dict[str, Path], problems: Problems
+) -> None:
+    """Report what has too little space of the folders ``there``, by option."""
+    from compress.planning import added_bytes, evaluation_bytes, gradient_bytes, rewritten_bytes
 
-    # Blocks of each pass, then the artifact beside them; activations between two blocks are small change beside the margin.
-    steps = zip(request.recipe.instances(), layouts[1:], strict=True)
+    layouts = expected(recipe, layout)
+    # Blocks of each pass, then the artifact beside them; activations between two blocks are small change beside the margin. Copies come when
+    # blocks are gone.
+    steps = zip(recipe.instances(), layouts[1:], strict=True)
     rewritten = sum(rewritten_bytes(layout) for (_, step), layout in steps if isinstance(step, Rewrite | Prunes | Restructure))
-    needed = (
-        int(2.1 * (output_bytes(layouts[-1], plan) + added_bytes(request.recipe, layouts[-1])))
-        + rewritten
-        + gradient_bytes(request.recipe, layouts[0])
-        + (64 << 20)
-    )
-    free = shutil.disk_usage(request.out.absolute().parent).free
-    if free < needed:
-        raise InputError.one(
-            str(request.out), f"the disk has {free / 1e9:.2f} GB free, the run needs {needed / 1e9:.2f} GB", "free some space or choose another --out"
-        )
+    made = output_bytes(layouts[-1], {name: scheme for name, (_, scheme) in plan.items()}) + added_bytes(recipe, layouts[-1])
+    working = int(2.1 * made) + rewritten + gradient_bytes(recipe, layouts[0]) + evaluation_bytes(recipe, layouts[0])
+    needed = max(working, int(1.1 * made) * len(recipe.export)) + (64 << 20)
+    told = set()
+    for option, given in (("--out", places.out), ("--work", places.work)):
+        free = shutil.disk_usage(there[option]).free
+        if free < needed and there[option].stat().st_dev not in told:
+            told.add(there[option].stat().st_dev)
+            what = f"the disk has {free / 1e9:.2f} GB free, the run needs {needed / 1e9:.2f} GB"
+            problems.add(str(given), what, f"free some space or choose another {option}")
 
 
 @contextmanager
@@ -197,6 +258,8 @@ class _Run:
         self.rewritten: dict[str, dict[str, str]] = {}
         """By tensor that passes changed, or added, without quantising it: which did, and what they call it."""
         self.allocation: Allocation | None = None
+        self.redone: list[dict[str, Any]] = []
+        """Passes and measurements that an interrupted run had made, but of which files are not what it wrote."""
 
     def go(self) -> dict[str, Any]:
         from compress import report
@@ -210,6 +273,7 @@ class _Run:
             self._prompts()
         given = [self._drawn(step.own_samples) if isinstance(step, Rewrite) and step.own_samples else samples for _, step in self.steps]
         work = self._work_folder(sources, [drawn.digest for drawn in given if drawn])
+        self._discard_damaged(work)
         for index, ((name, step), drawn) in enumerate(zip(self.steps, given, strict=True)):
             self._pass(index, name, step, sources, drawn, work)
         self._settle()
@@ -218,13 +282,14 @@ class _Run:
         staging.mkdir()
         self._export(staging)
         verification = self._reopen(staging)
-        evaluation = self._evaluate(staging)
+        hashes = _hashes(staging)
+        evaluation = self._evaluate(staging, sources, hashes)
         ledger = self._ledger(Checkpoint(staging))
         size = self._size(staging)
         fallbacks = [record for record in (*self.records, *self.transforms) if record.get("fallback")]
         gates = judge(self.recipe, evaluation, size, len(fallbacks))
         accepted = all(gate["passed"] for gate in gates)
-        self._manifest(staging, sources, samples, accepted)
+        self._manifest(staging, sources, samples, accepted, hashes)
         result = {
             "schema": report.SCHEMA,
             "accepted": accepted,
@@ -241,6 +306,7 @@ class _Run:
             if samples
             else None,
             "passes": self.passes,
+            "redone": self.redone,
             "size": size,
             "engines": verdicts(self.recipe, self.layout, self.schemes),
             "verification": verification,
@@ -300,6 +366,22 @@ class _Run:
             if stale != folder and WORK_NAME.fullmatch(stale.name):
                 shutil.rmtree(stale)
         return folder
+
+    def _discard_damaged(self, work: Path) -> None:
+        """Throw away the first pass whose files are not as they were written, and all behind it, which went by them."""
+        from compress.state import damaged
+
+        folders = [work / f"pass-{index}-{name}" for index, (name, _) in enumerate(self.steps)]
+        for index, folder in enumerate(folders):
+            if folder.is_dir() and (found := damaged(folder)):
+                self._redo(folder.name, found[0] + (f", and {len(found) - 1} more" if len(found) > 1 else ""))
+                for each in folders[index:]:
+                    shutil.rmtree(each, ignore_errors=True)
+                return
+
+    def _redo(self, what: str, why: str) -> None:
+        self.redone.append({"what": what, "why": why})
+        self.progress.note(f"{what} is made again: {why}")
 
     def _pass(self, index: int, name: str, step: Pass, sources: dict[str, str], samples: Any, work: Path) -> None:
         from compress.calibrate import Workspace
@@ -420,19 +502,24 @@ class _Run:
             result |= {f"{what}_left_out": True for what in self.model.left_out}
         return result
 
-    def _evaluate(self, staging: Path) -> dict[str, Any] | None:
+    def _evaluate(self, staging: Path, sources: dict[str, str], hashes: dict[str, str]) -> dict[str, Any] | None:
         from compress.evaluate import measure
+        from compress.evaluate.kept import ARTIFACT, IN_ENGINES, SOURCE, Kept
 
         if self.recipe.evaluate is None:
             return None
         self.progress.step("evaluate", 2 * len(self.layout.blocks))
         self.model.release()
-        result = measure.against_source(self.source, staging, self.recipe.evaluate, self.tokenizer, self.progress)
+        before = sources | {str(path): sha256(self.source.checkpoint.folder / path) for path in self.source.checkpoint.extra_files}
+        after = {name: digest for name, digest in hashes.items() if name not in OURS}  # a recipe tells of figures too
+        models = {SOURCE: before, ARTIFACT: after, IN_ENGINES: after}
+        kept = Kept(staging.with_name("evaluation"), models, lambda name: self._redo(f"evaluation/{name}", "it is not what was written"))
+        result = measure.against_source(self.source, staging, self.recipe.evaluate, self.tokenizer, self.progress, kept)
         if self.recipe.evaluate.retrieval is not None:
-            self._retrieve(staging, result)
+            self._retrieve(staging, result, kept)
         if left_out := " and ".join(self.model.left_out):
             self.progress.step(f"evaluate without {left_out}", 2 * len(self.layout.blocks))
-            bare = measure.against_source(self.source, staging, self.recipe.evaluate, self.tokenizer, self.progress, in_engines=True)
+            bare = measure.against_source(self.source, staging, self.recipe.evaluate, self.tokenizer, self.progress, kept, in_engines=True)
             result[f"without_{left_out.replace(' ', '_')}"] = bare["compressed"]
         return result
 
@@ -450,17 +537,23 @@ class _Run:
         except InputError as error:
             raise InputError(Problem(f"evaluate.retrieval: {each.place}", each.what, each.remedy) for each in error.problems) from error
 
-    def _retrieve(self, staging: Path, result: dict[str, Any]) -> None:
+    def _retrieve(self, staging: Path, result: dict[str, Any], kept: Kept) -> None:
         """Measure retrieval before and after, packed as `compress.load` runs it, and add it to `result`."""
         from compress import runtime
         from compress.evaluate import retrieval
+        from compress.evaluate.kept import ARTIFACT, SOURCE
 
         asked = self._prompts()
         assert asked is not None
         wanted, made = asked
+
+        def measure(folder: Path) -> dict[str, Any]:
+            return retrieval.measure(runtime.load(folder), self.tokenizer.plain, wanted, made, self.progress)
+
+        protocol = asdict(wanted) | {"tokens_sha256": retrieval.digest(made)}
         before, after = (
-            retrieval.measure(runtime.load(folder), self.tokenizer.plain, wanted, made, self.progress)
-            for folder in (self.source.checkpoint.folder, staging)
+            kept.figures("retrieval", (name,), protocol, partial(measure, folder))
+            for name, folder in ((SOURCE, self.source.checkpoint.folder), (ARTIFACT, staging))
         )
         result["retrieval"], result["figures"]["retrieval_drop"], result["intervals"]["retrieval_drop"] = retrieval.compared(before, after)
 
@@ -542,17 +635,14 @@ class _Run:
             "quantized_weights": quantized,
         }
 
-    def _manifest(self, staging: Path, sources: dict[str, str], samples: Any, accepted: bool) -> None:
+    def _manifest(self, staging: Path, sources: dict[str, str], samples: Any, accepted: bool, hashes: dict[str, str]) -> None:
         from compress import card
 
         factored = len(self.layout.factored)
         opens = not verdicts(self.recipe, self.layout, self.schemes)["transformers"].startswith("refuses")
         kept = sum(name not in self.schemes for name in self.layout.linears)
         text = card.write(self.request.model, self.recipe, self.schemes, self.model.patterns, self.model.left_out, factored, kept, opens)
-        write_text(staging / "README.md", text)
-        files = {
-            str(path.relative_to(staging)): sha256(path) for path in sorted(staging.rglob("*")) if path.is_file() and path.name not in NOT_IN_MANIFEST
-        }
+        write_text(staging / CARD, text)
         said = verdicts(self.recipe, self.layout, self.schemes)
         manifest = {
             "accepted": accepted,
@@ -565,7 +655,7 @@ class _Run:
             "calibration_sha256": samples.digest if samples else None,
             "source": {"name": self.request.model, "sha256": sources},
             "versions": environment()["versions"],
-            "files": files,
+            "files": dict(sorted((hashes | {CARD: sha256(staging / CARD)}).items(), key=lambda item: Path(item[0]))),
         }
         write_text(staging / "manifest.json", json.dumps(manifest, indent=2) + "\n")
 
@@ -573,6 +663,12 @@ class _Run:
         """Move the finished artifact to its place, then forget the work folder."""
         deliver(staging, self.request.out.absolute())
         shutil.rmtree(staging.parent)
+
+
+def _hashes(staging: Path) -> dict[str, str]:
+    """sha256 of each file of an artifact that a manifest tells of."""
+    found = (path for path in sorted(staging.rglob("*")) if path.is_file() and path.name not in NOT_IN_MANIFEST)
+    return {str(path.relative_to(staging)): sha256(path) for path in found}
 
 
 def judge(recipe: Recipe, evaluation: dict[str, Any] | None, size: dict[str, Any], fallbacks: int) -> list[dict[str, Any]]:

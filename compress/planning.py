@@ -6,12 +6,14 @@ Memory is counted; time is counted in operations and divided by a speed that is 
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 from compress.layout import BlockLayout, Group, Layout
 from compress.passes.base import Allocator, Differentiating, Pass, Prunes, Quantize, Restructure, Rewrite
 from compress.recipe import Recipe, cache_scheme, expected, keeps_branches, verdicts
 from compress.scheme import Scheme, dense_bytes, output_bytes
+from compress.source import DEMO, demo_data
 from compress.tradeoff import against_fewer_bits
 
 RUNTIME_BYTES = 600 << 20
@@ -20,6 +22,10 @@ STREAMS_BYTES = 1 << 30
 """Activations of variants of a model that run side by side, at most."""
 ASSUMED_FLOPS = 2.5e11
 """Sustained, on a small CPU with wide vectors; see bench/ for what is measured."""
+
+
+BYTES_PER_TOKEN = 4
+"""Of text, about."""
 
 
 def added_bytes(recipe: Recipe, layout: Layout) -> int:
@@ -43,6 +49,21 @@ def gradient_bytes(recipe: Recipe, layout: Layout) -> int:
 def _gradients(step: Pass) -> float:
     """What a pass that takes gradients of the model's loss costs, in forward passes; 0 for others."""
     return step.forwards if isinstance(step, Differentiating) else 0.0
+
+
+def evaluation_bytes(recipe: Recipe, layout: Layout) -> int:
+    """Disk for what the last blocks of both models give, in float32, while they are compared; 0 if they are not. Of data that are not to be cut
+    short, which only their tokenizer counts, it is an estimate."""
+    options = recipe.evaluate
+    if options is None:
+        return 0
+    tokens = options.context * options.windows if options.windows is not None else _text_bytes(options.data) // BYTES_PER_TOKEN
+    return 2 * 4 * tokens * _hidden(layout)
+
+
+def _text_bytes(name: str) -> int:
+    path = demo_data(name) if name.startswith(DEMO) else Path(name).expanduser()
+    return path.stat().st_size if path.is_file() else 0
 
 
 def cache_bytes(layout: Layout, tokens: int, bits: int) -> int:

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from compress.backsweep import backsweep
 from compress.block import Block
-from compress.checkpoint import write_text
 from compress.data import Samples
 from compress.errors import InputError
 from compress.layout import Linear
 from compress.model import Model
+from compress.state import write_state_text
 
 LOGITS_AT_ONCE = 1024
 """Positions whose logits are held at once."""
@@ -97,7 +97,7 @@ class Measurements:
             if not all(map(math.isfinite, values)):
                 raise InputError.one("allocate", f"the model overflows with {key} bits", "leave the fewest bits out of options")
         self._known |= found
-        write_text(self._path, json.dumps(self._known))
+        write_state_text(self._path, json.dumps(self._known))
 
     def _variant(self, choice: Choice) -> Variant:
         return {name: bits for unit, bits in zip(self._units, choice, strict=True) for name in unit}

@@ -19,9 +19,10 @@ from torch.utils.checkpoint import checkpoint
 
 from compress.backsweep import LOGITS_AT_ONCE
 from compress.block import Block
-from compress.checkpoint import entry, read_header, read_tensor, write_safetensors
+from compress.checkpoint import entry, read_header, read_tensor
 from compress.data import Batch, Samples
 from compress.model import Model
+from compress.state import write_state
 
 KEPT_BYTES = 2 << 30
 """Activations kept for the way back; where a step has more, blocks are computed again."""
@@ -157,7 +158,7 @@ class Training:
         tensors = {f"parameter.{name}": tensor.detach() for name, tensor in self._parameters.items()}
         for name, state in self._states():
             tensors |= {f"state.{name}.{key}": value for key, value in state.items()}
-        write_safetensors(self._path, [entry(name, tensor) for name, tensor in tensors.items()], {"step": str(self.step), "seconds": repr(seconds)})
+        write_state(self._path, [entry(name, tensor) for name, tensor in tensors.items()], {"step": str(self.step), "seconds": repr(seconds)})
 
     def _restore(self) -> None:
         infos, metadata = read_header(self._path)

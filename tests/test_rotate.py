@@ -195,7 +195,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_others(checkpoint: Calla
 def test_a_run_killed_between_any_two_files_continues_to_the_same_bytes(
     writes: int, checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, left = compress.model.write_safetensors, [writes]
+    real, left = compress.model.write_state, [writes]
 
     def write(*arguments: Any) -> None:
         if not left[0]:
@@ -206,7 +206,7 @@ def test_a_run_killed_between_any_two_files_continues_to_the_same_bytes(
     run([{"rotate": {}}], checkpoint("llama-tied"), tmp_path / "undisturbed")
     with monkeypatch.context() as patched:
         for module in (compress.block, compress.model):
-            patched.setattr(module, "write_safetensors", write)
+            patched.setattr(module, "write_state", write)
         with pytest.raises(KeyboardInterrupt):
             run([{"rotate": {}}], checkpoint("llama-tied"), tmp_path / "out")
     run([{"rotate": {}}], checkpoint("llama-tied"), tmp_path / "out")

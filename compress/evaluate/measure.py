@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -12,6 +13,7 @@ from compress.checkpoint import Checkpoint
 from compress.data import Samples, Tokenizer, sentence_pairs, windows
 from compress.errors import InputError
 from compress.evaluate import scoring, tasks
+from compress.evaluate.kept import ARTIFACT, IN_ENGINES, NOTHING, SOURCE, Kept
 from compress.layout import Layout
 from compress.model import Model
 
@@ -39,17 +41,19 @@ def read(options: Evaluation, tokenizer: Tokenizer, layout: Layout) -> tuple[Sam
 
 
 def against_source(
-    source: Layout, artifact: Path, options: Evaluation, tokenizer: Tokenizer, progress: Progress, *, in_engines: bool = False
+    source: Layout, artifact: Path, options: Evaluation, tokenizer: Tokenizer, progress: Progress, kept: Kept, *, in_engines: bool = False
 ) -> dict[str, Any]:
-    """The artifact, read back from disk, beside its source; with `in_engines` without what these leave out."""
+    """The artifact, read back from disk, beside its source; with `in_engines` without what these leave out. What `kept` has of `SOURCE`, `ARTIFACT`
+    and `IN_ENGINES` is not measured again."""
     base, model = Model(source), Model(Layout(Checkpoint(artifact)))
     model = model.in_engines() if in_engines else model
-    result = _measure(base, model, options, tokenizer, progress)
+    result = _measure(base, model, options, tokenizer, progress, kept, (SOURCE, IN_ENGINES if in_engines else ARTIFACT))
     base.release()
     model.release()
     if options.tasks:
-        result["baseline"]["tasks"] = tasks.run(source.checkpoint.folder, options.tasks, source)
-        result["compressed"]["tasks"] = tasks.run(artifact, options.tasks, source)
+        protocol = tasks.protocol(options.tasks)
+        for side, name, folder in (("baseline", SOURCE, source.checkpoint.folder), ("compressed", ARTIFACT, artifact)):
+            result[side]["tasks"] = kept.figures("tasks", (name,), protocol, partial(tasks.run, folder, options.tasks, source))
     return result
 
 
@@ -63,7 +67,7 @@ def alone(layout: Layout, options: Evaluation, tokenizer: Tokenizer, progress: P
         raise InputError.one(
             "tasks", f"lm-eval runs the model in transformers, which refuses what config.json calls {layout.wrapped_as}", "leave the tasks out"
         )
-    both = _measure(model, model, options, tokenizer, progress)
+    both = _measure(model, model, options, tokenizer, progress, NOTHING, (SOURCE, SOURCE))
     model.release()
     result = {"protocol": both["protocol"], **both["baseline"]}
     if options.tasks:
@@ -71,7 +75,9 @@ def alone(layout: Layout, options: Evaluation, tokenizer: Tokenizer, progress: P
     return result
 
 
-def _measure(base: Model, model: Model, options: Evaluation, tokenizer: Tokenizer, progress: Progress) -> dict[str, Any]:
+def _measure(
+    base: Model, model: Model, options: Evaluation, tokenizer: Tokenizer, progress: Progress, kept: Kept, of: tuple[str, str]
+) -> dict[str, Any]:
     samples, pairs = read(options, tokenizer, base.layout)
     finished = 0
 
@@ -80,9 +86,10 @@ def _measure(base: Model, model: Model, options: Evaluation, tokenizer: Tokenize
         finished += 1
         progress.done(finished)
 
-    scores = scoring.compare(base, model, samples, advance)
+    scores = scoring.compare(base, model, samples, advance, kept, of)
     protocol = scoring.protocol(samples, options.context, model.dtype, scores)
-    base_correct, correct = _accuracy(base, model, samples, scores, pairs, protocol)
+    scored = scoring.compare(base, model, pairs, kept=kept, of=of) if pairs else None
+    base_correct, correct = _accuracy(samples, scores, pairs, scored, protocol)
     figures = {
         "perplexity_ratio": scoring.perplexity(scores.loss) / scoring.perplexity(scores.base_loss),
         "kl": float(scores.kl.double().mean()),
@@ -105,11 +112,10 @@ def _measure(base: Model, model: Model, options: Evaluation, tokenizer: Tokenize
 
 
 def _accuracy(
-    base: Model, model: Model, samples: Samples, scores: scoring.Scores, pairs: Samples | None, protocol: dict[str, Any]
+    samples: Samples, scores: scoring.Scores, pairs: Samples | None, scored: scoring.Scores | None, protocol: dict[str, Any]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Right or wrong, before and after, in the sense that the data allow; `protocol` is told which."""
-    if pairs:
-        scored = scoring.compare(base, model, pairs)
+    """Right or wrong, before and after, in the sense that the data allow, of which `pairs` are ``scored``; `protocol` is told which."""
+    if pairs and scored:
         protocol["accuracy"] = f"share of the {len(pairs.items) // 2} pairs of {pairs.source} whose good sentence has the higher probability"
         return scoring.preferred(scored, scored.base_loss), scoring.preferred(scored, scored.loss)
     if any(item.extra for item in samples.items):

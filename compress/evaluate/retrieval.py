@@ -10,7 +10,7 @@ import hashlib
 import math
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -308,6 +308,14 @@ def prompts(wanted: Wish, tokenizer: Any, progress: Progress) -> dict[tuple[int,
     return made
 
 
+def digest(made: Mapping[tuple[int, float], list[Prompt]]) -> str:
+    """sha256 over the tokens of all prompts, in order."""
+    tokens = hashlib.sha256()
+    for each in (each for of_cell in made.values() for each in of_cell):
+        tokens.update(each.ids.numpy().tobytes())
+    return tokens.hexdigest()
+
+
 @torch.no_grad()
 def answer(model: Any, tokenizer: Any, task: Task, ids: Tensor) -> str:
     """What `model`, one of transformers, says after the prompt `ids` [tokens]: its likeliest tokens, until `task` has an answer."""
@@ -339,7 +347,7 @@ def measure(model: Any, tokenizer: Any, wanted: Wish, made: dict[tuple[int, floa
     ``correct``, their share (``accuracy``), and each of the ``answers`` with the ``tokens`` and ``units`` of its prompt, of which so many stood
     ``before`` what was asked for, what was ``expected`` and what ``said``.
     """
-    task, cells, digest, done = TASKS.get(wanted.task), [], hashlib.sha256(), 0
+    task, cells, done = TASKS.get(wanted.task), [], 0
     progress.step("retrieval", sum(map(len, made.values())))
     for (length, depth), of_cell in made.items():
         answers, correct = [], 0
@@ -349,7 +357,6 @@ def measure(model: Any, tokenizer: Any, wanted: Wish, made: dict[tuple[int, floa
             correct += right
             about = {"tokens": len(each.ids), "units": each.units, "before": each.before}
             answers.append(about | {"expected": each.answer, "said": said, "correct": right})
-            digest.update(each.ids.numpy().tobytes())
             done += 1
             progress.done(done)
         figures = {"length": length, "depth": depth, "correct": correct, "cases": len(answers), "accuracy": correct / len(answers)}
@@ -360,7 +367,7 @@ def measure(model: Any, tokenizer: Any, wanted: Wish, made: dict[tuple[int, floa
         "new_tokens": NEW_TOKENS[wanted.task],
         "cases": wanted.cases,
         "seed": wanted.seed,
-        "tokens_sha256": digest.hexdigest(),
+        "tokens_sha256": digest(made),
         "cells": cells,
     }
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from compress.data import Samples
+from compress.evaluate.kept import ARTIFACT, NOTHING, SOURCE, Kept
 from compress.model import Model
 
 LOGITS_AT_ONCE = 1024
@@ -86,15 +87,52 @@ def _side_by_side(base: Model, model: Model, samples: Samples, advance: Callable
     return streams[0], streams[1], tuple(lost)
 
 
+def compare(
+    base: Model,
+    model: Model,
+    samples: Samples,
+    advance: Callable[[], None] = lambda: None,
+    kept: Kept = NOTHING,
+    of: tuple[str, str] = (SOURCE, ARTIFACT),
+) -> Scores:
+    """Run both models over `samples`. Passing the same object twice scores one model alone. What `kept` has, ``of`` models it calls so, is not done
+    again."""
+    protocol = {"tokens_sha256": samples.digest, "dtype": str(model.dtype)}
+
+    def spared() -> None:
+        for _ in (*base.blocks, *model.blocks):
+            advance()
+
+    found = kept.tensors("scores", of, protocol, lambda: _compared(base, model, samples, advance, kept, of), spared)
+    lost = found.pop("lost").tolist()
+    modalities = tuple(Lost(layout.prefix, *shares) for layout, shares in zip(model.blocks, lost, strict=True)) if lost else ()
+    return Scores(**found, sequences=len(samples.items), modalities=modalities)
+
+
+def _hidden(model: Model, samples: Samples, advance: Callable[[], None], kept: Kept, name: str) -> list[Tensor]:
+    """`last_hidden`, or what is kept of it."""
+    protocol = {"tokens_sha256": samples.digest, "dtype": str(model.dtype)}
+
+    def measure() -> dict[str, Tensor]:
+        return {str(index): each for index, each in enumerate(last_hidden(model, samples, advance))}
+
+    def spared() -> None:
+        for _ in model.blocks:
+            advance()
+
+    found = kept.tensors("hidden", (name,), protocol, measure, spared)
+    return [found[str(index)].to(model.device) for index in range(len(found))]
+
+
 @torch.no_grad()
-def compare(base: Model, model: Model, samples: Samples, advance: Callable[[], None] = lambda: None) -> Scores:
-    """Run both models over `samples`. Passing the same object twice scores one model alone."""
+def _compared(base: Model, model: Model, samples: Samples, advance: Callable[[], None], kept: Kept, of: tuple[str, str]) -> dict[str, Tensor]:
+    """The fields of `Scores` that are tensors, and ``lost`` [blocks, 2] float64 as `Lost` says, [0, 2] where that is not told."""
     lost: tuple[Lost, ...] = ()
     if base is not model and len(base.blocks) == len(model.blocks) and any(bool(batch.vision.any()) for batch in samples.batches()):
         base_hidden, hidden, lost = _side_by_side(base, model, samples, advance)
     else:
-        base_hidden = last_hidden(base, samples, advance)
-        hidden = base_hidden if base is model else last_hidden(model, samples, advance)
+        base_hidden = _hidden(base, samples, advance, kept, of[0])
+        hidden = base_hidden if base is model else _hidden(model, samples, advance, kept, of[1])
     columns: dict[str, list[Tensor]] = {name: [] for name in ("member", "base_loss", "loss", "base_right", "right", "kl", "agree")}
     for batch, base_states, states in zip(samples.batches(), base_hidden, hidden, strict=True):
         # The prediction at a position is of the token after it.
@@ -115,7 +153,8 @@ def compare(base: Model, model: Model, samples: Samples, advance: Callable[[], N
             columns["right"].append((after.argmax(-1) == label[:, 0]).cpu())
             columns["kl"].append((before.exp() * (before - after)).sum(-1).clamp_min(0).cpu())
             columns["agree"].append((before.argmax(-1) == after.argmax(-1)).cpu())
-    return Scores(**{name: torch.cat(parts) for name, parts in columns.items()}, sequences=len(samples.items), modalities=lost)
+    shares = torch.tensor([[each.vision, each.text] for each in lost], dtype=torch.float64).view(-1, 2)
+    return {name: torch.cat(parts) for name, parts in columns.items()} | {"lost": shares}
 
 
 def perplexity(loss: Tensor) -> float:

@@ -9,11 +9,13 @@ from __future__ import annotations
 import hashlib
 import os
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from compress.checkpoint import sha256
 from compress.errors import InputError, Problems
 from compress.hardware import device
 from compress.layout import Layout
@@ -73,6 +75,12 @@ class Answered:
     values: tuple[float, ...]
     digest: str
     versions: dict[str, str]
+
+
+def protocol(tasks: tuple[str, ...]) -> dict[str, Any]:
+    """What figures of `run` depend on beside the model, as far as can be told without lm-eval's data."""
+    files = {task: sha256(Path(task)) for task in tasks if task.endswith((".yaml", ".yml"))}
+    return {"tasks": tasks, "files": files, "lm_eval": metadata.version("lm_eval")}
 
 
 def run(folder: Path, tasks: tuple[str, ...], layout: Layout, limit: int | None = None) -> dict[str, dict[str, float]]:

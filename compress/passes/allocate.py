@@ -142,10 +142,12 @@ class Pass(Budget):
             problems.absorb(error)
 
     def run(self, model: Model, samples: Samples, workspace: Workspace) -> None:
+        from compress.state import write_state_text
+
         path = workspace.folder / allocation.FILE
         if not path.exists():
             plan = self._reused("allocate", model.layout) if self.reuse else self._measured(model, samples, workspace)
-            allocation.write(plan, path)
+            allocation.write(plan, path, write_state_text)
 
     # What is chosen among -------------------------------------------------------------------------------------------------------
 

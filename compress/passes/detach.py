@@ -129,7 +129,7 @@ class Pass(Options):
     def _choose(self, model: Model, samples: Samples, folder: Path, bar: _Bar) -> Choice:
         """Which weights; found once, so that a run that is continued comes to the same."""
         from compress.backsweep import mean_loss
-        from compress.checkpoint import write_text
+        from compress.state import write_state_text
 
         path = folder / "choice.json"
         if path.exists():
@@ -143,7 +143,7 @@ class Pass(Options):
             if abs(total - (after - before)) <= max(COMPLETE * abs(after - before), NEGLIGIBLE):
                 break
         choice = Choice(points, threshold, before, after, total)
-        write_text(path, json.dumps(asdict(choice)))
+        write_state_text(path, json.dumps(asdict(choice)))
         return choice
 
     def _try(self, model: Model, samples: Samples, workspace: Workspace, choice: Choice) -> None:

@@ -140,9 +140,9 @@ class Pass(FewerExperts):
     def _search(self, model: Model, samples: Samples, workspace: Workspace) -> None:
         import json
 
-        from compress.checkpoint import write_text
         from compress.evolution import Search, plain
         from compress.fitness import KINDS, Mixture
+        from compress.state import write_state_text
         from compress.whole import opened
 
         seeds = self._seeds(model, samples, workspace)
@@ -182,7 +182,7 @@ class Pass(FewerExperts):
                 "genes": plain(chosen.individual),
             }
         model.release()
-        write_text(workspace.folder / CHOSEN, json.dumps(said))
+        write_state_text(workspace.folder / CHOSEN, json.dumps(said))
 
     def _options(self, layout: Layout, near: tuple[float, float]) -> Options:
         from compress.evolution import Options

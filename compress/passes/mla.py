@@ -208,8 +208,9 @@ class Pass(Restructure):
     def _measure(self, model: Model, samples: Samples, workspace: Workspace) -> dict[int, Path]:
         """Where it stands, by block, how its keys and values vary and how large queries are."""
         from compress.calibrate import Workspace, sweep
-        from compress.checkpoint import entry, write_safetensors
+        from compress.checkpoint import entry
         from compress.numerics.latent_attention import key_moments, query_energies, value_moment
+        from compress.state import write_state
 
         widths = self._widths(model.layout)
         # A sweep that changes nothing: a killed run continues it like any other.
@@ -227,7 +228,7 @@ class Pass(Restructure):
                 "queries": query_energies(query, widths.heads, moment),
                 "values": value_moment(value, moment),
             }
-            write_safetensors(files[block.layout.index], [entry(name, tensor) for name, tensor in tensors.items()], {})
+            write_state(files[block.layout.index], [entry(name, tensor) for name, tensor in tensors.items()], {})
         return files
 
     def _convert(self, block: Block, widths: Widths, found: Directions, counts: Tensor, values: Tensor) -> None:

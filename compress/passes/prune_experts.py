@@ -86,12 +86,13 @@ class Pass(FewerExperts):
         import torch
 
         from compress.calibrate import walk
-        from compress.checkpoint import entry, read_header, read_tensor, write_safetensors
+        from compress.checkpoint import entry, read_header, read_tensor
         from compress.experts import merged
+        from compress.state import write_state
 
         path = workspace.folder / CHOSEN
         if not path.exists():
-            write_safetensors(path, [entry(name, tensor) for name, tensor in self._choose(model, samples, workspace).items()], {})
+            write_state(path, [entry(name, tensor) for name, tensor in self._choose(model, samples, workspace).items()], {})
         found = {name: read_tensor(info) for name, info in read_header(path)[0].items()}
         for block in walk(model, workspace):
             if not block.layout.experts:
