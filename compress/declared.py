@@ -12,10 +12,9 @@ from typing import Any
 from compress.checkpoint import FLOATS
 from compress.errors import Problems
 from compress.formats.base import PARTS, RESIDUAL_PARTS, find
-from compress.layout import Layout, Linear
+from compress.layout import DECLARED, Layout, Linear
 from compress.scheme import LAYOUTS, CacheScheme, Scheme
 
-PLACE = "config.json: quantization_config"
 REMEDY = "do config.json and the weights belong together?"
 PACKED = "pack-quantized"
 NM_PACKED = "nm-packed"
@@ -60,17 +59,21 @@ class Weights:
 
 
 def check(layout: Layout) -> None:
-    """Raise `InputError` with every quantised linear whose tensors are not what config.json says."""
+    """Raise `InputError` with every linear whose tensors are not what config.json says."""
     problems = Problems()
-    config = layout.checkpoint.config.get("quantization_config", {})
+    if not layout.quantized:
+        layout.refuse_declared_floats()
+    config = layout.declared
     groups = _groups(config, problems)
     problems.raise_if_any()
     for name, linear in layout.all_linears.items():
         parts = {part: info for part in PARTS if (info := layout.checkpoint.tensors.get(f"{name}.{part}"))}
-        if any(part in parts and parts[part].dtype in FLOATS for part in ("weight", "nm_values")):
+        says = next((says for targets, says in groups if any(fits(target, name) for target in targets)), None)
+        if dense := next((parts[part] for part in ("weight", "nm_values") if part in parts and parts[part].dtype in FLOATS), None):
+            if says and name in layout.linears and not any(_means(target, name) for target in config.get("ignore") or ()):
+                problems.add(name, f"is of {dense.dtype}, but config.json ({says.group}) says {says.format}", REMEDY)
             continue
         stored = find({part: info.dtype for part, info in parts.items()})
-        says = next((says for targets, says in groups if any(fits(target, name) for target in targets)), None)
         if says is None or any(fits(target, name) for target in config.get("ignore") or ()):
             problems.add(name, "is quantised, but config.json does not say so", REMEDY)
         elif stored is None or stored.NAME not in (says.format, NM_PACKED):
@@ -144,12 +147,17 @@ def fits(target: str, name: str) -> bool:
     return target in ("Linear", name) or (target.startswith("re:") and re.match(target.removeprefix("re:"), name) is not None)
 
 
+def _means(target: str, name: str) -> bool:
+    """Whether `target` means a linear of a block that is called `name` on disk, and something else before the block by some who write it."""
+    return fits(target, name) or target.rpartition(".layers.")[2] == name.rpartition(".layers.")[2]
+
+
 def _groups(config: Any, problems: Problems) -> list[tuple[list[str], Weights]]:
     """The targets of each of `config_groups` and what it says of them; or of what the experts of gpt-oss are published as, in a word."""
     if isinstance(config, dict) and config.get("quant_method") == "mxfp4":
         return [([r"re:.*\.experts\..*"], Weights("mxfp4", MXFP4, "float", 4, True, 1, 32))]
     if not isinstance(config, dict) or not isinstance(groups := config.get("config_groups", {}), dict):
-        problems.add(PLACE, "is not what compressed-tensors writes: config_groups must hold a mapping", "fetch it again")
+        problems.add(DECLARED, "is not what compressed-tensors writes: config_groups must hold a mapping", "fetch it again")
         return []
     found = []
     for name, group in groups.items():
@@ -159,7 +167,7 @@ def _groups(config: Any, problems: Problems) -> list[tuple[list[str], Weights]]:
             found.append((group["targets"], _weights(name, group["weights"], group.get("format") or config["format"])))
         except (KeyError, TypeError, ValueError, re.error) as error:
             what = f"lacks {error}" if isinstance(error, KeyError) else str(error)
-            problems.add(f"{PLACE}.config_groups.{name}", what, "fetch it again")
+            problems.add(f"{DECLARED}.config_groups.{name}", what, "fetch it again")
     return found
 
 

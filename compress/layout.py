@@ -122,6 +122,9 @@ SIZES = (
     "vocab_size",
 )
 """Numbers of a config that a model cannot be made without, where it has them."""
+DECLARED = "config.json: quantization_config"
+OWN = ("compressed-tensors", "compress")
+"""What this program calls how it quantises. Without groups of linears that is the cache alone, or where weights lie."""
 PUBLISHED = ("fp8", "mxfp4")
 """How some models are quantised by those who publish them."""
 
@@ -161,13 +164,13 @@ class Layout:
     @property
     def packed(self) -> bool:
         """Whether the checkpoint is one of our own artifacts."""
-        return "quantization_config" in self.checkpoint.config
+        return bool(self.checkpoint.config.get("quantization_config"))
 
     @property
     def _readable(self) -> bool:
         """Whether weights, if they are quantised, go by names that this program knows."""
         declared = self.checkpoint.config.get("quantization_config")
-        known = ("compressed-tensors", "compress", *(["mxfp4"] if self.arch.experts and self.arch.experts.mxfp4 else ()))
+        known = (*OWN, *(["mxfp4"] if self.arch.experts and self.arch.experts.mxfp4 else ()))
         return isinstance(declared, dict) and declared.get("quant_method") in known
 
     @cached_property
@@ -276,6 +279,12 @@ class Layout:
         return frozenset(name.removesuffix(f".{MAP}") for block in self.blocks for name in block.tensors if name.endswith(f".{MAP}"))
 
     @property
+    def active_experts(self) -> int:
+        """How many experts serve a token; 0 for a model without any, or whose config does not say."""
+        active = self.text_config.get(self.arch.experts.active) if self.arch.experts else None
+        return active if isinstance(active, int) else 0
+
+    @property
     def renormalises(self) -> bool:
         """Whether the weights of the experts that serve a token sum to one. Raises `InputError` for routers that take no softmax over all."""
         key = self.arch.experts.renormalise if self.arch.experts else None
@@ -323,30 +332,53 @@ class Layout:
         count, more = (self.text_config.get(key or "") for key in ("num_hidden_layers", self.arch.more_blocks))
         return range(count, count + more) if isinstance(count, int) and isinstance(more, int) else range(0)
 
+    @property
+    def declared(self) -> Any:
+        """What config.json says of quantised weights, nothing if it says nothing."""
+        return self.checkpoint.config.get("quantization_config") or self.text_config.get("quantization_config") or {}
+
+    @cached_property
+    def quantized(self) -> dict[str, str]:
+        """How linears are stored that are not of floats, by name."""
+        found = {name: self.checkpoint.tensors.get(f"{name}.weight") for name in self.all_linears}
+        stored = {name: info.dtype if info else "packed integers" for name, info in found.items()}
+        return {name: dtype for name, dtype in stored.items() if dtype not in FLOATS}
+
     def refuse_quantized(self) -> None:
         """Raise `InputError` if the checkpoint is already quantised: codes cannot be calibrated again."""
+        if not self.quantized:
+            self.refuse_declared_floats()
         self._refuse_declared()
         if self.latents:
             raise InputError.one(min(self.latents), "the model's cache keeps latents already", "start from the original checkpoint")
         if BRANCHED in self.checkpoint.config:
             raise InputError.one(f"config.json: {BRANCHED}", "the model has branches beside its linears", "start from the original checkpoint")
-        stored = {name: info.dtype if (info := self.checkpoint.tensors.get(f"{name}.weight")) else "packed integers" for name in self.all_linears}
         problems = [
             Problem(f"{name}.weight", f"is stored as {dtype}, already quantised", "start from the original checkpoint")
-            for name, dtype in stored.items()
-            if dtype not in FLOATS
+            for name, dtype in self.quantized.items()
         ]
         if problems:
             raise InputError(problems)
 
+    def refuse_declared_floats(self) -> None:
+        """Raise `InputError` if config.json says of weights, all of which are of floats, that they are quantised."""
+        if self.declared and not (
+            isinstance(self.declared, dict) and self.declared.get("quant_method") in OWN and not self.declared.get("config_groups")
+        ):
+            what = f"says that weights are quantised ({self._method}), but all are of floats"
+            raise InputError.one(DECLARED, what, "take it out of config.json if these are the original weights, otherwise fetch the checkpoint again")
+
+    @property
+    def _method(self) -> str:
+        return str(self.declared.get("quant_method", "?")) if isinstance(self.declared, dict) else "?"
+
     def _refuse_declared(self) -> None:
-        config = self.checkpoint.config.get("quantization_config") or self.text_config.get("quantization_config")
-        if config:
-            method = config.get("quant_method", "?") if isinstance(config, dict) else "?"
+        if self.declared:
+            method = self._method
             remedy = "start from the original checkpoint"
             if method in PUBLISHED:
                 remedy += ", or, where there is none in more bits, from what transformers saves after loading this one with dequantize=True"
-            raise InputError.one("config.json: quantization_config", f"the model is already quantised ({method})", remedy)
+            raise InputError.one(DECLARED, f"the model is already quantised ({method})", remedy)
 
     def _of_blocks(self, problems: Problems) -> dict[int, dict[str, Any]]:
         """What differs from the rest of the config, by block."""

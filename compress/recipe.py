@@ -27,6 +27,7 @@ from compress.passes.base import (
     Allocator,
     Balancing,
     Branching,
+    Feeding,
     LearnsFromPairs,
     Pass,
     Prunes,
@@ -388,6 +389,8 @@ def check(recipe: Recipe, layout: Layout, place: str, *, done: int = 0) -> dict[
         before = len(problems)
         found.append(layout)
         step.check(where, layout, problems)
+        if isinstance(step, Feeding) and not layout.arch.image:  # what images make of tokens is known once they are read
+            step.check_tokens(where, layout, recipe.calibration.samples, recipe.calibration.length, problems)
         if layout.uneven and (taken := sorted(step.plan(layout).keys() & layout.of_experts)):
             what = f"{taken[0]} is of an expert that differs in width from others, which no kernel takes in few bits"
             problems.add(where, what, "exclude '*.experts.*', or take widths: uniform")

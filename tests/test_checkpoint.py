@@ -204,7 +204,7 @@ def as_declared(folder: Path) -> None:
     [
         (as_gptq, r"already quantised \(gptq\)"),
         (as_float8, "stored as F8_E4M3, already quantised"),
-        (as_declared, r"already quantised \(fbgemm_fp8\)"),
+        (as_declared, r"says that weights are quantised \(fbgemm_fp8\), but all are of floats; take it out of config\.json if"),
     ],
 )
 def test_an_already_quantised_source_is_refused_as_such(quantise: Damage, message: str, copy: Callable[..., Path]) -> None:

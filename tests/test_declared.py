@@ -18,7 +18,8 @@ import compress
 from compress import declared
 from compress.checkpoint import Checkpoint
 from compress.errors import InputError
-from compress.layout import Layout
+from compress.layout import DECLARED, Layout
+from compress.model import Model
 
 UP, DOWN = "model.layers.0.mlp.up_proj", "model.layers.1.mlp.down_proj"
 FORMATS: dict[str, dict[str, Any]] = {
@@ -123,11 +124,11 @@ def test_another_format_and_linears_nobody_mentions_are_refused(artifact: Callab
         with_config(folder, lambda config, change=change: config["quantization_config"].update(change))  # type: ignore[misc]
         found = problems(folder)
         if change.get("config_groups") == []:
-            assert found == [f"{declared.PLACE}: is not what compressed-tensors writes: config_groups must hold a mapping; fetch it again"]
+            assert found == [f"{DECLARED}: is not what compressed-tensors writes: config_groups must hold a mapping; fetch it again"]
         else:
             assert f"{UP}: is quantised, but config.json does not say so; {declared.REMEDY}" in found and (len(found) == 1) == ("ignore" in change)
     with_config(folder, lambda config: config.update(quantization_config=[1]))
-    assert problems(folder)[0].startswith(f"{declared.PLACE}: is not what compressed-tensors writes")
+    assert problems(folder)[0].startswith(f"{DECLARED}: is not what compressed-tensors writes")
 
 
 def test_tensors_that_contradict_the_config_are_refused_all_at_once(artifact: Callable[[str], Path]) -> None:
@@ -169,3 +170,52 @@ def test_a_wrong_number_of_blocks_is_given_as_the_reason(count: int, what: str, 
     with_config(folder, lambda config: config.update(num_hidden_layers=count))
     (line,) = problems(folder)
     assert line.startswith(what)
+
+
+@pytest.mark.parametrize(
+    ("says", "method"),
+    [({"quant_method": "gptq", "bits": 4}, "gptq"), ({"quant_method": "fp8"}, "fp8"), ("awq", "?"), ({"quant_method": "compressed-tensors"}, None)],
+    ids=str,
+)
+def test_floats_that_config_calls_quantised_are_refused(says: Any, method: str | None, copy: Callable[..., Path]) -> None:
+    folder = copy()
+    with_config(folder, lambda config: config.update(quantization_config=says))
+    if method is None:
+        compress.load(folder)  # that is of the cache at most
+        return
+    what = f"says that weights are quantised ({method}), but all are of floats"
+    assert problems(folder) == [
+        f"{DECLARED}: {what}; take it out of config.json if these are the original weights, otherwise fetch the checkpoint again"
+    ]
+    with pytest.raises(InputError, match="but all are of floats"):
+        Model(Layout(Checkpoint(folder)))
+    with pytest.raises(InputError, match="but all are of floats"):
+        Layout(Checkpoint(folder)).refuse_quantized()
+
+
+def test_a_null_in_config_says_nothing(copy: Callable[..., Path], tmp_path: Path) -> None:
+    folder = copy()
+    with_config(folder, lambda config: config.update(quantization_config=None))
+    compress.load(folder)
+    compress_run({"evaluate": None, "passes": [{"rtn": FORMATS["w4"]}]}, folder, tmp_path / "out")
+    compress.load(tmp_path / "out")
+
+
+def test_a_linear_of_floats_among_those_that_config_says_are_quantised_is_refused(artifact: Callable[[str], Path]) -> None:
+    def plain(tensors: dict[str, Tensor]) -> None:
+        for part in ("packed", "scale", "shape"):
+            tensors.pop(f"{UP}.weight_{part}")
+        tensors[f"{UP}.weight"] = torch.zeros(96, 64)
+
+    folder = artifact("w4")
+    with_tensors(folder, plain)
+    assert problems(folder) == [f"{UP}: is of F32, but config.json (group_0) says pack-quantized; {declared.REMEDY}"]
+    for ignored in (UP, f"model.language_{UP}", "re:.*layers.0.mlp.up_proj"):  # others put other names before the block
+        with_config(folder, lambda config, name=ignored: config["quantization_config"].update(ignore=[name]))  # type: ignore[misc]
+        compress.load(folder)
+
+
+def test_codes_that_config_says_nothing_of_are_refused(artifact: Callable[[str], Path]) -> None:
+    folder = artifact("w4")
+    with_config(folder, lambda config: config.pop("quantization_config"))
+    assert f"{UP}: is quantised, but config.json does not say so; {declared.REMEDY}" in problems(folder)

@@ -293,8 +293,8 @@ def test_a_starved_expert_stops_the_run_or_is_pruned_by_magnitude_and_recorded(
 ) -> None:
     few = QUICK | {"calibration": {"samples": 1, "length": 8}}
     folder = checkpoint("qwen3_moe")
-    with pytest.raises(InputError, match=r"experts\.gate_up\.\d: saw \d+ of 8 calibration tokens, needs 16; .* set fallback: magnitude"):
-        pruned(folder, tmp_path / "out", more=few, min_tokens=0.25, include=["*experts*"])
+    with pytest.raises(InputError, match=r"experts\.gate_up\.\d: saw \d+ of 8 calibration tokens, needs 2; .* set fallback: magnitude"):
+        pruned(folder, tmp_path / "out", more=few, min_tokens=2 / 64, include=["*experts*"])
     result = pruned(folder, tmp_path / "out", more=few, min_tokens=0.25, include=["*experts*"], fallback="magnitude", **options)
     pruned(folder, tmp_path / "plain", include=["*experts*"], method="magnitude")
     assert len(result["fallbacks"]) == len(result["transforms"]) == 2 * 8 * 3

@@ -196,6 +196,24 @@ FITTING: dict[str, tuple[str, dict[str, Any], str]] = {
         with_passes({"rtn": {"group_size": 32}}, {"gptq": {"group_size": 32}}),
         "r.yaml: passes[1].gptq: model.layers.0.self_attn.q_proj is already quantised by rtn; use include and exclude",
     ),
+    "experts that are certain to starve": (
+        "qwen3_moe",
+        with_passes({"gptq": {"group_size": 32, "include": ["*.experts.*"], "min_tokens": 2}}),
+        "r.yaml: passes[0].gptq: min_tokens: of 256 calibration tokens model.layers.0.experts.gate_up.0 sees 64 on average (2 of 8 experts serve a "
+        "token), but needs 128; set calibration.samples to 8 or more, min_tokens lower, or fallback: round",
+    ),
+    "experts that are certain to starve while they are pruned": (
+        "mixtral",
+        with_passes({"prune_nm": {"include": ["*.experts.*"], "min_tokens": 3}}),
+        "r.yaml: passes[0].prune_nm: min_tokens: of 256 calibration tokens model.layers.0.experts.down.0 sees 128 on average (2 of 4 experts serve a "
+        "token), but needs 288; set calibration.samples to 9 or more, min_tokens lower, or fallback: magnitude",
+    ),
+    "calibration too small for what all tokens go to": (
+        "llama",
+        with_passes({"autoround": {"group_size": 32, "min_tokens": 4}}),
+        "r.yaml: passes[0].autoround: min_tokens: of 256 calibration tokens model.layers.0.down sees all, but needs 384; set "
+        "calibration.samples to 6 or more",
+    ),
     "calibration longer than the model": (
         "llama",
         BASE | {"calibration": {"length": 512}},
@@ -234,6 +252,14 @@ def test_a_recipe_that_does_not_fit_the_model_is_refused_with_the_place(mistake:
 def test_all_that_does_not_fit_is_told_at_once(checkpoint: Callable[..., Path]) -> None:
     plain = with_passes({"gptq": {"group_size": 64, "include": ["*.nothing", "*"]}}) | {"evaluate": {"context": 9999, "data": "no.txt"}}
     assert len(told_of(plain, checkpoint("llama-688"))) == 4
+
+
+@pytest.mark.parametrize("options", [{}, {"fallback": "round"}, {"pool": True}, {"include": ["*.self_attn.*"]}], ids=str)
+def test_experts_may_have_few_tokens_where_that_stops_no_run(options: dict[str, Any], checkpoint: Callable[..., Path]) -> None:
+    few = {} if options else {"min_tokens": 1}  # as many as there are on average may do
+    calls = {"gptq": {"group_size": 32, "min_tokens": 2, "scales": "mse"} | few | options}
+    rest = [{"rtn": {"group_size": 32, "exclude": ["*.self_attn.*"]}}] * ("include" in options)
+    recipe.check(recipe.validate(with_passes(calls, *rest), "r.yaml"), Layout(Checkpoint(checkpoint("qwen3_moe"))), "r.yaml")
 
 
 @pytest.mark.parametrize("indivisible", ["keep", "channel"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, Self, runtime_checkable
@@ -507,6 +507,14 @@ class Transform(Rewrite):
             problems.add(place, f"the table of {layout.arch.model_type} names no edges to fold into", "give it some in compress/arch")
 
 
+@runtime_checkable
+class Feeding(Protocol):
+    """A pass that must have seen so many calibration tokens of what it takes."""
+
+    def check_tokens(self, place: str, layout: Layout, samples: int, length: int, problems: Problems) -> None:
+        """Report that so many samples of so many tokens at most will not do, where that is certain."""
+
+
 class Fed(BaseModel):
     """Options of every pass that must have seen enough of a linear's inputs."""
 
@@ -525,6 +533,26 @@ class Fed(BaseModel):
         """The fewest tokens that a linear of so many inputs must have seen."""
         return math.ceil(self.min_tokens * columns)
 
+    def check_fed(
+        self, place: str, layout: Layout, linears: Collection[str], samples: int, length: int, problems: Problems, remedy: str, *, experts: bool
+    ) -> None:
+        """Report which of `linears` so many samples of so many tokens cannot suffice for: what every token goes to, and experts, if they are asked
+        about, on average. Of each the one that lacks most is told."""
+        tokens = samples * length
+        short: dict[bool, tuple[float, str]] = {}
+        for stage in (stage for block in layout.blocks for stage in block.stages):
+            for group in (group for group in stage.groups if any(linear.name in linears for linear in group.linears)):
+                routed, needed = group.expert is not None, self.needed(group.columns)
+                share = layout.active_experts / len(stage.groups) if routed else 1.0
+                if (experts or not routed) and tokens * share < needed and needed / share > short.get(routed, (0.0, ""))[0]:
+                    seen = (
+                        f"{tokens * share:g} on average ({layout.active_experts} of {len(stage.groups)} experts serve a token)" if routed else "all"
+                    )
+                    short[routed] = needed / share, f"of {tokens} calibration tokens {group.name} sees {seen}, but needs {needed}"
+        for wanted, what in short.values():
+            least = math.ceil(wanted / length)
+            problems.add(f"{place}: min_tokens", what, f"set calibration.samples to {least} or more, min_tokens lower, or {remedy}")
+
 
 GRADIENT = 4.0
 """What the gradients of a balance cost, in forward passes."""
@@ -541,6 +569,17 @@ class Calibrated(Fed, Quantize):
         default="error",
         description="for a linear that saw too few tokens or whose Hessian cannot be factored: stop, or round it without data and record it",
     )
+
+    @property
+    def pools(self) -> bool:
+        """Whether an expert that saw too few tokens goes by what others saw."""
+        return False
+
+    def check_tokens(self, place: str, layout: Layout, samples: int, length: int, problems: Problems) -> None:
+        """As `Feeding`."""
+        if self.fallback == "error":
+            remedy = "fallback: round to have it rounded without data and recorded"
+            self.check_fed(place, layout, self.takes(layout), samples, length, problems, remedy, experts=not self.pools)
 
     def refuse(self, name: str, reason: str) -> None:
         """Raise for `reason` unless the recipe asks for another way out."""

@@ -55,6 +55,10 @@ class Pass(Calibrated):
         "recorded; otherwise it is a case for `fallback`",
     )
 
+    @property
+    def pools(self) -> bool:
+        return self.pool
+
     def alone(self) -> Self:
         return self.model_copy(update={"qep": 0.0})  # it would make good here for errors that other bits elsewhere do not make
 

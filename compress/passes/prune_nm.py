@@ -104,6 +104,12 @@ class Pass(Fed, Selecting):
         if pattern.v is not None:
             _report(place, "height", {name: linear.rows for name, linear in chosen.items()}, pattern.v, "V", 128, problems)
 
+    def check_tokens(self, place: str, layout: Layout, samples: int, length: int, problems: Problems) -> None:
+        """As `Feeding`."""
+        if self.fallback == "error" and self.needs_data:
+            remedy = "fallback: magnitude to have it pruned without data and recorded"
+            self.check_fed(place, layout, self.takes(layout), samples, length, problems, remedy, experts=True)
+
     def run(self, model: Model, samples: Samples, workspace: Workspace) -> None:
         from compress.calibrate import sweep, walk
 
