@@ -264,7 +264,7 @@ def test_what_follows_sees_the_smaller_model_and_the_plan_knows_its_size(checkpo
     ("model", "steps", "message"),
     [
         ("llama", [{"prune_structured": {"keep": 0.1, "multiple_of": 16}}], "none would be left; keep at least 0.5"),
-        ("llama", [{"prune_structured": {"keep": {"ffn_channel": 0.9}}}], "none would be removed"),
+        ("llama", [{"prune_structured": {"keep": {"ffn_channel": 0.9}, "multiple_of": 96}}], "none would be removed"),
         (
             "llama",
             [{"prune_structured": {"keep": {"expert_channel": 0.5}}}],
@@ -290,6 +290,32 @@ def test_what_cannot_be_is_refused_before_weights_load(model: str, steps: list[A
     with pytest.raises(InputError) as caught:
         recipe.check(recipe.validate(QUICK | {"passes": steps}, "r.yaml"), layout, "r.yaml")
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "after"),
+    [
+        ("demo:dense", {}, {"kv_group": (4, 4), "ffn_channel": (768, 640)}),
+        ("demo:moe", {}, {"kv_group": (4, 3), "expert_channel": (128, 96)}),
+        ("demo:moe", {"method": "heapr"}, {"expert_channel": (128, 96)}),
+    ],
+    ids=str,
+)
+def test_without_options_about_a_fifth_goes_as_far_as_the_config_can_say_it(
+    model: str, options: dict[str, Any], after: dict[str, tuple[int, int]], tmp_path: Path
+) -> None:
+    plain = QUICK | {"passes": [{"prune_structured": options}], "verify": "full"}
+    result = compress(plain, model, tmp_path / "out")
+    found = {record["kind"]: (record["before"], record["after"]) for record in result["transforms"]}
+    assert found == after  # those of which none could go too: nobody said so
+    assert recipe.load(tmp_path / "out" / "recipe.yaml").resolved() == recipe.validate(plain, "r.yaml").resolved()
+
+
+def test_of_too_few_units_none_can_go_without_options(copy: Callable[..., Path], edit_config: Callable[..., None]) -> None:
+    layout = Layout(Checkpoint(copy("llama")))
+    plain = QUICK | {"passes": [{"prune_structured": {"multiple_of": 96}}]}
+    with pytest.raises(InputError, match=r"keep: of ffn_channel, kv_group there are too few to keep 0.8; name shares by kind"):
+        recipe.check(recipe.validate(plain, "r.yaml"), layout, "r.yaml")
 
 
 def test_llamas_keep_numbers_of_heads_that_divide_the_hidden_size(copy: Callable[..., Path], edit_config: Callable[..., None]) -> None:

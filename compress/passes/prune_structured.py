@@ -33,7 +33,9 @@ if TYPE_CHECKING:
 Kind = Literal["kv_group", "query_head", "ffn_channel", "shared_channel", "expert_channel"]
 Share = Annotated[float, Field(gt=0, le=1)]
 EXPERT_CHANNEL = "expert_channel"
-DEFAULT_KINDS = ("kv_group", "ffn_channel", "shared_channel", EXPERT_CHANNEL)
+DEFAULT_KEEP, DEFAULT_MULTIPLE = 0.8, 128
+CHANNELS = ("ffn_channel", "shared_channel", EXPERT_CHANNEL)
+DEFAULT_KINDS = ("kv_group", *CHANNELS)
 WITHOUT_DATA = ("magnitude", "random")
 COMPENSATING = ("flap", "ddp")
 KEPT, GATES, SCALES = "kept.safetensors", "gates.safetensors", "scales.safetensors"
@@ -52,13 +54,18 @@ class Pass(Restructure):
         "`ddp`: a gate per unit, learned with the whole model in memory, "
         "whose value then becomes part of the weights; `random`, to compare with",
     )
-    keep: Share | dict[Kind, Share] = Field(
-        default=0.8,
+    keep: Share | dict[Kind, Share] | None = Field(
+        default=None,
         description="share of the units that stay, of all kinds alike but query heads, or by kind: `kv_group`, a head of keys and values with its "
         "query heads; `query_head`, equally many of each such group; `ffn_channel`; `shared_channel` of experts that all tokens go to; "
-        "`expert_channel`",
+        "`expert_channel`. `null`: 0.8 of all kinds that the method judges, as near to that as the model's config lets heads come, even if they all "
+        "stay then",
     )
-    multiple_of: int = Field(default=128, ge=1, description="widths of MLPs and experts are rounded to multiples of this")
+    multiple_of: int | None = Field(
+        default=None,
+        ge=1,
+        description="widths of MLPs and experts are rounded to multiples of this; `null`: 128, halved until some channels go and some stay",
+    )
     widths: Literal["uniform", "per_layer", "per_expert"] = Field(
         default="uniform",
         description="`uniform`: all blocks alike, which every engine loads; `per_layer`: where the model needs them most, for as many parameters; "
@@ -93,7 +100,7 @@ class Pass(Restructure):
     def check(self, place: str, layout: Layout, problems: Problems) -> None:
         there = {units.kind for block in layout.blocks for units in block.units}
         for kind in self._wanted():
-            if kind not in there and not isinstance(self.keep, float):
+            if kind not in there and isinstance(self.keep, dict):
                 problems.add(f"{place}: keep", f"the model has no {kind}", f"it has {', '.join(sorted(there)) or 'none that can be removed'}")
         for name in sorted({"steps", "batch", "learning_rate", "divergence"} & self.model_fields_set if self.method != "ddp" else ()):
             problems.add(f"{place}: {name}", f"is an option of ddp, which {self.method} does not read", "leave it out, or take method: ddp")
@@ -107,6 +114,11 @@ class Pass(Restructure):
                 f"{place}: compensate", f"the config of a {layout.arch.model_type} knows no bias of {', '.join(without)}", "set compensate: false"
             )
         shares = self._shares(layout)
+        uniform = self._uniform(layout)
+        taken = [units for block in layout.blocks for units in block.units if units.name in uniform]
+        if shares and self.keep is None and all(uniform[units.name] == units.count for units in taken):
+            kinds = ", ".join(sorted(shares))
+            problems.add(f"{place}: keep", f"of {kinds} there are too few to keep {DEFAULT_KEEP:g}", "name shares by kind: keep: {kind: share}")
         if not shares:
             problems.add(f"{place}: keep", "names no units, so nothing would be removed", f"the model has {', '.join(sorted(there)) or 'none'}")
         if shares.keys() >= {"kv_group", "query_head"}:
@@ -134,19 +146,20 @@ class Pass(Restructure):
         what = f"{share:g} of the {count} {kind} of {units.columns.rpartition('.')[0]} is {kept}" + (f" in steps of {step}" if step > 1 else "")
         by_kind = f"keep: {{{kind}: ...}} sets it apart from others"
         smaller = "" if units.heads else ", set a smaller multiple_of"
+        if self.keep is None:
+            return  # what comes nearest is taken
         if kept == 0:
             problems.add(f"{place}: keep", f"{what}: none would be left", f"keep at least {step / count:g}{smaller}; {by_kind}")
         elif kept == count and share < 1:
             problems.add(f"{place}: keep", f"{what}: none would be removed", f"keep {(count - step) / count:g} or less{smaller}; {by_kind}")
-        elif units.heads and layout.arch.whole_heads and self.widths == "uniform":
+        elif units.heads and not self._fits_config(units, kept, layout):
             hidden, heads = layout.text_config["hidden_size"], layout.text_config["num_attention_heads"] * kept // count
-            if hidden % heads:
-                works = [n / count for n in range(step, count, step) if hidden % (layout.text_config["num_attention_heads"] * n // count) == 0]
-                problems.add(
-                    f"{place}: keep",
-                    f"{what}, which leaves {heads} query heads; transformers wants a {layout.arch.model_type}'s to divide its hidden size {hidden}",
-                    f"shares that work: {', '.join(f'{n:g}' for n in works) or 'none'}; {by_kind}; leave them out, or take widths: per_layer",
-                )
+            works = [n / count for n in range(step, count, step) if self._fits_config(units, n, layout)]
+            problems.add(
+                f"{place}: keep",
+                f"{what}, which leaves {heads} query heads; transformers wants a {layout.arch.model_type}'s to divide its hidden size {hidden}",
+                f"shares that work: {', '.join(f'{n:g}' for n in works) or 'none'}; {by_kind}; leave them out, or take widths: per_layer",
+            )
 
     def _shares(self, layout: Layout) -> dict[str, float]:
         """What is to be kept of the kinds of units the model has."""
@@ -155,7 +168,11 @@ class Pass(Restructure):
 
     def _wanted(self) -> dict[str, float]:
         """What is to be kept of the kinds that the recipe names, or does not."""
-        return dict.fromkeys(DEFAULT_KINDS, self.keep) if isinstance(self.keep, float) else {str(kind): share for kind, share in self.keep.items()}
+        if isinstance(self.keep, dict):
+            return {str(kind): share for kind, share in self.keep.items()}
+        if self.keep is None and self.method == "heapr":
+            return dict.fromkeys([EXPERT_CHANNEL] if self.widths == "per_expert" else CHANNELS, DEFAULT_KEEP)
+        return dict.fromkeys(DEFAULT_KINDS, DEFAULT_KEEP if self.keep is None else self.keep)
 
     def _readers(self, layout: Layout) -> set[str]:
         """The linears that read what is to be removed."""
@@ -170,12 +187,30 @@ class Pass(Restructure):
 
     def _step(self, units: Units) -> int:
         """How many units are removed at a time at least."""
-        return units.parts if units.heads else min(self.multiple_of, units.count)
+        if units.heads:
+            return units.parts
+        if self.multiple_of is not None:
+            return min(self.multiple_of, units.count)
+        share, step = self._wanted()[units.kind], DEFAULT_MULTIPLE
+        while step > 1 and share < 1 and not 0 < round(share * units.count / step) * step < units.count:
+            step //= 2
+        return step
 
     def _kept(self, units: Units, layout: Layout) -> int:
         """How many of ``units`` stay where all blocks are alike."""
         step, share = self._step(units), self._shares(layout)[units.kind]
+        if self.keep is None and units.heads:
+            # The most, of two that are as near: nothing that was not asked for is worth a guess.
+            counts = [n for n in range(step, units.count + 1, step) if self._fits_config(units, n, layout)] or [units.count]
+            return min(reversed(counts), key=lambda n: abs(n - share * units.count))
         return units.count if share == 1 else min(units.count, round(share * units.count / step) * step)
+
+    def _fits_config(self, units: Units, kept: int, layout: Layout) -> bool:
+        """Whether transformers makes a model of which so many heads stay."""
+        if not layout.arch.whole_heads or self.widths != "uniform":
+            return True
+        hidden, heads = layout.text_config["hidden_size"], layout.text_config["num_attention_heads"] * kept // units.count
+        return bool(heads) and int(hidden) % heads == 0
 
     def _uniform(self, layout: Layout) -> dict[str, int]:
         """How many of each units stay where all blocks are alike."""
@@ -204,9 +239,12 @@ class Pass(Restructure):
         return reshaped(layout, {name: info for block in layout.blocks for name, info in read_header(workspace.block_file(block.index))[0].items()})
 
     def run(self, model: Model, samples: Samples, workspace: Workspace) -> None:
+        import torch
+
         from compress.calibrate import walk
-        from compress.checkpoint import entry, read_header, read_tensor, write_safetensors
+        from compress.checkpoint import entry, read_header, read_tensor
         from compress.reshape import made_up, taken_from
+        from compress.state import write_state
 
         path = workspace.folder / KEPT
         if not path.exists():
@@ -217,9 +255,9 @@ class Pass(Restructure):
             if self.method == "ddp" and removes:
                 entries += [entry(f"{name}{SCALE}", scale) for name, scale in self._settled(model, samples, workspace, scores, kept).items()]
             entries += [entry(name, scores[name].float()) for name in scores if name.endswith(MEAN)]
-            write_safetensors(path, entries, {})
+            write_state(path, entries, {})
         chosen = {name: read_tensor(info).to(model.device) for name, info in read_header(path)[0].items()}
-        biased = self._biased(model.layout)
+        biased, kinds = self._biased(model.layout), self._shares(model.layout)
         for block in walk(model, workspace):
             for units in block.layout.units:
                 scale = chosen.get(f"{units.name}{SCALE}")
@@ -233,6 +271,8 @@ class Pass(Restructure):
                     for name, tensor in left.items():
                         block.restructure(name, tensor)
                     block.add_record(units.name, self._record(units, chosen[units.name], scale))
+                elif self.keep is None and units.kind in kinds:  # nobody asked for that, so it is told
+                    block.add_record(units.name, self._record(units, torch.arange(units.count), None))
 
     def _record(self, units: Units, kept: Tensor, scale: Tensor | None) -> dict[str, Any]:
         counts: dict[str, Any] = {"before": units.count, "after": len(kept)}
