@@ -182,7 +182,7 @@ class Checkpoint:
             problems.add(place, f"must hold a mapping, got {type(config).__name__}", "fetch it again")
         except OSError:
             problems.add(str(self.folder), "has no config.json", "MODEL must be a Hugging Face checkpoint folder")
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
             problems.add("config.json", f"is not JSON ({error})", "fetch it again")
         return {}
 
@@ -200,7 +200,7 @@ class Checkpoint:
         try:
             weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             pairs = [(str(name), str(file)) for name, file in weight_map.items()]
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError, KeyError, AttributeError, TypeError) as error:
             problems.add(INDEX, f"cannot be understood ({type(error).__name__}: {error})", "fetch it again")
             return {}
         shards: dict[Path, set[str]] = {}

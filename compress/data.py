@@ -23,7 +23,7 @@ from compress import questions
 from compress.checkpoint import transformers_config
 from compress.errors import InputError
 from compress.images import KINDS, Encoded, Processor, kinds, opened
-from compress.source import DEMO, HUB_ID, demo_data
+from compress.source import HUB_ID, locate_data
 
 TOKENS_PER_BATCH = 2048
 RUN = 32
@@ -206,7 +206,7 @@ def calibration(data: str, samples: int, length: int, seed: int, tokenizer: Toke
     """
     place = f"calibration: data: {data}"
     rng = random.Random(seed)
-    path = demo_data(data) if data.startswith(DEMO) else Path(data).expanduser()
+    path = locate_data(data)
     if path.suffix == ".txt" and path.is_file():
         items = _passages(_read(path, place), samples, length, rng, tokenizer, place)
     elif path.suffix == ".jsonl" and path.is_file():
@@ -233,7 +233,7 @@ def windows(data: str, context: int, limit: int | None, tokenizer: Tokenizer, pl
 
     A folder of images gives its questions instead, with only the answers scored.
     """
-    path = demo_data(data) if data.startswith(DEMO) else Path(data).expanduser()
+    path = locate_data(data)
     if path.is_dir() and (path / "data.jsonl").exists():
         rows = questions.rows(path, f"{place}: {data}")[:limit]
         return Samples(data, tuple(_seen(row, path, tokenizer, place) for row in rows))
@@ -258,7 +258,7 @@ def sentence_pairs(data: str, tokenizer: Tokenizer, place: str = "evaluate: pair
     Their order is one by chance, always the same, so that a part of them has of everything that a file may be sorted by.
     """
     place = f"{place}: {data}"
-    path = demo_data(data) if data.startswith(DEMO) else Path(data).expanduser()
+    path = locate_data(data)
     if not path.is_file():
         raise InputError.one(place, "no such file", "give a .jsonl file of good and bad sentences, or demo:pairs")
     items: list[tuple[Sample, Sample]] = []

@@ -11,6 +11,7 @@ import struct
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 from compress.arch.base import Arch, Fold, InputGroup, Unit, find
@@ -125,6 +126,8 @@ SIZES = (
 DECLARED = "config.json: quantization_config"
 OWN = ("compressed-tensors", "compress")
 """What this program calls how it quantises. Without groups of linears that is the cache alone, or where weights lie."""
+MISSING_TOLD = 16
+"""Blocks of which nothing is there that are told one by one."""
 PUBLISHED = ("fp8", "mxfp4")
 """How some models are quantised by those who publish them."""
 
@@ -203,8 +206,9 @@ class Layout:
     def head_dim(self) -> int | None:
         """Channels of one attention head, as far as config.json tells."""
         config = self.text_config
-        if size := config.get("head_dim"):
-            return int(size)
+        size = config.get("head_dim")
+        if isinstance(size, int):
+            return size
         hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
         return hidden // heads if isinstance(hidden, int) and isinstance(heads, int) else None
 
@@ -403,13 +407,17 @@ class Layout:
         if not isinstance(count, int) or count < 1:
             problems.add("config.json: num_hidden_layers", f"must be a positive number, got {count!r}")
             return []
-        for index in sorted(set(range(count)) - by_block.keys()):
+        missing = count - sum(index < count for index in by_block)
+        for index in islice((index for index in range(count) if index not in by_block), MISSING_TOLD):
             problems.add(f"{self.arch.blocks}.{index}", "has no tensors, though config.json counts it", "is the download complete?")
-        for index in sorted(by_block.keys() - set(range(count))):
+        if missing > MISSING_TOLD:
+            what = f"counts {missing - MISSING_TOLD} more blocks without tensors"
+            problems.add("config.json: num_hidden_layers", what, "do config.json and the weights belong together?")
+        for index in sorted(index for index in by_block if index >= count):
             problems.add(
                 f"{self.arch.blocks}.{index}", f"is not accounted for: config.json has {count} blocks", "such extra blocks are not supported"
             )
-        return [self._block(index, sorted(by_block[index]), problems) for index in range(count) if index in by_block]
+        return [self._block(index, sorted(by_block[index]), problems) for index in sorted(by_block) if index < count]
 
     def _block(self, index: int, locals_: list[str], problems: Problems) -> BlockLayout:
         prefix = f"{self.arch.blocks}.{index}"

@@ -135,6 +135,14 @@ def check_places(places: Places, recipe: Recipe | None, layout: Layout | None, p
     if out.is_relative_to(work) or work.is_relative_to(out):
         what = "are the same folder" if out == work else "lie one in the other, of which the first replaces what is there as a whole"
         problems.add(f"{places.out} and {places.work}", f"--out and --work {what}", "choose another --work")
+    for option, place in (("--out", out.with_name(f".{out.name}.previous")), ("--work", work)):
+        try:
+            place.lstat()
+        except (FileNotFoundError, NotADirectoryError):
+            continue  # what stands in its way is told below
+        except OSError as error:
+            problems.add(str(place), f"cannot be made ({error.strerror})", f"choose another {option}")
+            return
     _check_target(places, recipe.export[1:] if recipe else (), problems)
     there = {option: _existing(place, option, problems) for option, place in (("--out", places.out.absolute().parent), ("--work", places.work))}
     if None in there.values():
@@ -267,6 +275,8 @@ class _Run:
         from compress.hardware import peak_bytes
 
         sources = self._verify_source()
+        _ = self.model.skeleton  # of what lies outside the blocks too faults are told now, not when it is first needed
+        self.model.release()
         samples = self._calibration()
         if self.recipe.evaluate is not None:
             measure.read(self.recipe.evaluate, self.tokenizer, self.source)  # to be told of its faults now, not after hours

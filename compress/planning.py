@@ -6,14 +6,13 @@ Memory is counted; time is counted in operations and divided by a speed that is 
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 from compress.layout import BlockLayout, Group, Layout
 from compress.passes.base import Allocator, Differentiating, Pass, Prunes, Quantize, Restructure, Rewrite
 from compress.recipe import Recipe, cache_scheme, expected, keeps_branches, verdicts
 from compress.scheme import Scheme, dense_bytes, output_bytes
-from compress.source import DEMO, demo_data
+from compress.source import locate_data
 from compress.tradeoff import against_fewer_bits
 
 RUNTIME_BYTES = 600 << 20
@@ -62,7 +61,7 @@ def evaluation_bytes(recipe: Recipe, layout: Layout) -> int:
 
 
 def _text_bytes(name: str) -> int:
-    path = demo_data(name) if name.startswith(DEMO) else Path(name).expanduser()
+    path = locate_data(name)
     return path.stat().st_size if path.is_file() else 0
 
 

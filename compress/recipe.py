@@ -7,6 +7,7 @@ import difflib
 import hashlib
 import importlib
 import json
+import os
 import pkgutil
 from pathlib import Path
 from types import ModuleType
@@ -208,7 +209,7 @@ def read(path: Path, remedy: str = "`compress recipes` lists those that ship wit
         return yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise InputError.one(str(path), f"cannot be read ({error.strerror})", remedy) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise InputError.one(str(path), f"is not YAML ({' '.join(str(error).split())})") from error
 
 
@@ -579,7 +580,7 @@ def _check_retrieval(recipe: Recipe, layout: Layout, place: str, problems: Probl
 
 
 def _check_data(recipe: Recipe, layout: Layout, place: str, problems: Problems) -> None:
-    from compress.source import DEMO, HUB_ID, demo_data
+    from compress.source import HUB_ID, locate_data
 
     longest = layout.text_config.get("max_position_embeddings")
     wanted = {"calibration.length": recipe.calibration.length} if any(step.needs_data for _, step in recipe.instances()) else {}
@@ -597,15 +598,17 @@ def _check_data(recipe: Recipe, layout: Layout, place: str, problems: Problems) 
         if isinstance(longest, int) and tokens > longest:
             problems.add(f"{place}: {key}", f"{tokens} tokens exceed the model's {longest}", f"set it to {longest} or less")
     for key, name in names.items():
-        path = Path(name).expanduser()
-        if name.startswith(DEMO):
-            try:
-                path = demo_data(name)
-            except InputError as error:
-                problems.add(f"{place}: {key}", str(error))
-                continue
-        elif not path.exists() and (key != "calibration.data" or not HUB_ID.fullmatch(name.partition("#")[0])):
+        try:
+            path = locate_data(name)
+        except InputError as error:
+            problems.add(f"{place}: {key}", str(error))
+            continue
+        if not path.exists() and (key != "calibration.data" or not HUB_ID.fullmatch(name.partition("#")[0])):
             problems.add(f"{place}: {key}", f"{name} is no file or folder", "paths are relative to where the command runs")
+        elif path.exists() and not os.access(path, os.R_OK):
+            problems.add(f"{place}: {key}", f"{name} may not be read", "change its permissions, or give another")
+        elif key == "calibration.data" and path.is_file() and path.suffix not in (".txt", ".jsonl"):
+            problems.add(f"{place}: {key}", f"{name} is neither a .txt nor a .jsonl file", "give one, a folder, a hub id or demo:text")
         if (path / questions.FILE).exists() and not layout.arch.image:
             problems.add(f"{place}: {key}", f"{name} holds images, but a {layout.arch.model_type} reads text only", "give text")
         elif key == "evaluate.data" and path.is_dir() and not (path / questions.FILE).exists():

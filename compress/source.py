@@ -29,11 +29,28 @@ def demo_data(name: str) -> Path:
         raise InputError.one(name, str(error)) from error
 
 
+def locate_data(name: str) -> Path:
+    """Where data lie that ship inside, or that a path names. Raises `InputError` as `local` does."""
+    return demo_data(name) if name.startswith(DEMO) else local(name)
+
+
+def local(name: str) -> Path:
+    """`name` as a path, whether or not something is there. Raises `InputError` for what can be none: a name too long, a home that nobody has, or
+    folders that may not be looked into."""
+    try:
+        path = Path(name).expanduser()
+        path.exists()
+    except (OSError, RuntimeError) as error:
+        shown = name if len(name) <= 100 else f"{name[:100]}..."
+        raise InputError.one(shown, f"is no path ({getattr(error, 'strerror', None) or error})", "give the path of a file or folder") from error
+    return path
+
+
 def locate_model(name: str) -> Path:
     """The local folder of a model, downloading from the hub if `name` is a hub id and no such folder exists."""
     if name.startswith(DEMO):
         return demo_model(name)
-    folder = Path(name).expanduser()
+    folder = local(name)
     if folder.exists() or not HUB_ID.fullmatch(name):
         return folder
     from huggingface_hub import snapshot_download

@@ -126,6 +126,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "sensitivity": ("errors", "state", "backsweep", "data", "layout", "block", "model"),
     "attribution": ("numerics", "checkpoint", "state", "data", "block", "model", "backsweep"),
     "passes": (
+        "source",
         "state",
         "hardware",
         "latents",

@@ -24,7 +24,7 @@ from compress.gate.record import digest
 from compress.gate.rules import TOP, Bias, Pairs, Retrieval, Rules, Suite, Task, Text
 from compress.layout import Layout
 from compress.model import Model
-from compress.source import DEMO, demo_data
+from compress.source import DEMO, locate_data
 
 VERSION = 1
 """Of the way things are measured here. A change that moves a figure takes another."""
@@ -93,7 +93,7 @@ def _data(suite: Suite) -> dict[str, Any]:
     if name is None:
         file = Path(getattr(suite, "task", ""))
         return {"task_sha256": sha256(file)} if file.suffix in (".yaml", ".yml") and file.is_file() else {}
-    path = demo_data(name) if name.startswith(DEMO) else Path(name).expanduser()
+    path = locate_data(name)
     if not path.exists():
         raise InputError.one(f"{suite.title}: data", f"{name} is no file or folder", "paths are relative to where the command runs")
     files = [path] if path.is_file() else sorted(each for each in path.rglob("*") if each.is_file())
@@ -138,7 +138,7 @@ def _given(suite: Suite, tokenizer: Tokenizer, longest: Any, progress: Progress)
 
 def _stereotypes(suite: Bias, tokenizer: Tokenizer, place: str) -> Given:
     """Each option of each row is a sample, of which the option is scored: all of a sentence, or what comes behind a prompt."""
-    path = demo_data(suite.data) if suite.data.startswith(DEMO) else Path(suite.data).expanduser()
+    path = locate_data(suite.data)
     items: list[Sample] = []
     rows: list[int] = []
     options: list[int] = []

@@ -28,6 +28,7 @@ from compress.layout import Layout, Linear
 from compress.passes.base import Bits, Quantize, QuantizesCache, Refining, Transform
 from compress.passes.base import Pass as AnyPass
 from compress.scheme import Scheme, dense_bytes, output_bytes
+from compress.source import local
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -105,7 +106,7 @@ class Pass(Budget):
         return copy
 
     def files(self) -> list[Path]:
-        return [Path(self.reuse).expanduser()] if self.reuse else []
+        return [local(self.reuse)] if self.reuse else []
 
     def sequences(self, layout: Layout) -> int:
         if self.reuse:
