@@ -371,3 +371,20 @@ def test_a_value_that_the_other_dtype_cannot_hold_is_refused_by_name(tmp_path: P
     item = Entry("x", "F16", (2,), read_header(tmp_path / "before")[0]["x"])
     with pytest.raises(InputError, match="x: was changed to values that F16 cannot hold"):
         write_safetensors(tmp_path / "after", [item], {})
+
+
+def test_a_config_that_counts_a_million_blocks_is_refused_without_listing_them(copy: Callable[..., Path]) -> None:
+    folder = copy()
+    set_config(num_hidden_layers=10**6)(folder)
+    with pytest.raises(InputError) as told:
+        Layout(Checkpoint(folder))
+    found = list(map(str, told.value.problems))
+    assert len(found) == 17 and found[-1].startswith("config.json: num_hidden_layers: counts 999982 more blocks without tensors")
+
+
+@pytest.mark.parametrize("name", ["config.json", INDEX])
+def test_json_nested_too_deeply_is_none(name: str, copy: Callable[..., Path]) -> None:
+    folder = copy()
+    (folder / name).write_text("[" * 100_000)
+    with pytest.raises(InputError, match="maximum recursion depth"):
+        Layout(Checkpoint(folder))

@@ -234,6 +234,21 @@ FITTING: dict[str, tuple[str, dict[str, Any], str]] = {
         BASE | {"evaluate": {"context": 64, "data": "demo:no"}},
         "r.yaml: evaluate.data: demo:no: no demonstration data 'no'",
     ),
+    "data that are neither text nor a data set": (
+        "llama",
+        BASE | {"calibration": {"length": 64, "data": "/proc/self/maps"}},
+        "r.yaml: calibration.data: /proc/self/maps is neither a .txt nor a .jsonl file; give one, a folder, a hub id or demo:text",
+    ),
+    "data whose name no disk takes": (
+        "llama",
+        BASE | {"calibration": {"length": 64, "data": "a" * 5000}},
+        f"r.yaml: calibration.data: {'a' * 100}...: is no path (File name too long)",
+    ),
+    "data of somebody who is not there": (
+        "llama",
+        BASE | {"evaluate": {"context": 64, "data": "~nobody-of-this-name/x.txt"}},
+        "r.yaml: evaluate.data: ~nobody-of-this-name/x.txt: is no path (Could not determine home directory.)",
+    ),
     "pairs that do not exist": (
         "llama",
         BASE | {"evaluate": {"context": 64, "pairs": "no.jsonl"}},
@@ -377,3 +392,9 @@ def test_a_value_of_another_kind_is_not_taken_for_one(step: str, message: str) -
     with pytest.raises(InputError) as caught:
         recipe.validate(yaml.safe_load(f"passes: [{{{step}}}]"), "r.yaml")
     assert message in str(caught.value)
+
+
+def test_a_recipe_nested_too_deeply_is_none(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("passes: " + "[" * 3000 + "]" * 3000)
+    with pytest.raises(InputError, match=r"r\.yaml: is not YAML \(maximum recursion depth"):
+        recipe.load(tmp_path / "r.yaml")
