@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from compress.errors import Exit, InputError, Interrupted
+from compress.errors import Exit, InputError, Interrupted, Problems
 
 if TYPE_CHECKING:
     from compress.layout import Layout
@@ -368,15 +368,20 @@ def gate(
     with _errors(False):
         from compress.gate import rules as files
 
-        chosen = files.load(rules)
+        problems = Problems()
+        try:
+            chosen = files.load(rules)
+        except InputError as error:
+            problems.absorb(error)
         if (against is None) == (baseline is None):
-            raise InputError.one("compress gate", "takes either --against or --save-baseline", "give one of them")
+            problems.add("compress gate", "takes either --against or --save-baseline", "give one of them")
         reports = [path for path in (out, junit, markdown) if path is not None]
         if baseline is not None and reports:
-            raise InputError.one(str(reports[0]), "is for a verdict, and --save-baseline gives none", "leave it out")
+            problems.add(str(reports[0]), "is for a verdict, and --save-baseline gives none", "leave it out")
         for path in reports:
             if path.is_dir() or not path.parent.is_dir():
-                raise InputError.one(str(path), "is a folder" if path.is_dir() else "lies in no folder that exists", "choose another file")
+                problems.add(str(path), "is a folder" if path.is_dir() else "lies in no folder that exists", "choose another file")
+        problems.raise_if_any()
         from compress import view
         from compress.checkpoint import write_text
         from compress.gate import report, run
@@ -500,7 +505,6 @@ def _planned(
     at once."""
     from compress import judging, recipe
     from compress.engines.base import find_all
-    from compress.errors import Problems
     from compress.pipeline import check_places, open_layout
 
     problems = Problems()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import hashlib
 import importlib
 import json
@@ -21,7 +20,7 @@ from compress.errors import InputError, Problems
 from compress.export import base as export_base
 from compress.layout import Layout
 from compress.numerics.pattern import Pattern
-from compress.options import Options
+from compress.options import Options, parse, report, suggest
 from compress.passes.base import (
     STAGES,
     WHY,
@@ -220,19 +219,12 @@ def load(path: Path) -> Recipe:
 
 def validate(plain: object, place: str) -> Recipe:
     """A recipe from plain data; `place` starts every message."""
-    if not isinstance(plain, dict):
-        raise InputError.one(place, f"must be a mapping with the key passes, got {'nothing' if plain is None else type(plain).__name__}")
-    problems = Problems()
-    recipe = None
-    try:
-        recipe = Recipe.model_validate(plain)
-    except ValidationError as error:
-        report(error, place, Recipe, problems)
+    return parse(Recipe, plain, place, "the key passes", _check_plain, told="passes")
+
+
+def _check_plain(plain: dict[str, Any], place: str, problems: Problems) -> None:
     _check_passes(plain.get("passes"), place, problems)
     _check_names(plain, place, problems)
-    problems.raise_if_any()
-    assert recipe
-    return recipe
 
 
 def salvage(plain: object) -> Recipe | None:
@@ -290,7 +282,7 @@ def _check_passes(steps: object, place: str, problems: Problems) -> None:
             continue
         name, options = next(iter(step.items()))
         if name not in pass_names():
-            problems.add(where, f"no pass is called {name!r}", _suggest(str(name), pass_names()))
+            problems.add(where, f"no pass is called {name!r}", suggest(str(name), pass_names()))
             continue
         if not isinstance(options, dict | None):
             problems.add(f"{where}.{name}", f"options must be a mapping, got {options!r}", "write `- gptq: {bits: 4}`")
@@ -315,7 +307,7 @@ def _check_names(plain: dict[str, Any], place: str, problems: Problems) -> None:
     gates = plain.get("gates")
     for name in gates if isinstance(gates, dict) else ():
         if name not in GATES:
-            problems.add(f"{place}: gates.{name}", "nothing of this name is measured", _suggest(str(name), list(GATES)))
+            problems.add(f"{place}: gates.{name}", "nothing of this name is measured", suggest(str(name), list(GATES)))
         elif name in MEASURED_GATES and "evaluate" in plain and plain["evaluate"] is None:
             problems.add(f"{place}: gates.{name}", "needs an evaluation, but evaluate is null", "give evaluate some data or drop the gate")
         elif name == "retrieval_drop" and not (isinstance(evaluation := plain.get("evaluate"), dict) and evaluation.get("retrieval") is not None):
@@ -324,51 +316,13 @@ def _check_names(plain: dict[str, Any], place: str, problems: Problems) -> None:
     exports = exports if isinstance(exports, list) else []
     for name in exports:
         if name not in export_names():
-            problems.add(f"{place}: export", f"no export is called {name!r}", _suggest(str(name), export_names()))
+            problems.add(f"{place}: export", f"no export is called {name!r}", suggest(str(name), export_names()))
         elif (name == exports[0]) != export_module(name).READABLE:
             first = [each for each in export_names() if export_module(each).READABLE]
             what = f"{name} comes first, but compress cannot read it back" if name == exports[0] else f"{name} can only come first"
             problems.add(f"{place}: export", what, f"begin with one of {', '.join(first)}, then name those to be made of it")
         elif exports.count(name) > 1:
             problems.add(f"{place}: export", f"names {name} twice", "name it once")
-
-
-def report(error: ValidationError, place: str, model: type[BaseModel], problems: Problems) -> None:
-    """Tell `problems`, in our words, all that pydantic found wrong with data for `model`."""
-    refused: dict[str, tuple[list[str], Any]] = {}
-    for item in error.errors():
-        if item["loc"][:1] == ("passes",) and (len(item["loc"]) > 1 or (item["type"] == "too_short" and item["input"])):
-            continue  # `_check_passes` says it in our words
-        path = ".".join(str(part) for part in item["loc"] if not str(part).startswith(("function-", "literal[", "constrained-")))
-        where = f"{place}: {path}" if path else place
-        if item["type"] == "extra_forbidden":
-            problems.add(where, "unknown key", _suggest(str(item["loc"][-1]), _keys(model, item["loc"][:-1])))
-        elif item["type"] == "missing":
-            problems.add(where, "is missing")
-        else:
-            message = item["msg"].removeprefix("Value error, ")
-            message = (message[:1].lower() + message[1:]).replace("tuple", "list").replace("dictionary", "mapping")
-            refused.setdefault(where, ([], item["input"]))[0].append(message)
-    for where, (messages, value) in refused.items():  # several where a key may be of several kinds
-        rest = "".join(f" or {message.removeprefix('input should be ')}" for message in messages[1:])
-        problems.add(where, f"{messages[0]}{rest}, got {value!r}")
-
-
-def _keys(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
-    """Keys allowed at a place inside a recipe section."""
-    for part in (each for each in path if not isinstance(each, int)):
-        field = model.model_fields.get(part)
-        inner = [kind for kind in (getattr(field.annotation, "__args__", ()) or (field.annotation,)) if isinstance(kind, type)] if field else []
-        models = [kind for kind in inner if issubclass(kind, BaseModel)]
-        if not models:
-            return []
-        model = models[0]
-    return list(model.model_fields)
-
-
-def _suggest(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
 
 
 def check(recipe: Recipe, layout: Layout, place: str, *, done: int = 0) -> dict[str, tuple[str, Scheme]]:

@@ -295,6 +295,38 @@ def test_every_mistake_of_a_gate_file_comes_at_once() -> None:
         "pairs.0: needs a bound: max_drop, max_flips",
     ):  # fmt: skip
         assert f"gate.yaml: {part}" in text
+    assert len(caught.value.problems) == 6
+
+
+@pytest.mark.parametrize("mistake", [{"alpah": 0.1}, {"alpha": 2}, {"seed": "x"}])
+@pytest.mark.parametrize(
+    ("plain", "what"),
+    [
+        ({}, "measures nothing"),
+        ({"text": [{"data": "x", "contxt": 9}]}, "text.0: needs a bound: max_loss_increase, max_kl, max_flips, max_accuracy_drop"),
+        ({"bias": [{"data": "x", "max_flips": 0, "detect": {"max_flip": 1}}]}, "bias.0.detect: max_flip is no bound that is given; did you mean"),
+        ({"retrieval": [{"max_drop": 0}, {"task": "lines", "max_drop": 0, "cases": 0}]}, "retrieval lines: is there twice"),
+        ({"tasks": [{"task": "a", "max_drop": 0.1}] * 2 + [{"task": "b", "max_drop": 7, "name": "tasks a"}]}, "tasks a: is there twice"),
+        ({"require_power": True, "pairs": [{"data": "x", "max_drop": 0, "limt": 4}]}, "pairs.0: max_drop is 0, so nobody says what it must find"),
+    ],
+)
+def test_what_no_key_says_by_itself_comes_beside_any_other_mistake(plain: Any, what: str, mistake: dict[str, Any]) -> None:
+    with pytest.raises(InputError) as caught:
+        validate(plain | mistake, "gate.yaml")
+    assert f"gate.yaml: {what}" in str(caught.value) and f"gate.yaml: {next(iter(mistake))}: " in str(caught.value)
+
+
+@pytest.mark.parametrize("faulty", [None, 3, "x", True, [], {}, [3], [None], [[]], {"data": "x"}])
+@pytest.mark.parametrize(
+    "key", ["text", "pairs", "tasks", "retrieval", "bias", "integrity", "alpha", "seed", "require_power", "data", "detect", "name"]
+)
+def test_a_gate_file_of_wrong_types_is_refused_or_understood(key: str, faulty: object) -> None:
+    inner = key in ("data", "detect", "name")
+    plain = {"text": [TEXT | {"max_kl": 1, key: faulty}]} if inner else {"text": [TEXT | {"max_kl": 1}], key: faulty}
+    try:
+        validate(plain, "gate.yaml")
+    except InputError as error:
+        assert all(problem.place.startswith("gate.yaml") for problem in error.problems)
 
 
 @pytest.mark.parametrize(
@@ -442,6 +474,12 @@ def test_the_command_exits_with_what_it_found_and_writes_reports(
         refused = invoke(*words)
         assert refused.exit_code == 2 and what in refused.output, refused.output
     assert not Path("c.json").exists() and not Path("x.json").exists()
+    Path("gate.yaml").write_text("text: [{data: nowhere.txt, context: 32, max_flips: 1}]\n")
+    refused = invoke("nowhere", "--against", "b.txt")
+    assert all(what in refused.output for what in ("nowhere: no such folder", "b.txt: no such folder", "nowhere.txt is no file")), refused.output
+    Path("gate.yaml").write_text("txt: []\n")
+    refused = invoke("nowhere", "--save-baseline", "c.json", "--json", "no/x.json")
+    assert all(what in refused.output for what in ("unknown key", "measures nothing", "is for a verdict", "lies in no folder")), refused.output
 
 
 def test_names_cannot_break_a_report() -> None:

@@ -68,27 +68,34 @@ def protocol(rules: Rules, stored: str, layout: Layout) -> dict[str, Any]:
         "device": hardware.device().type,
         "norms": rules.integrity.max_gain is not None,
     }
-    problems = Problems()
     suites = {}
-    for suite in rules.suites:
+    for suite, of in zip(rules.suites, data(rules), strict=True):
         # Bounds may be set anew without measuring again, but for those that say what is measured.
         about = {key: value for key, value in suite.model_dump(mode="json").items() if not key.startswith("max_") and key not in ("name", "detect")}
-        try:
-            about |= _data(suite)
-        except InputError as error:
-            problems.absorb(error)
+        about |= of
         if isinstance(suite, Text):
             about |= {"stride": suite.context, "bos": "none added", "top": TOP if suite.max_kl is not None else None}
         if isinstance(suite, Task):
             tasks.find((suite.task,), layout)
             about["lm_eval"] = metadata.version("lm_eval")
         suites[suite.title] = about
-    problems.raise_if_any()
     return found | {"suites": suites}
 
 
+def data(rules: Rules) -> list[dict[str, Any]]:
+    """Which data each suite is of, by hash. Raises `InputError` for all that are not there."""
+    problems = Problems()
+    found = []
+    for suite in rules.suites:
+        try:
+            found.append(_data(suite))
+        except InputError as error:
+            problems.absorb(error)
+    problems.raise_if_any()
+    return found
+
+
 def _data(suite: Suite) -> dict[str, Any]:
-    """Which data a suite is of, by hash."""
     name = getattr(suite, "data", None)
     if name is None:
         file = Path(getattr(suite, "task", ""))

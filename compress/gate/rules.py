@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field
 
 from compress import recipe
-from compress.errors import InputError, Problems
+from compress.errors import Problems
+from compress.options import parse, suggest
 from compress.recipe import Section
 
 TOP = 64
@@ -43,15 +44,6 @@ class Suite(Section):
         """The checks that are asked for, each with its bound."""
         found = {name: getattr(self, name) for name in type(self).model_fields if name.startswith("max_")}
         return {name: value for name, value in found.items() if value is not None}
-
-    @model_validator(mode="after")
-    def _some_bound(self) -> Suite:
-        if not self.bounds:
-            known = ", ".join(name for name in type(self).model_fields if name.startswith("max_"))
-            raise ValueError(f"needs a bound: {known}")
-        if unknown := sorted(self.detect.keys() - self.bounds.keys()):
-            raise ValueError(f"detect: {unknown[0]} is no bound that is given")
-        return self
 
 
 class Text(Suite):
@@ -106,8 +98,10 @@ class Retrieval(Items):
     what = "task"
 
     task: Literal["lines", "passkey"] = Field(default="lines", description="one of many lines is asked for, or one number hidden in filler")
-    lengths: tuple[int, ...] = Field(default=(512, 1024), min_length=1, description="of prompts, in tokens")
-    depths: tuple[float, ...] = Field(default=(0.0, 0.25, 0.5, 0.75, 1.0), min_length=1, description="where what is asked for stands, from 0 to 1")
+    lengths: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(512, 1024), min_length=1, description="of prompts, in tokens")
+    depths: tuple[Annotated[float, Field(ge=0, le=1)], ...] = Field(
+        default=(0.0, 0.25, 0.5, 0.75, 1.0), min_length=1, description="where what is asked for stands, from 0 to 1"
+    )
     cases: int = Field(default=10, ge=1, description="prompts for each length and depth")
     seed: int = Field(default=0, description="of names and numbers")
 
@@ -170,29 +164,42 @@ def load(path: Path) -> Rules:
 
 def validate(plain: object, place: str) -> Rules:
     """Rules from plain data; `place` starts every message."""
-    if not isinstance(plain, dict):
-        raise InputError.one(place, f"must be a mapping with suites, got {'nothing' if plain is None else type(plain).__name__}")
-    problems = Problems()
-    rules = None
-    try:
-        rules = Rules.model_validate(plain)
-    except ValidationError as error:
-        recipe.report(error, place, Rules, problems)
-    if rules:
-        _check(rules, place, problems)
-    problems.raise_if_any()
-    assert rules
-    return rules
+    return parse(Rules, plain, place, "suites", _check)
 
 
-def _check(rules: Rules, place: str, problems: Problems) -> None:
-    suites = list(rules.suites)
-    if not suites and rules.integrity.max_gain is None:
-        problems.add(place, "measures nothing", f"give a suite: {', '.join(('text', 'pairs', 'tasks', 'retrieval', 'bias'))}")
-    for title, count in Counter(suite.title for suite in suites).items():
-        if count > 1:
+def _check(plain: dict[str, Any], place: str, problems: Problems) -> None:
+    """What no key says by itself. The mapping is as it was written, faults and all, so that these mistakes are told beside any others."""
+    suites = [
+        (f"{kind.kind}.{index}", kind, suite)
+        for kind in (Text, Pairs, Task, Retrieval, Bias)
+        for index, suite in enumerate(_of_type(list, plain.get(kind.kind)))
+        if isinstance(suite, dict)
+    ]
+    if not any(isinstance(value, list) and value for value in plain.values()) and _of_type(dict, plain.get("integrity")).get("max_gain") is None:
+        problems.add(place, "measures nothing", f"give a suite: {', '.join(kind.kind for kind in (Text, Pairs, Task, Retrieval, Bias))}")
+    for title, count in Counter(_title(kind, suite) for _, kind, suite in suites).items():
+        if title and count > 1:
             problems.add(f"{place}: {title}", "is there twice", "give each a name")
-    for suite in suites:
-        for name in suite.bounds:
-            if rules.require_power and not suite.target(name):
-                problems.add(f"{place}: {suite.title}", f"{name} is 0, so nobody says what it must find", f"give detect: {{{name}: ...}}")
+    for where, kind, suite in suites:
+        bounds = {name: value for name, value in suite.items() if str(name).startswith("max_") and value is not None}
+        known = [name for name in kind.model_fields if name.startswith("max_")]
+        if not bounds:
+            problems.add(f"{place}: {where}", f"needs a bound: {', '.join(known)}")
+        detect = _of_type(dict, suite.get("detect"))
+        for name in sorted(detect.keys() - bounds.keys(), key=str):
+            problems.add(f"{place}: {where}.detect", f"{name} is no bound that is given", suggest(str(name), known))
+        for name, bound in bounds.items():
+            if plain.get("require_power") is True and bound == 0 and name not in detect:
+                problems.add(f"{place}: {where}", f"{name} is 0, so nobody says what it must find", f"give detect: {{{name}: ...}}")
+
+
+def _title(kind: type[Suite], plain: dict[str, Any]) -> str:
+    """What reports would call a suite; nothing where it does not say what it is of."""
+    field = kind.model_fields[kind.what]
+    of = plain.get(kind.what, "" if field.is_required() else field.default)
+    return str(plain.get("name") or (f"{kind.kind} {of}" if of else ""))
+
+
+def _of_type(kind: type[Any], value: object) -> Any:
+    """The value, or an empty one of that kind if it is of another."""
+    return value if isinstance(value, kind) else kind()

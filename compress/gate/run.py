@@ -22,7 +22,7 @@ from compress.source import locate_model
 def save_baseline(rules: Rules, model: str, path: Path, progress: Progress) -> None:
     """Measure a model and write what a later candidate is compared with. Raises `InputError` for what is wrong with the model or the data."""
     record.check_new(path)
-    layout = Layout(Checkpoint(locate_model(model)))
+    layout = _opened(rules, model)
     found = measured(rules, model, layout, inputs(rules, layout, progress), None, progress)
     if faulty := integrity.finite(layout.checkpoint).what:
         raise InputError.one(model, f"is no baseline: {faulty[0]}", "fetch it again")
@@ -36,13 +36,16 @@ def judge(rules: Rules, candidate: str, against: str, progress: Progress) -> dic
     sides: list[Layout | Record | None] = []
     for name, stored in ((candidate, False), (against, Path(against).suffix == ".json")):
         try:
-            sides.append(record.load(Path(name)) if stored else Layout(Checkpoint(locate_model(name))))
+            sides.append(record.load(Path(name)) if stored else _opened(rules, name))
         except InputError as error:
             problems.absorb(error)
+    try:
+        observe.data(rules)
+    except InputError as error:
+        problems.absorb(error)
     problems.raise_if_any()
     layout, other = sides
     assert isinstance(layout, Layout) and other is not None
-    observe.check(rules, layout)
     notes = []
     if isinstance(other, Record):
         _refuse_another_protocol(other.protocol, observe.protocol(rules, other.protocol.get("stored", "float32"), layout), against)
@@ -50,8 +53,7 @@ def judge(rules: Rules, candidate: str, against: str, progress: Progress) -> dic
         notes += [f"{name} {other.versions.get(name)} measured the baseline, {now} the candidate" for name, now in observe.versions().items()
                   if other.versions.get(name) != now]  # fmt: skip
     else:
-        observe.check(rules, other)
-        observe.protocol(rules, _stored(other), other)  # says which data are missing
+        observe.protocol(rules, _stored(other), other)  # says which tasks are missing
         facts = integrity.facts(other)
     progress.step("integrity", 1)
     exact = [*integrity.compared(facts, integrity.facts(layout), rules.integrity.allow), integrity.finite(layout.checkpoint)]
@@ -94,6 +96,12 @@ def judge(rules: Rules, candidate: str, against: str, progress: Progress) -> dic
         "protocol_sha256": record.digest(protocol),
         "versions": {"compress": __version__} | observe.versions(),
     }
+
+
+def _opened(rules: Rules, name: str) -> Layout:
+    layout = Layout(Checkpoint(locate_model(name)))
+    observe.check(rules, layout)
+    return layout
 
 
 def inputs(rules: Rules, layout: Layout, progress: Progress) -> dict[str, Given]:
