@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from compress import __version__, declared
+from compress import __version__, declared, manifest
 from compress.checkpoint import BRANCHED, Checkpoint, copy_file, deliver, entry, read_header, sha256, write_safetensors, write_text
 from compress.errors import InputError, Problems
 from compress.export import base
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 FILE = "export.json"
 UNPACKED = ".unpacked"
-OWN = ("README.md", "recipe.yaml", "plan.json", "manifest.json", "report.json", "report.html")
+OWN = ("README.md", "recipe.yaml", "plan.json", manifest.FILE, "report.json", "report.html")
 """Files of an artifact that tell of the run, not of the model."""
 
 
@@ -87,32 +87,30 @@ def _check_place(artifact: Path, place: Path, problems: Problems) -> None:
 
 
 def _check_manifest(artifact: Path, rejected: bool, problems: Problems) -> None:
-    path = artifact / "manifest.json"
-    if not path.is_file():
-        return  # what other programs made is taken as it is
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        files, accepted = manifest["files"], manifest["accepted"]
-    except (ValueError, KeyError, TypeError) as error:
-        problems.add(str(path), f"is no manifest of ours ({type(error).__name__} {error})", "fetch the artifact again")
+        told = manifest.read(artifact)
+    except InputError as error:
+        problems.absorb(error)
         return
-    if not accepted and not rejected:
-        problems.add(str(path), "the artifact was not accepted: its gates failed", "mend the recipe, or pass --rejected to export it nevertheless")
-    for name, digest in files.items():
-        if not (artifact / name).is_file():
-            problems.add(str(artifact / name), "is missing", "fetch the artifact again")
-        elif sha256(artifact / name) != digest:
-            problems.add(str(artifact / name), "is not the file that manifest.json tells of", "fetch the artifact again, or make it anew")
+    if told is None:
+        return  # what other programs made is taken as it is, and `export` says so
+    if not told.accepted and not rejected:
+        what = "the artifact was not accepted: its gates failed"
+        problems.add(str(artifact / manifest.FILE), what, "mend the recipe, or pass --rejected to export it nevertheless")
+    for name, fault in told.differing(artifact).items():
+        problems.add(str(artifact / name), "is not the file that manifest.json tells of" if fault == "differs" else fault, manifest.REMEDY)
 
 
 def export(artifact: Path, places: dict[str, Path], progress: Progress, *, overwrite: bool = False, rejected: bool = False) -> list[dict[str, Any]]:
     """Write the artifact in each of the layouts of `places`, each folder appearing when it is finished and compared.
 
-    Returns for each what engines make of it and what it lost: the relative squared error of every weight that is not exact.
+    Returns for each what engines make of it and what it lost: the relative squared error of every weight that is not exact. ``accepted`` is
+    whether the gates of the artifact passed, and None where it has no manifest to tell that and to hold its files against.
     """
     from compress.model import Model
 
     layout, plan = check(artifact, places, overwrite=overwrite, rejected=rejected)
+    told = manifest.read(artifact)
     results = []
     for target, place in places.items():
         progress.step(f"export {target}", 1)
@@ -136,6 +134,7 @@ def export(artifact: Path, places: dict[str, Path], progress: Progress, *, overw
             shutil.rmtree(staging / UNPACKED, ignore_errors=True)
             result = {
                 "target": target,
+                "accepted": told.accepted if told else None,
                 "engines": module.verdicts(layout, plan),
                 "bytes": sum(path.stat().st_size for path in staging.rglob("*") if path.is_file()),
                 "exact": sum(error == 0 for error in errors.values()),
@@ -175,5 +174,5 @@ def _unpacked(model: Model, plan: dict[str, Scheme], folder: Path) -> Model:
 
 def _identity(artifact: Path) -> dict[str, str]:
     """What an export was made of."""
-    known = [artifact / name for name in ("manifest.json", "config.json") if (artifact / name).is_file()]
+    known = [artifact / name for name in (manifest.FILE, "config.json") if (artifact / name).is_file()]
     return {path.name: sha256(path) for path in known}

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import struct
 from pathlib import Path
 from typing import Any
 
+from compress import manifest
 from compress.checkpoint import Checkpoint
 from compress.formats.base import BESIDE_PARTS, PARTS
 
@@ -30,10 +30,9 @@ def inspect(folder: Path) -> dict[str, Any]:
         if part in ("weight", "weight_packed", "nm_values"):
             item["shape"] = _shape(checkpoint, linear)
             item["became"] = _scheme(checkpoint, linear, item["shape"]) + _residuals(checkpoint, linear) + _branch(checkpoint, linear)
-    manifest = folder / "manifest.json"
-    accepted = json.loads(manifest.read_text(encoding="utf-8")).get("accepted") if manifest.is_file() else None
+    told = manifest.read(folder)
     ordered = [tensors[name] for name in sorted(tensors)]
-    return {"folder": str(folder), "accepted": accepted, "bytes": checkpoint.nbytes, "tensors": ordered}
+    return {"folder": str(folder), "accepted": told.accepted if told else None, "bytes": checkpoint.nbytes, "tensors": ordered}
 
 
 def _shape(checkpoint: Checkpoint, linear: str) -> list[int]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import json
 import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, ValidationInfo, field_validator
@@ -54,12 +56,22 @@ def _kinds(annotation: Any) -> set[Any]:
 Read = TypeVar("Read", bound=BaseModel)
 
 
+def read_json(path: Path, remedy: str) -> object:
+    """The plain data of a file. Raises `InputError` if it is no JSON, with the `remedy`."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError.one(str(path), f"cannot be read ({error.strerror})", remedy) from error
+    except (ValueError, RecursionError) as error:  # of text, of JSON, and of numbers too long for Python
+        raise InputError.one(str(path), f"is not JSON ({error})", remedy) from error
+
+
 def parse(
     model: type[Read],
     plain: object,
     place: str,
     needs: str,
-    check: Callable[[dict[str, Any], str, Problems], None],
+    check: Callable[[dict[str, Any], str, Problems], None] = lambda plain, place, problems: None,
     *,
     told: str = "",
     remedy: str = "",
@@ -97,7 +109,7 @@ def report(error: ValidationError, place: str, model: type[BaseModel], problems:
             problems.add(where, "is missing", remedy)
         else:
             message = item["msg"].removeprefix("Value error, ")
-            message = (message[:1].lower() + message[1:]).replace("tuple", "list").replace("dictionary", "mapping")
+            message = (message[:1].lower() + message[1:]).replace("tuple", "list").replace("dictionary", "mapping").partition(" or instance of ")[0]
             refused.setdefault(where, ([], item["input"]))[0].append(message)
     for where, (messages, value) in refused.items():  # several where a key may be of several kinds
         rest = "".join(f" or {message.removeprefix('input should be ')}" for message in messages[1:])

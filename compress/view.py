@@ -353,6 +353,9 @@ def exports(results: list[dict[str, Any]]) -> None:
             worst = max(lost, key=lambda name: lost[name])
             exact += f"; of the others {worst} lost most: {lost[worst]:.1e} of its energy (all in {result['folder']}/export.json)"
         console.print(exact if result["exact"] + len(lost) else "byte for byte what the artifact holds", markup=False, soft_wrap=True)
+    if results and not results[0]["accepted"]:
+        unknown = "the artifact has no manifest.json: nothing tells whether its files are as they were written, and its gates passed"
+        console.print(unknown if results[0]["accepted"] is None else "the gates of the artifact failed", style="yellow", soft_wrap=True)
 
 
 def serving(result: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -256,7 +256,7 @@ def test_settings_shapes_and_hashes_are_compared(
     result = judged(rules(text=[TEXT | {"max_flips": 1}]), folder, checkpoint("llama"))
     assert failed(result) == {"config"} and check(result, "config")["detail"] == "config.rms_norm_eps differs: 1e-06 -> 0.1"
     edit_config(folder, rms_norm_eps=1e-6)
-    (folder / "manifest.json").write_text(json.dumps({"files": {"config.json": "0" * 64, "gone.txt": "1" * 64}}))
+    (folder / "manifest.json").write_text(json.dumps({"accepted": True, "files": {"config.json": "0" * 64, "gone.txt": "1" * 64}}))
     result = judged(rules(), folder, checkpoint("llama"))
     assert failed(result) == {"manifest"} and check(result, "manifest")["detail"] == "manifest config.json differs; manifest gone.txt is missing"
     result = judged(rules(), checkpoint("llama"), checkpoint("llama-3-blocks"))
@@ -413,6 +413,54 @@ def test_a_damaged_baseline_is_refused(baseline: Path, checkpoint: Callable[...,
         baseline.write_text(json.dumps(plain | {"format": 7} if damage == "format" else []))
     with pytest.raises(InputError, match="make the baseline again with --save-baseline"):
         judged(rules(), checkpoint("llama"), baseline)
+
+
+def test_what_is_no_baseline_is_named_before_its_arrays_are_sought(tmp_path: Path) -> None:
+    for text, what in (
+        ("{}", "is no baseline: it has no key format"),
+        ("[]", "must be a mapping with what was measured, got list"),
+        ("", "is not JSON"),
+    ):
+        (tmp_path / "b.json").write_text(text)
+        with pytest.raises(InputError) as caught:
+            record.load(tmp_path / "b.json")
+        assert str(caught.value).startswith(f"{tmp_path / 'b.json'}: {what}") and record.REMEDY in str(caught.value)
+
+
+def places(node: object, before: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Every place in plain data, of lists the first alone, and of the many tensors those of one norm."""
+    for key, value in node.items() if isinstance(node, dict) else enumerate(node[:1]) if isinstance(node, list) else ():
+        if "model." not in str(key) or key == "model.norm.weight":
+            yield (*before, key)
+            yield from places(value, (*before, key))
+
+
+def test_a_baseline_of_wrong_types_is_refused_with_its_key_or_read(baseline: Path, checkpoint: Callable[..., Path]) -> None:
+    """Each key by each type of JSON, or gone, under a hash that says that it was written so."""
+    plain = json.loads(baseline.read_text())
+    layout, beside = Layout(Checkpoint(checkpoint("llama"))), baseline.with_suffix(".safetensors")
+    refused = 0
+    for place in places(plain):
+        for value in (None, True, 3, 1.5, "x", [], ["x"], {}, {"a": 1}, ...):
+            other = json.loads(json.dumps(plain))
+            node = other
+            for key in place[:-1]:
+                node = node[key]
+            node.pop(place[-1]) if value is ... else node.__setitem__(place[-1], value)
+            if place != ("sha256",):
+                other["sha256"] = record.digest({key: each for key, each in other.items() if key != "sha256"})
+            baseline.write_text(json.dumps(other))
+            try:
+                found = record.load(baseline)
+                run._refuse_another_protocol(found.protocol, observe.protocol(rules(), found.protocol["stored"], layout), str(baseline))
+                integrity.compared(found.facts, integrity.facts(layout), ())
+            except InputError as error:
+                refused += 1
+                text = str(error)
+                assert any(str(key) in text for key in place) or f"{beside}: " in text, (place, value, text)
+                assert text.startswith(str(baseline.with_suffix(""))) and record.REMEDY in text, (place, value, text)
+                assert "Error" not in text or "facts.config: transformers makes no config of it" in text, (place, value, text)
+    assert refused > 400
 
 
 def test_a_baseline_is_read_as_it_was_written_and_never_written_over(baseline: Path, checkpoint: Callable[..., Path]) -> None:

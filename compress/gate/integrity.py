@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 
+from compress import manifest
 from compress.checkpoint import Checkpoint, sha256, transformers_config
 from compress.errors import InputError
 from compress.formats.base import BESIDE_PARTS, PARTS
 from compress.layout import Layout
-from compress.model import Model
+from compress.model import CONFIG_ERRORS, Model
 
 FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken", "chat_template*",
@@ -24,7 +25,6 @@ FILES = (
 """Files beside the weights that decide what a model is given and how it goes on."""
 UNTOLD = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "quantization_config", "use_cache")
 """Keys of a config that compressing changes, or that change nothing of what is computed."""
-MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def facts(layout: Layout) -> Facts:
 def compared(base: Facts, found: Facts, allow: tuple[str, ...]) -> list[Exact]:
     """The checks of `found` beside `base`."""
     changed = _differing(base.files, found.files)
-    ours, theirs = (dict(_flat(_config(each.config))) for each in (found, base))
+    ours, theirs = (dict(_flat(filled(each.config, "config.json", "fetch it again"))) for each in (found, base))
     config = {f"config.{key}": f"{what}: {theirs.get(key)!r} -> {ours.get(key)!r}" for key, what in _differing(theirs, ours).items()}
     # Scales of a cache, branches and the like are added; nothing may be gone or of another shape.
     tensors = {
@@ -74,17 +74,23 @@ def compared(base: Facts, found: Facts, allow: tuple[str, ...]) -> list[Exact]:
     return [_judged(name, items, allow) for name, items in (("files", changed), ("config", config), ("tensors", tensors))]
 
 
-def manifest(folder: Path, allow: tuple[str, ...]) -> Exact | None:
-    """Whether the files of an artifact of ours are those that its manifest was written for; None if it has no manifest."""
-    path = folder / MANIFEST
-    if not path.is_file():
-        return None
+def filled(plain: dict[str, Any], place: str, remedy: str) -> dict[str, Any]:
+    """A config with every default of transformers filled in, so that a file that another version wrote says the same.
+
+    Raises `InputError` at `place` if transformers makes nothing of it.
+    """
     try:
-        listed = {str(name): str(digest) for name, digest in json.loads(path.read_text(encoding="utf-8"))["files"].items()}
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise InputError.one(str(path), f"cannot be understood ({type(error).__name__}: {error})", "fetch it again") from error
-    found = {name: sha256(folder / name) for name in listed if (folder / name).is_file()}
-    return _judged("manifest", {f"manifest {name}": what for name, what in _differing(listed, found).items()}, allow)
+        found: dict[str, Any] = json.loads(json.dumps(transformers_config(plain).to_dict(), default=str))
+    except CONFIG_ERRORS as error:
+        reason = " ".join(f"{type(error).__name__} {error}".split())[:300]
+        raise InputError.one(place, f"transformers makes no config of it ({reason})", remedy) from error
+    return found
+
+
+def whole(folder: Path, allow: tuple[str, ...]) -> Exact | None:
+    """Whether the files of an artifact of ours are those that its manifest was written for; None if it has no manifest."""
+    told = manifest.read(folder)
+    return _judged("manifest", {f"manifest {name}": what for name, what in told.differing(folder).items()}, allow) if told else None
 
 
 def finite(checkpoint: Checkpoint) -> Exact:
@@ -121,12 +127,6 @@ def _differing(before: dict[str, Any], after: dict[str, Any]) -> dict[str, str]:
     found = {name: "is missing" for name in before if name not in after}
     found |= {name: "is new" if name not in before else "differs" for name in after if name not in before or before[name] != after[name]}
     return dict(sorted(found.items()))
-
-
-def _config(plain: dict[str, Any]) -> dict[str, Any]:
-    """With every default filled in, so that a file that another version wrote says the same."""
-    filled: dict[str, Any] = json.loads(json.dumps(transformers_config(plain).to_dict(), default=str))
-    return filled
 
 
 def _flat(plain: dict[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:

@@ -7,7 +7,7 @@ import json
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,9 +17,9 @@ from safetensors.numpy import save as save_arrays
 
 from compress.checkpoint import sync_folder, write_text
 from compress.errors import InputError, Problems
-from compress.gate.integrity import Facts
+from compress.gate.integrity import Facts, filled
+from compress.options import Options, parse, read_json
 
-FORMAT = 1
 REMEDY = "make the baseline again with --save-baseline"
 
 
@@ -62,7 +62,7 @@ def save(record: Record, path: Path) -> None:
     named = {f"{suite}/{name}": values for suite, arrays in record.arrays.items() for name, values in arrays.items()}
     packed = save_arrays({name: np.ascontiguousarray(values) for name, values in named.items()})
     plain = {key: value for key, value in asdict(record).items() if key != "arrays"}
-    plain |= {"format": FORMAT, "protocol_sha256": digest(record.protocol), "arrays_sha256": hashlib.sha256(packed).hexdigest()}
+    plain |= {"format": 1, "protocol_sha256": digest(record.protocol), "arrays_sha256": hashlib.sha256(packed).hexdigest()}
     plain["sha256"] = digest(plain)
     partial = path.with_name(path.name + ".arrays.partial")
     with partial.open("wb") as file:
@@ -74,32 +74,75 @@ def save(record: Record, path: Path) -> None:
     sync_folder(path.parent)
 
 
+class _Protocol(Options):
+    """What `observe.protocol` gives."""
+
+    version: int
+    stored: Literal["float32", "float16", "bfloat16", "float64"]
+    dtype: str
+    device: str
+    norms: bool
+    suites: dict[str, dict[str, Any]]
+
+
+class _Facts(Options):
+    """`integrity.Facts`."""
+
+    files: dict[str, str]
+    config: dict[str, Any]
+    tensors: dict[str, list[int]]
+
+
+class _Baseline(Options):
+    """The JSON file: a `Record` without its arrays."""
+
+    format: Literal[1]
+    model: str
+    protocol: _Protocol
+    facts: _Facts
+    versions: dict[str, str]
+    data: dict[str, str]
+    norms: dict[str, float]
+    protocol_sha256: str
+    arrays_sha256: str
+    sha256: str
+
+
 def load(path: Path) -> Record:
-    """Read a baseline. Raises `InputError` if it is none, or not as it was written."""
+    """Read a baseline. Raises `InputError` with everything that tells that it is none, or not as it was written."""
+    plain = read_json(path, REMEDY)
+    if isinstance(plain, dict) and "format" not in plain:
+        raise InputError.one(str(path), "is no baseline: it has no key format", REMEDY)
+    parse(_Baseline, plain, str(path), "what was measured", _check, remedy=REMEDY)
+    assert isinstance(plain, dict)
+    beside = arrays_path(path)
     try:
-        plain = json.loads(path.read_text(encoding="utf-8"))
-        packed = arrays_path(path).read_bytes()
+        packed = beside.read_bytes()
     except OSError as error:
-        raise InputError.one(str(error.filename), f"cannot be read ({error.strerror})", REMEDY) from error
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise InputError.one(str(path), f"is not JSON ({error})", REMEDY) from error
-    if not isinstance(plain, dict) or plain.get("format") != FORMAT:
-        found = plain.get("format") if isinstance(plain, dict) else type(plain).__name__
-        raise InputError.one(str(path), f"must be a baseline of format {FORMAT}, got {found!r}", REMEDY)
-    problems = Problems()
-    if plain.get("sha256") != digest({key: value for key, value in plain.items() if key != "sha256"}):
-        problems.add(str(path), "is not as it was written: its sha256 differs", REMEDY)
-    if plain.get("arrays_sha256") != hashlib.sha256(packed).hexdigest():
-        problems.add(str(arrays_path(path)), "is not the file that the baseline was written with: its sha256 differs", REMEDY)
-    problems.raise_if_any()
+        raise InputError.one(str(beside), f"holds the arrays of {path.name}, and cannot be read ({error.strerror})", REMEDY) from error
+    if plain["arrays_sha256"] != hashlib.sha256(packed).hexdigest():
+        raise InputError.one(str(beside), f"is not the file that {path.name} was written with: its sha256 differs", REMEDY)
     arrays: dict[str, dict[str, NDArray[Any]]] = {}
     try:
         for name, values in load_arrays(packed).items():
             suite, _, array = name.rpartition("/")
             arrays.setdefault(suite, {})[array] = values
-        return Record(plain["model"], plain["protocol"], Facts(**plain["facts"]), plain["versions"], plain["data"], arrays, plain["norms"])
-    except (SafetensorError, KeyError, TypeError) as error:  # whole, but not by this program
-        raise InputError.one(str(path), f"is no baseline ({type(error).__name__}: {error})", REMEDY) from error
+    except SafetensorError as error:  # whole, but not by this program
+        raise InputError.one(str(beside), f"is not safetensors ({error})", REMEDY) from error
+    if not arrays.keys() == plain["data"].keys() == plain["protocol"]["suites"].keys():
+        raise InputError.one(str(beside), f"holds arrays of {', '.join(sorted(arrays)) or 'nothing'}, not of what {path.name} names", REMEDY)
+    return Record(plain["model"], plain["protocol"], Facts(**plain["facts"]), plain["versions"], plain["data"], arrays, plain["norms"])
+
+
+def _check(plain: dict[str, Any], place: str, problems: Problems) -> None:
+    facts = plain.get("facts")
+    if isinstance(facts, dict) and isinstance(facts.get("config"), dict):
+        try:
+            filled(facts["config"], f"{place}: facts.config", REMEDY)
+        except InputError as error:
+            problems.absorb(error)
+    if plain.get("sha256") != digest({key: value for key, value in plain.items() if key != "sha256"}):
+        problems.add(place, "is not as it was written: its sha256 differs", REMEDY)
 
 
 def differences(before: dict[str, Any], now: dict[str, Any], place: str = "") -> list[str]:

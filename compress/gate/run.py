@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from compress import __version__
+from compress import __version__, manifest
 from compress.checkpoint import Checkpoint
 from compress.data import Tokenizer
 from compress.errors import InputError, Problems
@@ -23,10 +23,12 @@ def save_baseline(rules: Rules, model: str, path: Path, progress: Progress) -> N
     """Measure a model and write what a later candidate is compared with. Raises `InputError` for what is wrong with the model or the data."""
     record.check_new(path)
     layout = _opened(rules, model)
-    found = measured(rules, model, layout, inputs(rules, layout, progress), None, progress)
-    if faulty := integrity.finite(layout.checkpoint).what:
-        raise InputError.one(model, f"is no baseline: {faulty[0]}", "fetch it again")
-    record.save(found, path)
+    problems = Problems()
+    for each in (integrity.finite(layout.checkpoint), integrity.whole(layout.checkpoint.folder, rules.integrity.allow)):
+        if each and each.what:
+            problems.add(model, f"is no baseline: {each.what[0]}", "fetch it again")
+    problems.raise_if_any()
+    record.save(measured(rules, model, layout, inputs(rules, layout, progress), None, progress), path)
 
 
 def judge(rules: Rules, candidate: str, against: str, progress: Progress) -> dict[str, Any]:
@@ -48,7 +50,7 @@ def judge(rules: Rules, candidate: str, against: str, progress: Progress) -> dic
     assert isinstance(layout, Layout) and other is not None
     notes = []
     if isinstance(other, Record):
-        _refuse_another_protocol(other.protocol, observe.protocol(rules, other.protocol.get("stored", "float32"), layout), against)
+        _refuse_another_protocol(other.protocol, observe.protocol(rules, other.protocol["stored"], layout), against)
         base, facts, data = other, other.facts, other.data
         notes += [f"{name} {other.versions.get(name)} measured the baseline, {now} the candidate" for name, now in observe.versions().items()
                   if other.versions.get(name) != now]  # fmt: skip
@@ -57,8 +59,13 @@ def judge(rules: Rules, candidate: str, against: str, progress: Progress) -> dic
         facts = integrity.facts(other)
     progress.step("integrity", 1)
     exact = [*integrity.compared(facts, integrity.facts(layout), rules.integrity.allow), integrity.finite(layout.checkpoint)]
-    if listed := integrity.manifest(layout.checkpoint.folder, rules.integrity.allow):
-        exact.append(listed)
+    if whole := integrity.whole(layout.checkpoint.folder, rules.integrity.allow):
+        exact.append(whole)
+    notes += [
+        f"{name} has no manifest.json any more: nothing tells whether its files are as they were written"
+        for name, side in ((candidate, layout), (against, other))
+        if isinstance(side, Layout) and manifest.lost(side.checkpoint.folder)
+    ]
     given = inputs(rules, layout, progress)
     if not isinstance(other, Record):
         of_base = inputs(rules, other, progress)
@@ -101,6 +108,9 @@ def judge(rules: Rules, candidate: str, against: str, progress: Progress) -> dic
 def _opened(rules: Rules, name: str) -> Layout:
     layout = Layout(Checkpoint(locate_model(name)))
     observe.check(rules, layout)
+    # What is wrong with these is told with all else.
+    integrity.filled(layout.checkpoint.config, str(layout.checkpoint.folder / "config.json"), "fetch it again")
+    manifest.read(layout.checkpoint.folder)
     return layout
 
 
