@@ -30,6 +30,20 @@ def test_the_bootstrap_is_that_of_a_loop(margin: float) -> None:
     assert 0.001 < slow < 0.5  # neither end would tell much
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_few_skewed_sequences_are_tested_as_by_all_their_resamples(sign: int) -> None:
+    """Eight sequences of which one moved much: here it is dividing by each resample's own standard error that decides."""
+    weights = np.array([12.0, 20.0, 9.0, 31.0, 16.0, 25.0, 11.0, 18.0])
+    totals = sign * np.array([0.4, 1.1, 0.1, 0.9, 0.3, 1.6, 0.2, 14.0])
+    margin = -0.03 if sign > 0 else -0.28
+    exact, *ends = paired.bootstrap_exact(list(totals), list(weights), margin)
+    plain, *plain_ends = paired.bootstrap_exact(list(totals), list(weights), margin, studentised=False)
+    found = statistics.bootstrap(totals, weights, margin, resamples=40_000)
+    assert found.p == pytest.approx(exact, abs=4 * math.sqrt(exact * (1 - exact) / 40_000) + 1e-4)
+    assert found.interval == pytest.approx(ends, rel=0.05)
+    assert abs(plain - exact) > 0.02 and abs(plain_ends[0] / ends[0] - 1) > 0.2  # or nothing would be told apart
+
+
 def test_the_bootstrap_does_not_depend_on_how_much_is_drawn_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     totals, weights = sequences(30)
     whole = statistics.bootstrap(totals, weights, resamples=999)

@@ -30,6 +30,30 @@ def bootstrap_p(totals: list[float], weights: list[float], margin: float, resamp
     return (1 + beyond) / (resamples + 1)
 
 
+def bootstrap_exact(totals: list[float], weights: list[float], margin: float, studentised: bool = True) -> tuple[float, float, float]:
+    """The p-value, and the ends of the interval, that endless resamples tend to: every multiset of the sequences with its chance.
+
+    Not `studentised`, each shift is divided by the one standard error of the data, as the plain bootstrap does.
+    """
+    count, value, error = len(totals), ratio(totals, weights), standard_error(totals, weights)
+    found = []
+    for chosen in itertools.combinations_with_replacement(range(count), count):
+        some, many = [totals[index] for index in chosen], [weights[index] for index in chosen]
+        shift, spread = ratio(some, many) - value, standard_error(some, many) if studentised else error
+        ways = math.factorial(count) / math.prod(math.factorial(chosen.count(index)) for index in set(chosen))
+        found.append((shift / spread if spread > 1e-12 else math.copysign(math.inf, shift) if shift else 0.0, ways / count**count))
+    found.sort()
+    beyond = sum(chance for ratio_, chance in found if ratio_ >= (value - margin) / error)
+    ends = []
+    for tail in (0.025, 0.975):
+        below, index = 0.0, -1
+        while below < tail:
+            index += 1
+            below += found[index][1]
+        ends.append(found[index][0])
+    return beyond, value - ends[1] * error, value - ends[0] * error
+
+
 def mcnemar_p(worse: int, better: int) -> float:
     """Every way in which those that changed could have done so, counted."""
     ways = list(itertools.product((0, 1), repeat=worse + better))
