@@ -285,10 +285,9 @@ def gate(result: dict[str, Any]) -> None:
 
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
     table = Table(show_edge=False)
-    for heading in ("check", "", "change, 95 % interval", "allowed", "p, corrected", "would find", ""):
-        table.add_column(
-            heading, justify="right" if heading in ("change, 95 % interval", "allowed", "p, corrected", "would find") else "left", overflow="fold"
-        )
+    figures = ("change, 95 % interval", "allowed", "found from", "p, corrected")
+    for heading in ("check", "", *figures, ""):
+        table.add_column(heading, justify="right" if heading in figures else "left", overflow="fold")
     colours = {"passed": "green", "failed": "bold red"}
     for check in result["checks"]:
         style = colours.get(check["status"], "bold yellow")

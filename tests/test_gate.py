@@ -274,11 +274,31 @@ def test_too_little_data_is_told_and_fails_where_power_is_required(
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps({"good": row["anti"], "bad": row["stereotype"]}) + "\n" for row in ROWS))
     other, pairs = changed(noise=0.02), [{"data": str(tmp_path / "pairs.jsonl"), "max_drop": 0.01}]
     told = judged(rules(text=[], pairs=pairs), other, checkpoint("llama"))
-    assert told["verdict"] == "passed" and "give it more data" in told["notes"][0] and not check(told, "drop")["powered"]
+    line = check(told, "drop")
+    assert told["verdict"] == line["status"] == "passed" and not line["powered"]
+    assert line["detail"] == f"too little data: a change of 0.02 may well pass too; only from {0.01 + line['detectable']:.3g} on are 80% found"
+    # A pull request is told where it looks, and so is whatever reads JUnit.
+    comment, folded = report.markdown(told).split("<details>")
+    assert "1 of them on too little data" in comment.splitlines()[0] and f"drop: {line['detail']}" in comment and line["detail"] in folded
+    found = f"| ≤ 0.01 | {0.01 + line['detectable']:.3g} |"
+    assert found in comment and found in folded
+    case = next(case for case in ElementTree.fromstring(report.junit(told).encode()).iter("testcase") if case.attrib["name"] == "drop")
+    said = case.findtext("system-out") or ""
+    assert line["detail"] in said and f"allowed ≤ 0.01, found from {0.01 + line['detectable']:.3g}" in said
     strict = judged(rules(text=[], pairs=pairs, require_power=True), other, checkpoint("llama"))
     assert strict["verdict"] == check(strict, "drop")["status"] == "inconclusive"
     enough = [pairs[0] | {"detect": {"max_drop": 0.9}}]
-    assert judged(rules(text=[], pairs=enough, require_power=True), other, checkpoint("llama"))["verdict"] == "passed"
+    passed = judged(rules(text=[], pairs=enough, require_power=True), other, checkpoint("llama"))
+    assert passed["verdict"] == "passed" and "too little" not in report.markdown(passed) and "says little" not in report.markdown(passed)
+
+
+def test_what_failed_had_data_enough() -> None:
+    chosen = validate({"bias": [{"data": "x", "max_flips": 0.01, "detect": {"max_flips": 0.001}}]}, "gate.yaml")
+    groups = [0, 1] * 4
+    before, same, other = ({"bias x": arrays([answer] * 8, groups)} for answer in (0, 0, 1))
+    (passed,), (failing,) = (decide.decide(chosen, before, after) for after in (same, other))
+    assert (passed.status, passed.powered) == ("passed", False) and passed.detail.startswith("too little data: a change of 0.011 may")
+    assert (failing.status, failing.powered, failing.detail) == ("failed", False, "")
 
 
 # What is refused ------------------------------------------------------------------------------------------------------------
@@ -535,7 +555,7 @@ def test_names_cannot_break_a_report() -> None:
     result = {"verdict": "failed", "candidate": "a|b", "against": "<c>", "alpha": 0.05, "notes": [], "protocol_sha256": "0" * 64}
     result["checks"] = [report_ready(line)]
     rows = [row for row in report.markdown(result).splitlines() if row.startswith("| ❌")]
-    assert [row.replace("\\|", "").count("|") for row in rows] == [6, 8] and "<b>" not in "".join(rows) and "@team" not in "".join(rows)
+    assert [row.replace("\\|", "").count("|") for row in rows] == [7, 8] and "<b>" not in "".join(rows) and "@team" not in "".join(rows)
     case = ElementTree.fromstring(report.junit(result).encode())[0][0]
     assert case.attrib["classname"] == "gate.text a|b <i>?" and case[0].tag == "failure"
 

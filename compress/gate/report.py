@@ -14,17 +14,23 @@ def headline(result: dict[str, Any]) -> str:
     """The verdict in a line."""
     counts = {status: sum(check["status"] == status for check in result["checks"]) for status in SIGNS}
     told = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
+    if few := len(powerless(result)):
+        told = told.replace("passed", f"passed, {few} of them on too little data", 1)
     return f"{result['verdict']}: {result['candidate']} against {result['against']} ({told})"
 
 
+def powerless(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """The tests that passed without the data to fail."""
+    return [check for check in result["checks"] if check["status"] == "passed" and not check["powered"]]
+
+
 def figures(check: dict[str, Any]) -> tuple[str, str, str, str]:
-    """Change with its interval, bound, p-value, and what would have been found, as text; empty where there is none."""
+    """Change with its interval, what is allowed, from where on more would be found, and p-value, as text; empty where there is none."""
     if check["value"] is None:
         return "", "" if check["bound"] is None else f"≤ {check['bound']:g}", "", ""
     low, high = check["interval"]
-    return (
-        f"{check['value']:+.4g} [{low:+.3g}, {high:+.3g}]", f"≤ {check['bound']:g}", f"{check['adjusted']:.4f}", f"{check['detectable']:.3g}",
-    )  # fmt: skip
+    found = check["bound"] + check["detectable"]
+    return f"{check['value']:+.4g} [{low:+.3g}, {high:+.3g}]", f"≤ {check['bound']:g}", f"{found:.3g}", f"{check['adjusted']:.4f}"
 
 
 def about(check: dict[str, Any]) -> str:
@@ -38,20 +44,23 @@ def markdown(result: dict[str, Any]) -> str:
     """A comment: the verdict first, a short table, and the rest folded."""
     bad = [check for check in result["checks"] if check["status"] != "passed"]
     lines = [f"### {SIGNS[result['verdict']]} gate {_cell(headline(result))}", ""]
-    lines += ["| | check | change | allowed | p |", "|---|---|---:|---:|---:|"]
+    lines += ["| | check | change | allowed | found from | p |", "|---|---|---:|---:|---:|---:|"]
     tests = [check for check in result["checks"] if check["bound"] is not None and check["status"] == "passed"]
     for check in [*bad, *tests]:
-        change, bound, p, _ = figures(check)
         detail = f": {check['detail'][:200]}" if check["detail"] and check["status"] != "passed" else ""
-        lines.append(f"| {SIGNS[check['status']]} | {_cell(check['suite'])}: {_cell(check['name'] + detail)} | {change} | {bound} | {p} |")
+        lines.append(f"| {SIGNS[check['status']]} | {_cell(check['suite'])}: {_cell(check['name'] + detail)} | {' | '.join(figures(check))} |")
     if not bad and not tests:
-        lines.append("| ✅ | integrity | | | |")
-    lines += ["", "<details><summary>All checks</summary>", "", "| | check | change, 95 % interval | allowed | p, corrected | would find | |"]
+        lines.append("| ✅ | integrity | | | | |")
+    if few := powerless(result):
+        lines += ["", "⚠️ That these passed says little, since there are too few data for them to fail:", ""]
+        lines += [f"* {_cell(check['suite'])}: {_cell(check['name'])}: {_cell(check['detail'])}" for check in few]
+    lines += ["", "<details><summary>All checks</summary>", "", "| | check | change, 95 % interval | allowed | found from | p, corrected | |"]
     lines.append("|---|---|---:|---:|---:|---:|---|")
     for check in result["checks"]:
         cells = (SIGNS[check["status"]], f"{check['suite']}: {check['name']}", *figures(check), about(check))
         lines.append("| " + " | ".join(map(_cell, cells)) + " |")
     lines += ["", f"A test fails if, corrected for their number, it is significant at {result['alpha']:g} that the change is beyond what is allowed."]
+    lines += ["Of models with a true change as large as in the column *found from*, it would find 80 %."]
     lines += [*(f"\n{_cell(note)}" for note in result["notes"]), "", f"protocol `{result['protocol_sha256'][:16]}`", "", "</details>", ""]
     return "\n".join(lines)
 
@@ -71,8 +80,8 @@ def junit(result: dict[str, Any]) -> str:
         suite = ElementTree.SubElement(root, "testsuite", attributes)
         for check in checks:
             case = ElementTree.SubElement(suite, "testcase", classname=_plain(f"gate.{title}"), name=_plain(check["name"]), time="0")
-            change, bound, p, found = figures(check)
-            text = f"change {change}, allowed {bound}, corrected p {p}, would find {found}; " if change else ""
+            change, bound, found, p = figures(check)
+            text = f"change {change}, allowed {bound}, found from {found}, corrected p {p}; " if change else ""
             if check["status"] == "passed":
                 ElementTree.SubElement(case, "system-out").text = _plain(text + about(check))
             else:

@@ -86,11 +86,6 @@ def judge(rules: Rules, candidate: str, against: str, progress: Progress) -> dic
         if rules.integrity.max_gain is not None:
             exact.append(integrity.gains(base.norms, found.norms, rules.integrity.max_gain, rules.integrity.allow))
         checks, protocol = decide.exact(exact) + decide.decide(rules, base.arrays, found.arrays), base.protocol
-    notes += [
-        f"{check.suite}: {check.name}: would find {check.detectable:.3g} above its bound, not {check.target:.3g}: give it more data"
-        for check in checks
-        if not check.powered and check.detectable is not None
-    ]
     return {
         "verdict": decide.verdict(checks),
         "candidate": candidate,
