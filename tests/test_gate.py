@@ -276,7 +276,7 @@ def test_too_little_data_is_told_and_fails_where_power_is_required(
     told = judged(rules(text=[], pairs=pairs), other, checkpoint("llama"))
     line = check(told, "drop")
     assert told["verdict"] == line["status"] == "passed" and not line["powered"]
-    assert line["detail"] == f"too little data: a change of 0.02 may well pass too; only from {0.01 + line['detectable']:.3g} on are 80% found"
+    assert line["detail"] == f"too little data: a change of 0.02 may well pass too; only from {0.01 + line['detectable']:.3g} on are 80 % found"
     # A pull request is told where it looks, and so is whatever reads JUnit.
     comment, folded = report.markdown(told).split("<details>")
     assert "1 of them on too little data" in comment.splitlines()[0] and f"drop: {line['detail']}" in comment and line["detail"] in folded

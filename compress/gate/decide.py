@@ -100,7 +100,7 @@ def _check(test: _Test, adjusted: float, rules: Rules, level: float) -> Check:
     detectable = _detectable(test, bound, level)
     powered = not target or detectable <= target
     status: Status = "failed" if adjusted <= rules.alpha else "inconclusive" if rules.require_power and not powered else "passed"
-    seen = f"a change of {bound + target:.3g} may well pass too; only from {bound + detectable:.3g} on are {statistics.POWER:.0%} found"
+    seen = f"a change of {bound + target:.3g} may well pass too; only from {bound + detectable:.3g} on are {100 * statistics.POWER:.0f} % found"
     detail = "" if powered or status == "failed" else f"too little data: {seen}"
     return Check(
         test.suite.title, test.name, status, detail, tested.value, bound, tested.interval, tested.p, adjusted, detectable, target, powered,

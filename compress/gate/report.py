@@ -7,6 +7,8 @@ from typing import Any
 from xml.etree import ElementTree
 
 SIGNS = {"passed": "✅", "failed": "❌", "inconclusive": "⚠️", "not run": "⚠️"}
+TOLD = 2000
+"""Characters that a comment, which may have 65,536, has at most of each check."""
 NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
@@ -57,7 +59,9 @@ def markdown(result: dict[str, Any]) -> str:
     lines += ["", "<details><summary>All checks</summary>", "", "| | check | change, 95 % interval | allowed | found from | p, corrected | |"]
     lines.append("|---|---|---:|---:|---:|---:|---|")
     for check in result["checks"]:
-        cells = (SIGNS[check["status"]], f"{check['suite']}: {check['name']}", *figures(check), about(check))
+        told = about(check)
+        told = told if len(told) <= TOLD else f"{told[:TOLD]}... (all of it in the JSON)"
+        cells = (SIGNS[check["status"]], f"{check['suite']}: {check['name']}", *figures(check), told)
         lines.append("| " + " | ".join(map(_cell, cells)) + " |")
     lines += ["", f"A test fails if, corrected for their number, it is significant at {result['alpha']:g} that the change is beyond what is allowed."]
     lines += ["Of models with a true change as large as in the column *found from*, it would find 80 %."]
