@@ -297,6 +297,9 @@ def test_what_failed_had_data_enough() -> None:
     groups = [0, 1] * 4
     before, same, other = ({"bias x": arrays([answer] * 8, groups)} for answer in (0, 0, 1))
     (passed,), (failing,) = (decide.decide(chosen, before, after) for after in (same, other))
+    (most,) = decide.decide(validate({"bias": [{"data": "x", "max_flips": 0.7}]}, "gate.yaml"), before, same)
+    assert most.detectable is None and most.detail.endswith("none would be found")
+    assert report.figures(report_ready(most))[2] == "never"
     assert (passed.status, passed.powered) == ("passed", False) and passed.detail.startswith("too little data: a change of 0.011 may")
     assert (failing.status, failing.powered, failing.detail) == ("failed", False, "")
 

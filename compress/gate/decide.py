@@ -27,7 +27,8 @@ class Check:
 
     An exact check has a ``detail`` and no figures, and a test has one where it passed on too little data. Of a test, ``value`` is the change for the
     worse and ``bound`` the most that is allowed; ``p`` becomes ``adjusted`` for the number of tests, and a change of ``detectable`` above the bound
-    would probably be found, where one of ``target`` has to be (0: nobody said); ``powered`` is whether it would.
+    would probably be found, where one of ``target`` has to be (0: nobody said); None if none
+    would, however large; ``powered`` is whether it would.
     """
 
     suite: str
@@ -100,11 +101,13 @@ def _check(test: _Test, adjusted: float, rules: Rules, level: float) -> Check:
     detectable = _detectable(test, bound, level)
     powered = not target or detectable <= target
     status: Status = "failed" if adjusted <= rules.alpha else "inconclusive" if rules.require_power and not powered else "passed"
-    seen = f"a change of {bound + target:.3g} may well pass too; only from {bound + detectable:.3g} on are {100 * statistics.POWER:.0f} % found"
+    never = test.items and bound + detectable > 1  # the whole of a share
+    found = "none would be" if never else f"only from {bound + detectable:.3g} on are {100 * statistics.POWER:.0f} %"
+    seen = f"a change of {bound + target:.3g} may well pass too; {found} found"
     detail = "" if powered or status == "failed" else f"too little data: {seen}"
     return Check(
-        test.suite.title, test.name, status, detail, tested.value, bound, tested.interval, tested.p, adjusted, detectable, target, powered,
-        tested.method, test.count, test.counts,
+        test.suite.title, test.name, status, detail, tested.value, bound, tested.interval, tested.p, adjusted, None if never else detectable,
+        target, powered, tested.method, test.count, test.counts,
     )  # fmt: skip
 
 

@@ -31,8 +31,8 @@ def figures(check: dict[str, Any]) -> tuple[str, str, str, str]:
     if check["value"] is None:
         return "", "" if check["bound"] is None else f"≤ {check['bound']:g}", "", ""
     low, high = check["interval"]
-    found = check["bound"] + check["detectable"]
-    return f"{check['value']:+.4g} [{low:+.3g}, {high:+.3g}]", f"≤ {check['bound']:g}", f"{found:.3g}", f"{check['adjusted']:.4f}"
+    found = "never" if check["detectable"] is None else f"{check['bound'] + check['detectable']:.3g}"
+    return f"{check['value']:+.4g} [{low:+.3g}, {high:+.3g}]", f"≤ {check['bound']:g}", found, f"{check['adjusted']:.4f}"
 
 
 def about(check: dict[str, Any]) -> str:
