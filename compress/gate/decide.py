@@ -99,9 +99,9 @@ def not_run(rules: Rules) -> list[Check]:
 def _check(test: _Test, adjusted: float, rules: Rules, level: float) -> Check:
     bound, target, tested = test.suite.bounds[test.bound], test.suite.target(test.bound), test.tested
     detectable = _detectable(test, bound, level)
-    powered = not target or detectable <= target
+    never = test.items and bound + detectable > 1  # more than the whole
+    powered = not target or (detectable <= target and not never)
     status: Status = "failed" if adjusted <= rules.alpha else "inconclusive" if rules.require_power and not powered else "passed"
-    never = test.items and bound + detectable > 1  # the whole of a share
     found = "none would be" if never else f"only from {bound + detectable:.3g} on are {100 * statistics.POWER:.0f} %"
     seen = f"a change of {bound + target:.3g} may well pass too; {found} found"
     detail = "" if powered or status == "failed" else f"too little data: {seen}"
