@@ -18,7 +18,7 @@ from compress.errors import Exit, InputError, Interrupted, Problems
 
 if TYPE_CHECKING:
     from compress.layout import Layout
-    from compress.pipeline import Places
+    from compress.places import Places
     from compress.recipe import Recipe
     from compress.scheme import Scheme
 
@@ -64,10 +64,11 @@ def run(
     """Compress MODEL as RECIPE says, measure what was lost and judge it."""
     with _errors(as_json):
         from compress import pipeline
+        from compress.places import Places
 
         path = _find(recipe)
         target = out or Path(f"{_called(model)}-{path.stem}")
-        places = pipeline.Places(target, work or target.with_name(target.name + ".work"), overwrite)
+        places = Places(target, work or target.with_name(target.name + ".work"), overwrite)
         chosen, path, _, _, _ = _planned(path, model, places=places)
         from compress import view
 
@@ -504,8 +505,9 @@ def _planned(
     """Recipe and model, opened and checked against each other, for `places` and for `engines`, whose verdicts come last; every mistake is reported
     at once."""
     from compress import judging, recipe
+    from compress import places as folders
     from compress.engines.base import find_all
-    from compress.pipeline import check_places, open_layout
+    from compress.pipeline import open_layout
 
     problems = Problems()
     named = find_all(engines, problems)
@@ -531,7 +533,7 @@ def _planned(
         except InputError as error:
             problems.absorb(error)
     if places:
-        check_places(places, chosen, layout, schemes, problems)
+        folders.check(places, chosen, layout, schemes, problems)
     problems.raise_if_any()
     assert chosen and layout
     return chosen, path, layout, schemes, told

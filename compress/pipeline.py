@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -11,8 +9,6 @@ import platform
 import re
 import shutil
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import metadata
@@ -21,15 +17,16 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import yaml
 
-from compress import __version__, allocation, exporting
+from compress import __version__, allocation, exporting, places
 from compress.allocation import Allocation
 from compress.checkpoint import Checkpoint, copy_file, deliver, sha256, write_text
 from compress.errors import InputError, Problem, Problems
 from compress.formats.base import BESIDE_PARTS, PARTS
 from compress.layout import Layout
 from compress.passes.base import Allocator, Pass, Prunes, Quantize, Restructure, Rewrite
-from compress.recipe import Recipe, cache_scheme, check, expected, export_module, verdicts
-from compress.scheme import Scheme, output_bytes
+from compress.places import Places
+from compress.recipe import Recipe, cache_scheme, check, export_module, verdicts
+from compress.scheme import Scheme
 from compress.source import locate_model
 
 if TYPE_CHECKING:
@@ -61,15 +58,6 @@ class Progress(Protocol):
 
     def note(self, text: str) -> None:
         """Something worth a line."""
-
-
-@dataclass(frozen=True)
-class Places:
-    """Where a run writes: the artifact, which may take the place of another with ``overwrite``, and what is not finished."""
-
-    out: Path
-    work: Path
-    overwrite: bool
 
 
 @dataclass(frozen=True)
@@ -112,129 +100,11 @@ def run(request: Request, progress: Progress) -> dict[str, Any]:
         plan = check(request.recipe, layout, request.place)
     except InputError as error:
         problems.absorb(error)
-    check_places(request.places, request.recipe, layout, plan, problems)
+    places.check(request.places, request.recipe, layout, plan, problems)
     problems.raise_if_any()
-    with _no_space_is_an_input_error(request), _alone(request.work):
-        _make(request.out.absolute().parent, "--out")
+    with places.no_space_is_an_input_error(request.places), places.alone(request.work):
+        places.make(request.out.absolute().parent, "--out")
         return _Run(request, layout, plan, progress, began).go()
-
-
-def check_places(places: Places, recipe: Recipe | None, layout: Layout | None, plan: dict[str, tuple[str, Scheme]], problems: Problems) -> None:
-    """Report all that speaks against writing there. What a recipe or a model that cannot be used would have told is left out; a `plan` that is
-    not empty, which is what `check` gives, says that both can."""
-    out, work = places.out.resolve(), places.work.resolve()
-    if layout:
-        model = layout.checkpoint.folder.resolve()
-        for option, given, place in (("--out", places.out, out), ("--work", places.work, work)):
-            if place == model:
-                problems.add(str(given), "is the model itself", f"choose another {option}")
-            elif place.is_relative_to(model):
-                problems.add(str(given), "lies in the model's folder, of which all files are carried along", f"choose another {option}")
-            elif model.is_relative_to(place):
-                problems.add(str(given), "holds the model", f"choose another {option}")
-    if out.is_relative_to(work) or work.is_relative_to(out):
-        what = "are the same folder" if out == work else "lie one in the other, of which the first replaces what is there as a whole"
-        problems.add(f"{places.out} and {places.work}", f"--out and --work {what}", "choose another --work")
-    for option, place in (("--out", out.with_name(f".{out.name}.previous")), ("--work", work)):
-        try:
-            place.lstat()
-        except (FileNotFoundError, NotADirectoryError):
-            continue  # what stands in its way is told below
-        except OSError as error:
-            problems.add(str(place), f"cannot be made ({error.strerror})", f"choose another {option}")
-            return
-    _check_target(places, recipe.export[1:] if recipe else (), problems)
-    there = {option: _existing(place, option, problems) for option, place in (("--out", places.out.absolute().parent), ("--work", places.work))}
-    if None in there.values():
-        return
-    devices = {found.stat().st_dev: option for option, found in there.items() if found}
-    if len(devices) > 1:
-        what = f"is on another disk than {places.out}, to which the finished artifact moves in one step"
-        problems.add(str(places.work), what, "choose a --work on the disk of --out")
-    if recipe and layout and plan:
-        _check_disk(places, recipe, layout, plan, {option: found for option, found in there.items() if found}, problems)
-
-
-def _check_target(places: Places, copies: Sequence[str], problems: Problems) -> None:
-    out = places.out
-    if os.path.lexists(out) and not places.overwrite:
-        problems.add(str(out), "exists already", "choose another --out or pass --overwrite")
-    elif os.path.lexists(out) and not (out / "manifest.json").is_file() and not (out.is_dir() and not any(out.iterdir())):
-        problems.add(str(out), "exists and is no artifact of ours, so it is not overwritten", "choose another --out")
-    for place in exporting.folders(out, copies).values():
-        if place.exists() and not (places.overwrite and (place / exporting.FILE).is_file()):
-            problems.add(str(place), "exists already", "choose another --out, or move it away")
-
-
-def _existing(folder: Path, option: str, problems: Problems) -> Path | None:
-    """A folder that is to be written into, or the nearest one above it that is there; None, and a problem, if it cannot be made."""
-    there = next(each for each in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(each))
-    if not there.is_dir():
-        problems.add(str(folder), f"cannot be made: {there} is no folder", f"choose another {option}")
-    elif not os.access(there, os.W_OK | os.X_OK):
-        what = "is not writable" if there == folder.absolute() else f"cannot be made: {there} is not writable"
-        problems.add(str(folder), what, f"choose another {option}")
-    else:
-        return there
-    return None
-
-
-def _make(folder: Path, option: str) -> None:
-    """Make a folder that is to be written into, if it is not there. Raises `InputError` if that cannot be."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError.one(str(folder), f"cannot be made ({error.strerror})", f"choose another {option}") from error
-
-
-def _check_disk(
-    places: Places, recipe: Recipe, layout: Layout, plan: dict[str, tuple[str, Scheme]], there: dict[str, Path], problems: Problems
-) -> None:
-    """Report what has too little space of the folders ``there``, by option."""
-    from compress.planning import added_bytes, evaluation_bytes, gradient_bytes, rewritten_bytes
-
-    layouts = expected(recipe, layout)
-    # Blocks of each pass, then the artifact beside them; activations between two blocks are small change beside the margin. Copies come when
-    # blocks are gone.
-    steps = zip(recipe.instances(), layouts[1:], strict=True)
-    rewritten = sum(rewritten_bytes(layout) for (_, step), layout in steps if isinstance(step, Rewrite | Prunes | Restructure))
-    made = output_bytes(layouts[-1], {name: scheme for name, (_, scheme) in plan.items()}) + added_bytes(recipe, layouts[-1])
-    working = int(2.1 * made) + rewritten + gradient_bytes(recipe, layouts[0]) + evaluation_bytes(recipe, layouts[0])
-    needed = max(working, int(1.1 * made) * len(recipe.export)) + (64 << 20)
-    told = set()
-    for option, given in (("--out", places.out), ("--work", places.work)):
-        free = shutil.disk_usage(there[option]).free
-        if free < needed and there[option].stat().st_dev not in told:
-            told.add(there[option].stat().st_dev)
-            what = f"the disk has {free / 1e9:.2f} GB free, the run needs {needed / 1e9:.2f} GB"
-            problems.add(str(given), what, f"free some space or choose another {option}")
-
-
-@contextmanager
-def _alone(work: Path) -> Iterator[None]:
-    """While inside, no other run may use the work folder. It is left only if something is in it."""
-    _make(work, "--work")
-    descriptor = os.open(work, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
-        except OSError as error:
-            raise InputError.one(str(work), "another run is working here", "wait for it, or choose another --out or --work") from error
-        yield
-    finally:
-        os.close(descriptor)
-        with suppress(OSError):
-            work.rmdir()
-
-
-@contextmanager
-def _no_space_is_an_input_error(request: Request) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise InputError.one(str(error.filename or request.out), "the disk is full", "free some space; the same command then continues") from error
 
 
 class _Run:

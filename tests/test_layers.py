@@ -162,6 +162,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
     "passes.mbq": ("block", "errors", "layout", "data", "model", "calibrate", "passes.base", "passes.rtn", "passes.smooth"),
     "recipe": ("errors", "options", "source", "questions", "layout", "scheme", "numerics.pattern", "passes.base", "export.base"),
+    "places": ("errors", "layout", "scheme", "passes.base", "recipe", "exporting", "planning"),
     "planning": ("errors", "source", "hardware", "formats", "checkpoint", "layout", "scheme", "passes.base", "recipe", "tradeoff"),
     "tradeoff": ("layout", "scheme", "passes.base", "recipe"),
     "engines": ("engines.launch",),
