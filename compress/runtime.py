@@ -28,7 +28,8 @@ def load(name: str | Path, *, digits: int = 2) -> Any:
     """The model in a folder, a hub id or ``demo:NAME``, ready for `generate`, with every quantised weight packed in memory as it is on disk.
 
     Kernels multiply integers of 2, 3, 4 and 8 bits, with inputs in so many `digits` of 8 bits (`compress.kernels.linear`), and small floats, with
-    inputs as they are (`compress.kernels.small`); other weights are unpacked for each product, some rows at a time. `explain` says which is which.
+    inputs as they are (`compress.kernels.small`); other weights, and with 0 digits all integers, are unpacked for each product, some rows at a time,
+    and take inputs as they are. `explain` says which is which.
     Linears that `nm-packed` holds in V:N:M and floats keep the inputs that they read, and are multiplied by these alone (`compress.kernels.vnm`).
     What the checkpoint says beside its codes - residuals, branches, inputs in 8 bits, a cache in FP8 - is computed as said. Raises
     `InputError` for what is no such checkpoint.
@@ -38,8 +39,8 @@ def load(name: str | Path, *, digits: int = 2) -> Any:
     """
     from compress.model import Model
 
-    if digits not in (1, 2):
-        raise InputError.one("digits", f"must be 1 or 2, got {digits}")
+    if digits not in (0, 1, 2):
+        raise InputError.one("digits", f"must be 0, 1 or 2, got {digits}")
     model = Model(Layout(Checkpoint(locate_model(str(name)))))
     try:
         whole = _Loading(model, digits).whole()
@@ -168,7 +169,7 @@ class _Loading:
         from compress.kernels.small import SmallLinear
         from compress.kernels.unpacked import UnpackedLinear
 
-        if PackedLinear.takes(weight):
+        if self._digits and PackedLinear.takes(weight):
             return PackedLinear(weight, extras, self._digits)
         return (SmallLinear if SmallLinear.takes(weight) else UnpackedLinear)(weight, extras)
 

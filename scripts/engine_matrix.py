@@ -168,7 +168,7 @@ def run(engine: Engine, python: Path, rows: list[dict[str, Any]], timeout: float
                 row["version"] = row.get("version") or answer["version"]
                 continue
             row.pop("error", None)
-            found = serving.compare(meant(row["artifact"]), asked[index], answer, rounded=serving.is_rounded(Path(row["folder"])))
+            found = serving.compare(meant(row["artifact"], row["folder"]), asked[index], answer, rounded=serving.is_rounded(Path(row["folder"])))
             row |= {key: value for key, value in found.items() if key in KEPT}
     for row in rows:
         del row["folder"], row["artifact"]
@@ -176,9 +176,9 @@ def run(engine: Engine, python: Path, rows: list[dict[str, Any]], timeout: float
 
 
 @lru_cache(maxsize=1)
-def meant(artifact: str) -> Any:
-    """The reference of an artifact; cells of one follow each other."""
-    return serving.meant(Path(artifact))
+def meant(artifact: str, folder: str) -> Any:
+    """The reference of an artifact as it was written; cells of one follow each other."""
+    return serving.meant(Path(artifact), Path(folder))
 
 
 def first_words(text: str, folder: str) -> str:

@@ -202,12 +202,18 @@ def test_what_an_engine_says_is_data_and_one_that_dies_takes_no_other_with_it(tm
                 case "0": raise ValueError("only 4 and 8 bits")
                 case "1": print("no such kernel", file=sys.stderr, flush=True); os.abort()
                 case "2": return session.answer([[int(os.environ["MINE"])]], None)
+                case "3":
+                    import numpy
+                    rows = numpy.full((2, 3), 0.5, numpy.float32)
+                    return session.answer([[1], [2]], None) | {"inputs": [{"a.weight b.weight": rows}, {"c.weight": rows}]}
         """,
     )
-    refused, died, answered = serving.ask_all(engine, Path(sys.executable), [request(number) for number in range(3)], 60)
+    refused, died, answered, detailed = serving.ask_all(engine, Path(sys.executable), [request(number) for number in range(4)], 60)
     assert refused["error"] == {"type": "ValueError", "message": "only 4 and 8 bits"} and refused["version"] == f"torch {torch.__version__}"
     assert died["error"]["message"] == "no such kernel" and died["error"]["type"].startswith("died")
-    assert answered["tokens"] == [[1]] and answered["prompt_logprobs"] is None and answered["seconds"] >= 0
+    assert answered["tokens"] == [[1]] and answered["prompt_logprobs"] is None and answered["seconds"] >= 0 and "inputs" not in answered
+    assert [sorted(text) for text in detailed["inputs"]] == [["a.weight", "b.weight"], ["c.weight"]]
+    assert torch.equal(detailed["inputs"][1]["c.weight"], torch.full((2, 3), 0.5))
 
 
 LEAVES = """
@@ -302,7 +308,7 @@ def test_an_answer_is_judged_token_by_token(artifacts: Path) -> None:
     """Each token of the reference itself agrees; one of them changed is told, with its place and how far it is."""
     asked = serving.ask_for(artifacts / "w4", None, 8)[:2]
     session = launch.Session({"folder": "", "prompts": asked, "max_tokens": 8, "dtype": "float32"})
-    model = serving.meant(artifacts / "w4")
+    model = serving.meant(artifacts / "w4", artifacts / "w4")
     answer = session.by_torch(model) | {"version": "x"}
     found = serving.compare(model, asked, answer)
     assert found["agrees"] and found["tokens_equal"] == found["tokens"] == 16 and found["prompt_logprob_difference"] < 1e-3

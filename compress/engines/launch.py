@@ -8,7 +8,9 @@ The request holds ``folder``, ``prompts`` (lists of token ids), ``max_tokens`` a
 each prompt, of exactly `max_tokens`, past any end of text), ``prompt_logprobs`` (of each prompt's tokens but the first, given those before it, or
 None where the engine gives none), ``first_token_seconds`` (the longest wait for the first token of a prompt, None where it is not told apart),
 ``seconds`` (all prompts, without loading), ``load_seconds``, ``dtype`` (what the engine computes in), ``version``; or ``error`` with the type and the
-message of what the engine raised, and the ``version``. A process that dies leaves no answer: what it wrote to stderr is then all there is.
+message of what the engine raised, and the ``version``. A process that dies leaves no answer: what it wrote to stderr is then all there is. What a
+runner returns as ``inputs`` goes to ``ANSWER.npz``: for each text what products with weights were given, float32 [rows, in], under the number of the
+text and the names of the tensors that read it.
 """
 
 from __future__ import annotations
@@ -127,6 +129,11 @@ def fulfil(engine: ModuleType, request: Path, answer: Path) -> None:
     except Exception as error:  # whatever an engine says is what is asked for
         found = {"error": {"type": type(error).__name__, "message": str(error)}}
     found["version"] = installed_version(engine.PACKAGES)
+    if inputs := found.pop("inputs", None):
+        import numpy as np
+
+        with answer.with_suffix(".npz").open("wb") as file:
+            np.savez(file, **{f"{number} {name}": rows for number, each in enumerate(inputs) for name, rows in each.items()})
     answer.with_suffix(".part").write_text(json.dumps(found), encoding="utf-8")
     answer.with_suffix(".part").rename(answer)
 

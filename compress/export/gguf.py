@@ -408,6 +408,18 @@ def weights(model: Model, plan: dict[str, Scheme], folder: Path) -> Iterator[tup
         yield head, _read(path, stored["token_embd.weight"], 0, 1)
 
 
+def types(model: Model, path: Path) -> dict[str, tuple[str, str]]:
+    """The name and the type of the tensor of a file that each weight lies in, by its owner; a head that is the embedding is told, too."""
+    import gguf
+
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
+    found = {owner: (item.name, kinds[item.name]) for item in _planned(model) if item.part == "weight" for owner in item.owners}
+    if model.tied:
+        name = "output.weight" if "output.weight" in kinds else "token_embd.weight"
+        found[model.layout.arch.outside.head[0]] = name, kinds[name]
+    return found
+
+
 def _read(path: Path, stored: ReaderTensor, place: int, count: int) -> Tensor:
     """One of ``count`` equal parts of a tensor, float32; only that is read."""
     import numpy as np
