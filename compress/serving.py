@@ -167,6 +167,8 @@ def meant(artifact: Path, folder: Path) -> Any:
 def compare(model: Any, asked: list[list[int]], answer: dict[str, Any], *, rounded: bool = False) -> dict[str, Any]:
     """An engine's answer beside what `model` makes of it, which `meant` gave, and whether they agree within `TOLERANCE`.
 
+    Where the engine told of inputs, what was found of them is told, too (`compress.emulation.Counts`).
+
     What was `rounded` again as it was exported is held to no more than an engine that computes in float16.
     """
     import torch
@@ -202,7 +204,6 @@ def compare(model: Any, asked: list[list[int]], answer: dict[str, Any], *, round
         "tokens": count,
         "tokens_equal": count - sum(len(item["other"]) for item in each),
         "largest_margin": margin,
-        "inputs": model.counted() if "inputs" in answer else None,
         "prompt_logprob_difference": max(differences, default=None),
         "prompts": each,
         "version": answer["version"],
@@ -210,7 +211,7 @@ def compare(model: Any, asked: list[list[int]], answer: dict[str, Any], *, round
         "tokens_per_second": count / answer["seconds"],
         "first_token_seconds": answer["first_token_seconds"],
         "load_seconds": answer["load_seconds"],
-    }
+    } | ({"inputs": model.counted()} if "inputs" in answer else {})
 
 
 def ask_all(engine: Engine, python: Path, requests: list[dict[str, Any]], timeout: float) -> list[dict[str, Any]]:

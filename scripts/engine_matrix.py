@@ -37,7 +37,7 @@ CHUNK = 12
 """Cells that one process of an engine answers, after which they are written."""
 FIRST_WORDS = 240
 """Characters of what an engine says that are told."""
-KEPT = ("agrees", "tolerance", "tokens", "tokens_equal", "largest_margin", "prompt_logprob_difference", "version", "dtype")
+KEPT = ("agrees", "tolerance", "tokens", "tokens_equal", "largest_margin", "prompt_logprob_difference", "inputs", "version", "dtype")
 CALIBRATION = {"data": "demo:text", "samples": 16, "length": 128}
 SEES_DATA = ("kv_quant", "kv_shrink", "prune_nm", "prune_structured", "low_rank", "prune_experts")
 CASES: dict[str, list[dict[str, Any]]] = {
@@ -282,7 +282,7 @@ INTRODUCTION = """<!-- written by scripts/engine_matrix.py; do not edit -->
 Exports in the engines that read them, run for real; cells that have not run yet are empty. Each cell is one artifact in one engine: what is
 asked are {tokens} greedy tokens after each of {prompts} prompts, and the log probabilities of the prompts; what answers are compared with is
 `compress.load` in float32, token by token, each given the same ones before it. Weights are rounded to nearest: what is asked is who reads them, not
-what they lost.
+what they lost. Of a GGUF file what is meant has inputs of products rounded as llama.cpp rounds them, see [export.md](export.md#gguf).
 
 | | |
 |---|---|

@@ -49,20 +49,16 @@ BY_256 = {
     "w6 g256": {"bits": 6, "group_size": 256},
 }
 CASES = {("dense", name): [{"rtn": each}] for name, each in (EVERYWHERE | BY_256).items()}
-for _name, _each in (EVERYWHERE | BY_256).items():
-    if not _each.get("symmetric", True):  # codes of experts have no zero points
-        _experts = {"bits": _each["bits"], "group_size": 128}
-        CASES["moe", f"{_name}, of experts symmetric, g128"] = [
-            {"rtn": _each | {"include": ["*.self_attn.*"]}},
-            {"rtn": _experts | {"include": ["*.experts.*"]}},
-        ]
-    elif _name in BY_256:  # their last linear has 128 inputs
-        CASES["moe", f"{_name}, of down g128"] = [
-            {"rtn": _each | {"exclude": ["*.down_proj"]}},
-            {"rtn": _each | {"group_size": 128, "include": ["*.down_proj"]}},
-        ]
-    else:
-        CASES["moe", _name] = [{"rtn": _each}]
+CASES |= {("moe", name): [{"rtn": each}] for name, each in EVERYWHERE.items() if each.get("symmetric", True)}
+CASES |= {
+    ("moe", f"{name}, of down g128"): [
+        {"rtn": each | {"exclude": ["*.down_proj"]}},
+        {"rtn": each | {"group_size": 128, "include": ["*.down_proj"]}},
+    ]
+    for name, each in BY_256.items()
+    if each.get("symmetric", True)
+}
+"""Experts have no zero points, and their last linear has 128 inputs."""
 KEPT = ("tokens", "tokens_equal", "largest_margin", "prompt_logprob_difference", "inputs")
 
 
@@ -126,7 +122,7 @@ def types(place: Path) -> dict[str, int]:
 def judged(model: Any, asked: list[list[int]], answer: dict[str, Any]) -> dict[str, Any]:
     """What of a comparison is kept, and how many texts are those meant, token for token."""
     found = serving.compare(model, asked, answer)
-    return {"texts": sum(not text["other"] for text in found["prompts"])} | {key: found[key] for key in KEPT}
+    return {"texts": sum(not text["other"] for text in found["prompts"])} | {key: found.get(key) for key in KEPT}
 
 
 def run(model: str, case: str, work: Path, python: Path) -> dict[str, Any]:

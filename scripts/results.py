@@ -263,6 +263,16 @@ def decode(document: dict[str, Any]) -> Rows:
     return list(rows.items())
 
 
+def gguf(document: dict[str, Any]) -> Rows:
+    """Texts of llama.cpp that are those meant, of all files together."""
+    rows = document["results"]
+    asked = sum(row["texts"] for row in rows)
+    right, alone, plain = (sum(row[key]["texts"] for row in rows) for key in ("following", "alone", "plain"))
+    models = " and ".join(dict.fromkeys(f"demo:{row['model']}" for row in rows))
+    label = f"{len(rows)} GGUF files of {models} in llama.cpp, texts all of whose {document['tokens']} tokens are those meant"
+    return [(label, {OURS: f"{right} of {asked} ({alone} with steps of our own, {plain} with inputs that are not rounded)"})]
+
+
 def gemv(document: dict[str, Any]) -> Rows:
     """Products with one packed weight: shares of the speed of reading memory, and several inputs beside torch."""
     shares: dict[tuple[int, int], list[float]] = {}
@@ -323,6 +333,7 @@ ROWS = {
     "memory": memory,
     "gate": gate,
     "kill": kill,
+    "gguf": gguf,
     "gemv": gemv,
     "decode": decode,
     "sass": sass,
@@ -441,6 +452,11 @@ def notes(documents: list[tuple[str, dict[str, Any]]], shown: Iterable[str]) -> 
         if name == "kv-decode":
             protocol = document["protocol"]
             yield f"Decoding behind caches: {protocol['dtype']}, one row, {protocol['steps']} steps, medians; torch: the dense cache of transformers."
+        if name == "gguf":
+            yield (
+                f"GGUF: one file for each type, {document['results'][0]['texts']} prompts of {document['prompt']} tokens of demo:heldout; meant are "
+                "inputs rounded as llama.cpp rounds them, to its side where they are within a 32nd of a step of an edge (docs/export.md)."
+            )
         if name == "gemv":
             yield (
                 "Shares: median over shapes, of what the same thread reads in the same run; inputs are written with two digits of 8 bits unless it "

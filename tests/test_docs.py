@@ -98,7 +98,7 @@ def test_what_is_not_run_says_why() -> None:
         "CONTRIBUTING.md: compress run recipes/pow2.yaml demo:dense --out pow2",
         "README.md: compress export w4 --to gptq,awq,mlx,gguf",
         "engines.md: compress check w4 demo:dense --engine vllm==0.33",
-        'export.md: python scripts/gguf_tokens.py small --python "$COMPRESS_RIVALS/llamacpp/bin/python"',
+        'export.md: compress serve-check small-gguf --engine llama.cpp --python "$COMPRESS_RIVALS/llamacpp/bin/python" --reference small --tokens 64',
     }
 
 

@@ -121,15 +121,20 @@ TYPES: dict[str, dict[str, Any]] = {
 }
 
 
-def same_answers(artifact: Path, file: Path) -> None:
-    """Every token, and every input of a product, is what the artifact means with inputs rounded as llama.cpp rounds them."""
+def answers(artifact: Path, file: Path) -> dict[str, Any]:
+    """What llama.cpp makes of a file beside what the artifact means with inputs rounded as it rounds them."""
     if not PYTHON.exists():
         pytest.skip(f"{PYTHON} is not there")
     asked = [torch.randint(4, tiny.VOCABULARY, (length,)).tolist() for length in (40, 9)]
     request = {"folder": str(file.parent), "prompts": asked, "max_tokens": 24, "dtype": "int8"}
     (answer,) = serving.ask_all(find("llama.cpp"), PYTHON, [request], 300)
     assert "error" not in answer, answer
-    found = serving.compare(serving.meant(artifact, file.parent), asked, answer)
+    return serving.compare(serving.meant(artifact, file.parent), asked, answer)
+
+
+def same_answers(artifact: Path, file: Path) -> None:
+    """Every token is what was meant, and every input of a product."""
+    found = answers(artifact, file)
     assert found["tokens_equal"] == found["tokens"] == 48 and found["prompt_logprob_difference"] < 1e-4
     assert found["inputs"]["blocks"] > 0 and found["inputs"]["strayed"] == 0
 
@@ -144,6 +149,21 @@ def test_every_type_is_multiplied_as_it_was_meant(kind: str, tmp_path: Path) -> 
     file = Path(exported(tmp_path / "out", "gguf")["gguf"]["folder"]) / gguf.FILE
     assert kind in {tensor.tensor_type.name for tensor in package.GGUFReader(file).tensors}
     same_answers(tmp_path / "out", file)
+
+
+def test_one_code_of_three_million_that_is_another_is_found(tmp_path: Path) -> None:
+    """No token need change, but inputs behind it are others."""
+    import gguf as package
+
+    compress(plain({"rtn": TYPES["Q4_0"]}), demo.path("dense"), tmp_path / "out")
+    file = Path(exported(tmp_path / "out", "gguf")["gguf"]["folder"]) / gguf.FILE
+    place = next(int(tensor.data_offset) for tensor in package.GGUFReader(file).tensors if tensor.name == "blk.1.ffn_up.weight")
+    with file.open("r+b") as stream:
+        stream.seek(place + 2)  # behind the scale of the first block
+        code = stream.read(1)[0]
+        stream.seek(place + 2)
+        stream.write(bytes([code ^ 4]))
+    assert answers(tmp_path / "out", file)["inputs"]["strayed"] > 0
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q8_0", "MXFP4", None])

@@ -127,6 +127,16 @@ def test_pruning_is_a_row_per_table_with_the_least_loss_first(results: Any) -> N
     assert list(rows.values())[1] == {"ours": "0.120* (alps)"} and len(rows) == 2
 
 
+def test_gguf_is_a_row_of_all_files(results: Any) -> None:
+    rows = [
+        {"model": model, "texts": 20, "following": {"texts": 20}, "alone": {"texts": 12}, "plain": {"texts": 7}}
+        for model in ("dense", "dense", "moe")
+    ]
+    ((label, cells),) = results.gguf({"tokens": 64, "results": rows})
+    assert label == "3 GGUF files of demo:dense and demo:moe in llama.cpp, texts all of whose 64 tokens are those meant"
+    assert cells == {"ours": "60 of 60 (36 with steps of our own, 21 with inputs that are not rounded)"}
+
+
 def test_experts_have_rows_of_loss_and_of_the_task(results: Any) -> None:
     found = {
         "half/reap": [{"excess_loss": 0.2, "accuracy_drop": 0.01}],
