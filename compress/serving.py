@@ -167,9 +167,8 @@ def meant(artifact: Path, folder: Path) -> Any:
 def compare(model: Any, asked: list[list[int]], answer: dict[str, Any], *, rounded: bool = False) -> dict[str, Any]:
     """An engine's answer beside what `model` makes of it, which `meant` gave, and whether they agree within `TOLERANCE`.
 
-    Where the engine told of inputs, what was found of them is told, too (`compress.emulation.Counts`).
-
-    What was `rounded` again as it was exported is held to no more than an engine that computes in float16.
+    What was `rounded` again as it was exported is held to no more than an engine that computes in float16. Where the engine told of inputs of
+    products, `compress.emulation.Counts` of them are told.
     """
     import torch
 

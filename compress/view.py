@@ -373,6 +373,11 @@ def serving(result: dict[str, Any]) -> None:
         for token in item["other"]:
             said = f"{token['engine']} in place of {token['reference']}, {token['margin']:.4f} nats less likely"
             console.print(f"prompt {number}, token {token['position'] + 1}: {said}", highlight=False)
+    if found := result.get("inputs"):
+        strayed = (
+            f"{found['strayed']} of {found['blocks']} blocks are not what was meant, the others up to {found['largest']:.0e} of their largest number"
+        )
+        console.print(f"inputs of products: {strayed}", highlight=False)
     first = f", first token after {result['first_token_seconds']:.2f} s" if result["first_token_seconds"] is not None else ""
     speed = f"{result['tokens_per_second']:.1f} tokens/s{first}, ready after {result['load_seconds']:.1f} s"
     console.print(speed, highlight=False)

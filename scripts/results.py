@@ -362,6 +362,7 @@ HEADLINES = (
     "killed at random moments, 30 times, and started again",
     "`compress gate`, demo:dense in 4 bits, planted regressions caught",
     "`compress gate`, demo:dense, failures where nothing got worse",
+    "17 GGUF files of demo:dense and demo:moe in llama.cpp, texts all of whose 64 tokens are those meant",
     "decoding 3b in 4 bits, one thread, tokens/s",
     "decoding 3b in 3 bits, one thread, tokens/s",
     "cache of 20 % of the channels, a Llama-3-8B layer, 32768 tokens, ms a step",
