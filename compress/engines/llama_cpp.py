@@ -51,10 +51,14 @@ class Watch:
     """Keeps what every product with a weight is given, while a text is read, in the order in which it is read.
 
     ``rows`` are float32 [rows, in] by the name of the weight in the file; where several weights read the same, by that of the first, which `same`
-    tells of the others.
+    tells of the others. ``known`` is false once a tensor lay in memory otherwise than `_Tensor` says.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library = library
+        library.ggml_get_name.restype, library.ggml_get_name.argtypes = ctypes.c_char_p, [ctypes.c_void_p]
+        library.ggml_get_data.restype, library.ggml_get_data.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+        self.known = True
         self.rows: dict[str, list[Any]] = {}
         self.same: dict[str, str] = {}
         self.pieces: set[str] = set()
@@ -65,6 +69,9 @@ class Watch:
         import numpy as np
 
         node = _Tensor.from_address(address)
+        if not (self.known and node.name == self._library.ggml_get_name(address) and node.data == self._library.ggml_get_data(address)):
+            self.known = False  # nobody would see an exception here
+            return not asked
         if not (node.sources[0] and node.sources[1]):
             return not asked
         weight, given = _Tensor.from_address(node.sources[0]), _Tensor.from_address(node.sources[1])
@@ -77,7 +84,7 @@ class Watch:
             return not asked
         if not asked:
             if any(stride != 4 * math.prod(given.sizes[:place]) for place, stride in enumerate(given.strides)):
-                self.pieces.add(name)  # nobody would see an exception here
+                self.pieces.add(name)
                 return True
             flat = np.ctypeslib.as_array((ctypes.c_float * math.prod(given.sizes)).from_address(given.data))
             self.rows.setdefault(name, []).append(flat.reshape(-1, given.sizes[0]).copy())
@@ -94,6 +101,7 @@ def run(session: Session) -> dict[str, Any]:
     """What products with weights were given is told, too: it takes that to tell a rounding apart from an error, see `compress.emulation`."""
     import numpy as np
     from llama_cpp import GGML_TYPE_F32, Llama, llama_cpp
+    from llama_cpp._ggml import libggml
 
     folder = Path(session.folder)
     files = [folder] if folder.is_file() else sorted(folder.glob("*.gguf"))
@@ -115,10 +123,12 @@ def run(session: Session) -> dict[str, Any]:
 
     def begin() -> Callable[[list[int]], Any]:
         model.reset()
-        watches.append(Watch())
+        watches.append(Watch(libggml))
 
         def read(ids: list[int]) -> Any:
             model.eval(ids)
+            if not watches[-1].known:
+                raise ValueError("keeps tensors in another way than the versions that are known, so what its products were given cannot be read")
             if watches[-1].pieces:
                 raise ValueError(f"inputs do not lie in a row: {', '.join(watches[-1].pieces)}")
             return np.array(model.scores[model.n_tokens - len(ids) : model.n_tokens])
