@@ -16,7 +16,7 @@ from compress.errors import InputError, Problems
 from compress.export import base
 from compress.formats import base as formats
 from compress.layout import Layout
-from compress.recipe import export_module, export_names
+from compress.recipe import export_module, export_names, said_of
 
 if TYPE_CHECKING:
     from compress.model import Model
@@ -135,7 +135,7 @@ def export(artifact: Path, places: dict[str, Path], progress: Progress, *, overw
             result = {
                 "target": target,
                 "accepted": told.accepted if told else None,
-                "engines": module.verdicts(layout, plan),
+                "engines": said_of(target, layout, plan),
                 "bytes": sum(path.stat().st_size for path in staging.rglob("*") if path.is_file()),
                 "exact": sum(error == 0 for error in errors.values()),
                 "losses": {name: error for name, error in sorted(errors.items()) if error},

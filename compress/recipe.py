@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from compress import questions
+from compress.engines import base as engines_base
 from compress.errors import InputError, Problems
 from compress.export import base as export_base
 from compress.layout import Layout
@@ -451,9 +452,14 @@ def keeps_branches(recipe: Recipe) -> bool:
     return any(isinstance(step, Branching) and step.keeps_branches for _, step in recipe.instances())
 
 
+def said_of(export: str, layout: Layout, schemes: dict[str, Scheme], cache: Caching | None = None) -> dict[str, str]:
+    """For each engine, whether and how it reads an artifact that is written as `export`."""
+    return engines_base.verdicts(export, layout, schemes, cache, export_module(export).verdicts(layout, schemes, cache))
+
+
 def verdicts(recipe: Recipe, layout: Layout, schemes: dict[str, Scheme], target: str | None = None) -> dict[str, str]:
     """For each engine, whether and how it reads what `recipe` makes with these schemes, as `target`; by default as the artifact."""
-    found: dict[str, str] = export_module(target or recipe.export[0]).verdicts(layout, schemes, cache_scheme(recipe))
+    found = said_of(target or recipe.export[0], layout, schemes, cache_scheme(recipe))
     if not keeps_branches(recipe):
         return found
     # Like residuals they lie where no engine looks.

@@ -26,7 +26,7 @@ from compress.engines import launch
 from compress.engines.base import Engine, find, tables
 from compress.errors import Exit, InputError
 from compress.layout import Layout
-from compress.recipe import export_module, export_names
+from compress.recipe import export_names, said_of
 from compress.scheme import Scheme
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -78,10 +78,57 @@ def test_exports_judge_the_engines_that_read_them_and_no_others(checkpoint: Call
     plan = {name: Scheme(bits=4, group_size=32, symmetric=True) for name in layout.linears}
     titles = {table.TITLE for table in tables().values()}
     for export in export_names():
-        said = export_module(export).verdicts(layout, plan, None)
+        said = said_of(export, layout, plan)
         assert said.keys() <= titles, export
         readers = {table.TITLE for table in tables().values() if export in table.READS and table.TITLE != "compress"}
         assert readers <= said.keys(), export
+
+
+GENAI, OPENVINO = "ONNX Runtime GenAI", "OpenVINO"
+
+
+@pytest.mark.parametrize(
+    ("title", "export", "kind", "scheme", "verdict"),
+    [
+        (GENAI, "compressed-tensors", "llama", None, "loads"),
+        (GENAI, "compressed-tensors", "llama", {}, "refuses quantised compressed-tensors"),
+        (GENAI, "gptq", "llama", {}, "loads"),
+        (GENAI, "gptq", "qwen3", {}, "unproven: a qwen3"),
+        (GENAI, "gptq", "qwen3_moe", {}, "refuses a qwen3_moe"),
+        (GENAI, "gptq", "llama", {"bits": 3}, "refuses 3-bit GPTQ"),
+        (GENAI, "gptq", "llama", {"symmetric": False}, "refuses asymmetric GPTQ"),
+        (GENAI, "awq", "llama", {"symmetric": False}, "loads"),
+        (GENAI, "awq", "llama", {"group_size": 8}, "refuses groups of 8"),
+        (GENAI, "awq", "llama", {"group_size": 24}, "refuses groups of 24"),
+        (OPENVINO, "compressed-tensors", "llama", None, "loads"),
+        (OPENVINO, "compressed-tensors", "mixtral", None, "unproven: a mixtral"),
+        (OPENVINO, "compressed-tensors", "llama", {}, "refuses quantised compressed-tensors"),
+        (OPENVINO, "gguf", "llama", {}, "loads"),
+        (OPENVINO, "gguf", "qwen2", {}, "unproven: a qwen2"),
+        (OPENVINO, "gguf", "qwen3_moe", {}, "refuses a qwen3_moe"),
+        (OPENVINO, "gguf", "llama", None, "refuses linears in 16 bits"),
+        (OPENVINO, "gguf", "llama", {"bits": 5}, "refuses Q5_0"),
+        (OPENVINO, "gguf", "llama", {"symmetric": False}, "refuses Q5_0"),
+        (OPENVINO, "gguf", "llama", {"format": "mxfp4"}, "refuses mxfp4"),
+    ],
+)
+def test_engines_that_make_models_of_their_own_say_what_they_refuse(
+    checkpoint: Callable[..., Path], title: str, export: str, kind: str, scheme: dict[str, Any] | None, verdict: str
+) -> None:
+    layout = Layout(Checkpoint(checkpoint(kind)))
+    one = Scheme(**{"bits": 4, "group_size": 32, "symmetric": True} | (scheme or {}))
+    plan = dict.fromkeys(layout.linears, one) if scheme is not None else {}
+    assert said_of(export, layout, plan)[title].startswith(verdict)
+    if plan and verdict == "loads":
+        left = dict(list(plan.items())[1:])
+        assert said_of(export, layout, left)[title].startswith("refuses")
+
+
+def test_linears_of_different_widths_are_nothing_for_a_builder_that_looks_for_tensors(checkpoint: Callable[..., Path]) -> None:
+    layout = Layout(Checkpoint(checkpoint("llama")))
+    plan = {name: Scheme(bits=8 if "down" in name else 4, group_size=32, symmetric=True) for name in layout.linears}
+    assert said_of("gptq", layout, plan)[GENAI] == "refuses linears of different bits or groups in GPTQ"
+    assert said_of("gguf", layout, plan)[OPENVINO] == "loads"
 
 
 def test_advice_is_for_engines_that_are_known() -> None:
@@ -97,7 +144,7 @@ def test_a_version_stands_for_its_patches(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        ("tgi", "--engine: tgi is not known; known are compress, gptqmodel, llama.cpp, mlx, sglang, transformers, vllm"),
+        ("tgi", "--engine: tgi is not known; known are compress, gptqmodel, llama.cpp, mlx, onnxruntime-genai, openvino, sglang, transformers, vllm"),
         ("vllm==0.3", "--engine: nothing is known of version 0.3 of vllm; known are 0.33, 0.32; or leave it out"),
         ("vllm>=0.33", "--engine: 'vllm>=0.33' is no engine; write a name such as vllm, or a name and a version such as vllm==0.33"),
         ("", "--engine: '' is no engine; write a name such as vllm, or a name and a version such as vllm==0.33"),

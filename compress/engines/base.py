@@ -1,7 +1,7 @@
-"""What is known of serving engines before any of them runs: a literal table per engine, one file each beside this one.
+"""What is known of serving engines before any of them runs: a table per engine, one file each beside this one.
 
-Whether an engine reads what an export wrote is said by that export's `verdicts`; here stand which exports it reads at all, and which of its versions
-the rules were read off (`read`: its loader's source; `run`: it was run, see docs/engines.md).
+Whether an engine reads what an export wrote is said by that export's `verdicts`, or by the engine's own `verdict` where it has one; here stand which
+exports it reads at all, and which of its versions the rules were read off (`read`: its loader's source; `run`: it was run, see docs/engines.md).
 """
 
 from __future__ import annotations
@@ -13,8 +13,13 @@ from functools import cache
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from compress.errors import InputError, Problems
+
+if TYPE_CHECKING:
+    from compress.layout import Layout
+    from compress.scheme import Caching, Scheme
 
 NOT_ENGINES = ("__init__", "base", "guard", "launch")
 REFUSES = "refuses"
@@ -54,6 +59,12 @@ def tables() -> dict[str, ModuleType]:
     files = (path.stem for path in Path(__file__).parent.glob("*.py") if path.stem not in NOT_ENGINES)
     found = {table.NAME: table for table in (import_module(f"compress.engines.{stem}") for stem in files)}
     return dict(sorted(found.items()))
+
+
+def verdicts(export: str, layout: Layout, plan: dict[str, Scheme], cache: Caching | None, said: dict[str, str]) -> dict[str, str]:
+    """For each engine, whether and how it reads what `export` wrote: `said`, which are the export's verdicts, and those of engines that judge."""
+    own = [table for table in tables().values() if export in table.READS and hasattr(table, "verdict")]
+    return said | {table.TITLE: table.verdict(export, layout, plan, cache, said) for table in own}
 
 
 def find(text: str, place: str = "--engine") -> Engine:
