@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 NAME = "openvino"
 TITLE = "OpenVINO"
 PACKAGES = ("openvino",)
-MODULE = "optimum.intel"
+MODULE = "optimum.exporters.openvino.convert"
 VERSIONS = {"2026.4": "run"}
 READS = ("compressed-tensors", "gguf")
 DTYPES = ("float32",)
