@@ -83,7 +83,8 @@ def test_what_is_judged_is_what_is_written_and_run(kind: str, options: dict[str,
     result = compress(QUICK | {"passes": [search]}, checkpoint(kind), tmp_path / "out")
     (first, *_) = found = records(tmp_path / "out")
     assert any(record["mapped"] for record in found)
-    assert result["engines"] == {"compress": "loads"} | dict.fromkeys(("transformers", "vLLM", "SGLang"), "refuses routers with maps")
+    others = ("transformers", "vLLM", "SGLang", "ONNX Runtime GenAI", "OpenVINO")
+    assert result["engines"] == {"compress": "loads"} | dict.fromkeys(others, "refuses routers with maps")
     samples = calibration("demo:text", 8, 48, 0, Tokenizer(checkpoint(kind)))
     model = Model(Layout(Checkpoint(tmp_path / "out")))
     for part, key in zip(divided(samples, 0.5, "eep"), ("fitness", "held_out"), strict=True):
