@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
 
-from compress.latents import Latent, Latents, Turns, attach, held_bytes, own_kernel
+from compress.cache import Latent, attach_latents
+from compress.latents import Latents, Turns, held_bytes, own_kernel
 from compress.numerics.latents import basis, by_head, commuting_basis, rotate
 
 HEADS, KV_HEADS, WIDTH, HIDDEN = 32, 8, 128, 4096
@@ -95,7 +96,7 @@ def measure(context: int, arguments: argparse.Namespace, dtype: torch.dtype) -> 
     for name in ("joint", "joint, 4 bits", "commuting", "commuting, 4 bits"):
         of_keys, bits = name.partition(",")[0], 4 if name.endswith("bits") else 16
         module, _ = layer(dtype)
-        attach(module, projections(rank, arguments.window, bits, of_keys).to(dtype), Turns(rotary))
+        attach_latents(module, projections(rank, arguments.window, bits, of_keys).to(dtype), Turns(rotary))
         sides[name] = module, DynamicCache()
         fill(sides[name][1], module, context, rotary, dtype)
     module, _ = layer(dtype)

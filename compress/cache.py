@@ -8,10 +8,11 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicLayer
 
 from compress.checkpoint import FLOATS, LATENT, TensorInfo, read_tensor
-from compress.errors import Problems
-from compress.latents import PARTS, Blended, Heard, Latents, Rotation, View, check_values, shapes
+from compress.errors import InputError, Problems
+from compress.latents import PARTS, Blended, Heard, LatentLayer, Latents, Rotation, Turns, View, check_values, own_kernel, shapes
 from compress.layout import Layout
 from compress.numerics.cache import as_cached
 from compress.scheme import LatentScheme
@@ -59,17 +60,50 @@ class Cache:
         return (keys, values) if self.kept is None else self.kept.update(keys, values, *more, **named)
 
 
-def round_cache(attention: nn.Module, scales: tuple[Tensor, Tensor]) -> None:
+@dataclass(frozen=True)
+class Latent:
+    """Stands before transformers' cache `kept` for one call of attention."""
+
+    latents: Latents
+    kept: Any
+    positions: Tensor
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Any, Any]:
+        """What attention of transformers calls. Raises `InputError` for caches that are not of layers that grow."""
+        layers = self.kept.layers
+        while self.kept.layer_class_to_replicate is not None and len(layers) <= layer:
+            layers.append(self.kept.layer_class_to_replicate())
+        if not isinstance(layers[layer], LatentLayer):
+            if type(layers[layer]) is not DynamicLayer or layers[layer].is_initialized:
+                kind = type(layers[layer]).__name__
+                raise InputError.one("cache", f"a {kind} of transformers keeps no latents", "leave cache_implementation out, and begin with no cache")
+            layers[layer] = LatentLayer(self.latents)
+        found: tuple[Any, Any] = self.kept.update(keys, values, layer, self.positions)
+        return found
+
+
+def attach_scales(attention: nn.Module, scales: tuple[Tensor, Tensor]) -> None:
     """Have ``attention`` of transformers read its cache as FP8 under ``scales``, which become its buffers."""
     for name, scale in zip(BUFFERS, scales, strict=True):
         attention.register_buffer(name, scale)
+    attention.register_forward_pre_hook(_before, with_kwargs=True)
 
-    attention.register_forward_pre_hook(_with_cache, with_kwargs=True)
+
+def attach_latents(attention: nn.Module, latents: Latents, turns: Turns) -> None:
+    """Have ``attention`` of transformers keep old tokens as ``latents``, which become a module of it; blocks of a model share ``turns``."""
+    latents.turns = turns
+    attention.latents = latents
+    own_kernel(attention)
+    attention.register_forward_pre_hook(_before, with_kwargs=True)
 
 
-def _with_cache(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    keys, values = (module.get_buffer(name) for name in BUFFERS)
-    return given, named | {"past_key_values": Cache((keys, values), kept=named.get("past_key_values"))}
+def _before(attention: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Put what the checkpoint says of the cache before the one of transformers; without one there are no old tokens, but numbers are rounded."""
+    kept, latents = named.get("past_key_values"), getattr(attention, "latents", None)
+    if latents is None:
+        keys, values = (attention.get_buffer(name) for name in BUFFERS)
+        return given, named | {"past_key_values": Cache((keys, values), kept=kept)}
+    return given, named if kept is None else named | {"past_key_values": Latent(latents, kept, named["position_ids"])}
 
 
 def check_scales(layout: Layout, tensors: Mapping[str, TensorInfo], problems: Problems) -> None:

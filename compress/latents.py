@@ -217,43 +217,6 @@ class Turns:
         return self._table[0][positions], self._table[1][positions]
 
 
-def attach(module: nn.Module, latents: Latents, turns: Turns) -> None:
-    """Have ``module``, attention of transformers, keep old tokens as ``latents``; blocks of a model share ``turns``."""
-    latents.turns = turns
-    module.latents = latents
-    own_kernel(module)
-    module.register_forward_pre_hook(_with_latents, with_kwargs=True)
-
-
-def _with_latents(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    kept = named.get("past_key_values")
-    if kept is None:
-        return given, named
-    return given, named | {"past_key_values": Latent(module.latents, kept, named["position_ids"])}  # type: ignore[arg-type]
-
-
-@dataclass(frozen=True)
-class Latent:
-    """Stands before transformers' cache `kept` for one call of attention."""
-
-    latents: Latents
-    kept: Any
-    positions: Tensor
-
-    def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Any, Any]:
-        """What attention of transformers calls. Raises `InputError` for caches that are not of layers that grow."""
-        layers = self.kept.layers
-        while self.kept.layer_class_to_replicate is not None and len(layers) <= layer:
-            layers.append(self.kept.layer_class_to_replicate())
-        if not isinstance(layers[layer], LatentLayer):
-            if type(layers[layer]) is not DynamicLayer or layers[layer].is_initialized:
-                kind = type(layers[layer]).__name__
-                raise InputError.one("cache", f"a {kind} of transformers keeps no latents", "leave cache_implementation out, and begin with no cache")
-            layers[layer] = LatentLayer(self.latents)
-        found: tuple[Any, Any] = self.kept.update(keys, values, layer, self.positions)
-        return found
-
-
 def held_bytes(cache: Any) -> int:
     """Memory of every tensor that a cache of transformers holds, each counted with all of the storage behind it."""
     storages = {

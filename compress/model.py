@@ -39,7 +39,7 @@ from compress.formats.branch import Branch
 from compress.formats.nm_packed import Compact
 from compress.formats.sparse_residual import Residual
 from compress.latents import PARTS as LATENT_PARTS
-from compress.latents import Latents, Turns, attach
+from compress.latents import Latents, Turns
 from compress.layout import MAP, OLD_LEVEL, BlockLayout, Layout
 from compress.numerics.activations import Activations
 from compress.numerics.grid import Quantized
@@ -520,10 +520,10 @@ class Model:
                     name = slots[f"{each.name}.weight"].parameter.removesuffix(".weight")
                     _replace(module, name, branched(module.get_submodule(name), branch, self.inputs(each.name)))
             if scales := self.cache_scales(layout):
-                cache.round_cache(module.get_submodule(self.layout.arch.attention), scales)
+                cache.attach_scales(module.get_submodule(self.layout.arch.attention), scales)
             if latents := self.latents(layout):
                 turns = turns or Turns(whole.get_submodule(self.layout.arch.module_blocks.rpartition(".")[0]).rotary_emb)
-                attach(module.get_submodule(self.layout.arch.attention), latents.to(self.dtype), turns)
+                cache.attach_latents(module.get_submodule(self.layout.arch.attention), latents.to(self.dtype), turns)
         for name, path in self._outside.items():
             if self.packed_as(name):
                 _replace(whole, path, linear(name, self._bias(name)))
