@@ -28,7 +28,7 @@ def load(name: str | Path, *, digits: int = 2) -> Any:
     """The model in a folder, a hub id or ``demo:NAME``, ready for `generate`, with every quantised weight packed in memory as it is on disk.
 
     Kernels multiply integers of 2, 3, 4 and 8 bits, with inputs in so many `digits` of 8 bits (`compress.kernels.linear`), and small floats, with
-    inputs as they are (`compress.kernels.small`); other weights, and with 0 digits all integers, are unpacked for each product, some rows at a time,
+    inputs as they are (`compress.kernels.small`); other weights, and with 0 digits all of them, are unpacked for each product, some rows at a time,
     and take inputs as they are. `explain` says which is which.
     Linears that `nm-packed` holds in V:N:M and floats keep the inputs that they read, and are multiplied by these alone (`compress.kernels.vnm`).
     What the checkpoint says beside its codes - residuals, branches, inputs in 8 bits, a cache in FP8 - is computed as said. Raises
@@ -37,13 +37,28 @@ def load(name: str | Path, *, digits: int = 2) -> Any:
     Casting the model (`half`, `double`, `to`) changes what is computed in between; packed weights stay as they are stored. It can be copied and
     pickled, but not be saved as a checkpoint: copy the folder.
     """
-    from compress.model import Model
-
     if digits not in (0, 1, 2):
         raise InputError.one("digits", f"must be 0, 1 or 2, got {digits}")
-    model = Model(Layout(Checkpoint(locate_model(str(name)))))
+    return _loaded(locate_model(str(name)), digits)
+
+
+def reference(folder: Path, *, beside: bool, as_transformers: bool) -> Any:
+    """What programs that run an artifact are compared with: `load` in float32 without kernels, which round in their own way.
+
+    It computes with what lies `beside` the weights - residuals and branches - or leaves it out, as every engine but our own does. On request it has
+    weights `as_transformers` has them in float32: what that unpacks while it loads them - integers of experts, and all weights of an artifact that
+    says `dequantize` - is rounded to the dtype of their scales (seen with 5.23.0).
+    """
+    return _loaded(folder, 0, beside=beside, as_transformers=as_transformers).float()
+
+
+def _loaded(folder: Path, digits: int, *, beside: bool = True, as_transformers: bool = False) -> Any:
+    from compress.model import Model
+
+    model = Model(Layout(Checkpoint(folder)))
+    model = model if beside else model.in_engines()
     try:
-        whole = _Loading(model, digits).whole()
+        whole = _Loading(model, digits, as_transformers=as_transformers).whole()
     except KeyError as error:
         name = str(error.args[0])
         if name.rpartition(".")[0] not in model.layout.all_linears:
@@ -139,8 +154,10 @@ def stream(model: Any, name: str, prompt: str, tokens: int) -> Iterator[str]:
 class _Loading:
     """Makes the modules that stand for quantised linears of ``model``."""
 
-    def __init__(self, model: Model, digits: int) -> None:
+    def __init__(self, model: Model, digits: int, *, as_transformers: bool) -> None:
         self._model, self._digits = model, digits
+        dequantized = model.checkpoint.config.get("quantization_config", {}).get("dequantize", False)
+        self._rounded = (set(model.layout.all_linears) if dequantized else model.layout.of_experts) if as_transformers else set()
         problems = Problems()
         for linear in sorted(model.layout.of_experts):
             if model.inputs(linear):
@@ -160,16 +177,18 @@ class _Loading:
         if self._model.is_compact(name):
             found: Packed = VNMLinear(self._model.compact(name), Extras(bias))
         else:
-            found = self._packed(self._quantized(name), Extras(bias, self._model.inputs(name), self._model.residual(name)))
+            found = self._packed(name, self._quantized(name), Extras(bias, self._model.inputs(name), self._model.residual(name)))
         place(found)
         return found
 
-    def _packed(self, weight: Quantized, extras: Extras) -> Packed:
+    def _packed(self, name: str, weight: Quantized, extras: Extras) -> Packed:
         from compress.kernels.linear import PackedLinear
         from compress.kernels.small import SmallLinear
-        from compress.kernels.unpacked import UnpackedLinear
+        from compress.kernels.unpacked import ExactLinear, UnpackedLinear
 
-        if self._digits and PackedLinear.takes(weight):
+        if not self._digits:
+            return ExactLinear(weight, extras, rounded=name in self._rounded)
+        if PackedLinear.takes(weight):
             return PackedLinear(weight, extras, self._digits)
         return (SmallLinear if SmallLinear.takes(weight) else UnpackedLinear)(weight, extras)
 
@@ -203,7 +222,7 @@ class _Loading:
         for names in experts:
             weights = [self._quantized(name) for name in names]
             residuals += [self._model.residual(name) or sparse_residual.none(weight.codes) for name, weight in zip(names, weights, strict=True)]
-            members.append(self._packed(below(weights), Extras()))
+            members.append(self._packed(names[0], below(weights), Extras()))
             alike |= {(weights[0].grid == weight.grid, members[-1].coding, members[-1].stored) for weight in weights}
         if len(alike) > 1:
             raise InputError.one(experts[0][0], "is stored in another way than other experts of its block", "open it with transformers")

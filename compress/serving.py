@@ -1,9 +1,9 @@
 """Serve an artifact with a real engine, and compare what it answers, token by token, with what the artifact means.
 
-The reference is `compress.load` in float32, of a GGUF file with inputs rounded as llama.cpp rounds them (`compress.emulation`). It reads each
-prompt together with what the engine made of it, so that every token is judged given the same ones before it: how much less likely the reference
-finds it than its own choice, in nats, is its margin. An engine that rounds otherwise picks the other of two near ties, at a margin of almost
-nothing; a wrong weight shows at once.
+The reference is `compress.load` in float32 without kernels, of a GGUF file with inputs rounded as llama.cpp rounds them (`compress.emulation`). It
+reads each prompt together with what the engine made of it, so that every token is judged given the same ones before it: how much less likely the
+reference finds it than its own choice, in nats, is its margin. An engine that rounds otherwise picks the other of two near ties, at a margin of
+almost nothing; a wrong weight shows at once.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from typing import Any
 from compress.checkpoint import Checkpoint, sha256
 from compress.engines.base import Engine, find_all
 from compress.errors import InputError, Problems
+from compress.formats.base import LEFT_OUT
 from compress.layout import Layout
 
 HERE = Path(__file__).resolve().parent
@@ -147,8 +148,10 @@ def check(wanted: Wish) -> dict[str, Any]:
         message = " ".join(error["message"].split())
         said = f"{answer['version'] or engine.title} does not run it: {error['type']}: {message[:TOLD]}{'...' * (len(message) > TOLD)}"
         raise InputError.one(str(wanted.folder), said, f"compress check RECIPE MODEL --engine {engine.name} tells what is known of it")
-    found = {"folder": str(wanted.folder), "reference": str(wanted.reference), "engine": engine.name, "how": how}
-    return found | compare(meant(wanted.reference, wanted.folder), wanted.prompts, answer, rounded=is_rounded(wanted.folder))
+    found: dict[str, Any] = {"folder": str(wanted.folder), "reference": str(wanted.reference), "engine": engine.name, "how": how}
+    found |= {"left_out": left_out(wanted.reference, engine)}
+    model = meant(wanted.reference, wanted.folder, engine)
+    return found | compare(model, wanted.prompts, answer, rounded=is_rounded(wanted.folder))
 
 
 def is_rounded(folder: Path) -> bool:
@@ -156,12 +159,22 @@ def is_rounded(folder: Path) -> bool:
     return (folder / EXPORT).is_file() and bool(json.loads((folder / EXPORT).read_text(encoding="utf-8"))["losses"])
 
 
-def meant(artifact: Path, folder: Path) -> Any:
-    """The model that answers are compared with, of an artifact and the folder that was served."""
+def left_out(artifact: Path, engine: Engine) -> list[str]:
+    """What lies beside the weights of an artifact and an engine does not look for, by the names of `LEFT_OUT`."""
+    if getattr(engine.table, "BESIDE", False):
+        return []
+    names = Checkpoint(artifact).tensors
+    return [what for what, parts in LEFT_OUT.items() if any(name.endswith(parts) for name in names)]
+
+
+def meant(artifact: Path, served: Path, engine: Engine) -> Any:
+    """The model that answers are compared with where an engine serves ``served``, which is the artifact or was made of it."""
     from compress import emulation, runtime
 
-    files = sorted(folder.glob("*.gguf"))
-    return emulation.Emulated(artifact, files[0]) if files else runtime.load(artifact).float()
+    if files := sorted(served.glob("*.gguf")):
+        return emulation.Emulated(artifact, files[0])
+    rounds = getattr(engine.table, "ROUNDS", False) and not (served / EXPORT).is_file()
+    return runtime.reference(artifact, beside=not left_out(artifact, engine), as_transformers=rounds)
 
 
 def compare(model: Any, asked: list[list[int]], answer: dict[str, Any], *, rounded: bool = False) -> dict[str, Any]:

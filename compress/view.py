@@ -381,7 +381,9 @@ def serving(result: dict[str, Any]) -> None:
     first = f", first token after {result['first_token_seconds']:.2f} s" if result["first_token_seconds"] is not None else ""
     speed = f"{result['tokens_per_second']:.1f} tokens/s{first}, ready after {result['load_seconds']:.1f} s"
     console.print(speed, highlight=False)
-    console.print(f"{'agrees' if result['agrees'] else 'DIFFERS'} within {result['tolerance']:g} nats of {result['reference']}", highlight=False)
+    without = f" without its {' and '.join(result['left_out'])}, which no other engine computes" if result["left_out"] else ""
+    verdict = "agrees" if result["agrees"] else "DIFFERS"
+    console.print(f"{verdict} within {result['tolerance']:g} nats of {result['reference']}{without}", highlight=False)
 
 
 def inspection(result: dict[str, Any]) -> None:

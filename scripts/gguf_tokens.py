@@ -133,9 +133,9 @@ def run(model: str, case: str, work: Path, python: Path) -> dict[str, Any]:
         places = [exported(exact), exported(folder)]
         requests = [{"folder": str(place), "prompts": asked, "max_tokens": TOKENS, "dtype": "int8"} for place in places]
         wide, packed = serving.ask_all(find("llama.cpp"), python, requests, 3600)
-        unrounded = judged(serving.meant(exact, places[0]), asked, wide)
+        unrounded = judged(serving.meant(exact, places[0], find("llama.cpp")), asked, wide)
     answer = {key: value for key, value in packed.items() if key != "inputs"}
-    emulated = serving.meant(folder, places[1])
+    emulated = serving.meant(folder, places[1], find("llama.cpp"))
     return {
         "model": model, "case": case, "types": types(places[1]), "texts": len(asked), "version": packed["version"],
         "float32": unrounded,

@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from compress.checkpoint import Checkpoint
 from compress.emulation import SAME, Emulated, Part
+from compress.engines.base import find
 from compress.errors import InputError
 from compress.export import gguf
 from compress.formats import gguf_blocks
@@ -155,7 +156,7 @@ def test_a_model_computes_what_transformers_does_of_such_inputs(
     folder, file = made(kind, options, few=few)
     assert types == {each for _, each in gguf.types(Model(Layout(Checkpoint(folder))), file).values()} - {"F32"}
     ids = torch.randint(4, tiny.VOCABULARY, (1, 7))
-    found = meant(folder, file.parent)(ids).logits
+    found = meant(folder, file.parent, find("llama.cpp"))(ids).logits
     reference = tiny.plain(checkpoint(kind, torch.bfloat16)).float()
     reference.config._experts_implementation = "eager"
     ByOracle(reference, folder, file, monkeypatch)
@@ -172,7 +173,7 @@ def test_float32_is_not_rounded(made: Callable[..., tuple[Path, Path]]) -> None:
     folder, file = made("llama", None, dtype=torch.float32)
     ids = torch.randint(4, tiny.VOCABULARY, (1, 7))
     with torch.no_grad():
-        assert torch.equal(meant(folder, file.parent)(ids).logits, tiny.plain(folder)(ids).logits)
+        assert torch.equal(meant(folder, file.parent, find("llama.cpp"))(ids).logits, tiny.plain(folder)(ids).logits)
 
 
 def test_a_type_that_we_do_not_write_is_refused(made: Callable[..., tuple[Path, Path]], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -131,6 +131,26 @@ def test_linears_of_different_widths_are_nothing_for_a_builder_that_looks_for_te
     assert said_of("gguf", layout, plan)[OPENVINO] == "loads"
 
 
+SEEN = "to the dtype of their scales (seen with 5.23.0)"
+
+
+@pytest.mark.parametrize(
+    ("kind", "scheme", "said"),
+    [
+        ("llama", {"bits": 4}, "loads, decompresses on first use"),
+        ("llama", {"bits": 4, "symmetric": False}, f"loads, decompresses while loading, rounding weights {SEEN}"),
+        ("llama", {"bits": 4, "format": "mxfp4"}, "loads, decompresses while loading"),
+        ("qwen3_moe", {"bits": 4}, f"loads, decompresses on first use, rounding experts {SEEN}"),
+        ("qwen3_moe", {"bits": 8, "format": "fp8"}, "loads, decompresses on first use"),
+        ("qwen3_moe", {"bits": 4, "format": "nvfp4"}, "refuses experts in nvfp4: unpacks them wrongly or not at all"),
+    ],
+)
+def test_what_transformers_rounds_is_told(kind: str, scheme: dict[str, Any], said: str, checkpoint: Callable[..., Path]) -> None:
+    layout = Layout(Checkpoint(checkpoint(kind)))
+    plan = {name: Scheme(**({"group_size": 32, "symmetric": True} | scheme)) for name in layout.linears}
+    assert export_module("compressed-tensors").verdicts(layout, plan, None)["transformers"] == said
+
+
 def test_advice_is_for_engines_that_are_known() -> None:
     assert {engine.name for engine in advice.book().engines.values()} <= {table.TITLE for table in tables().values()}
     assert advice.book().engines.keys() <= tables().keys()
@@ -355,7 +375,7 @@ def test_an_answer_is_judged_token_by_token(artifacts: Path) -> None:
     """Each token of the reference itself agrees; one of them changed is told, with its place and how far it is."""
     asked = serving.ask_for(artifacts / "w4", None, 8)[:2]
     session = launch.Session({"folder": "", "prompts": asked, "max_tokens": 8, "dtype": "float32"})
-    model = serving.meant(artifacts / "w4", artifacts / "w4")
+    model = serving.meant(artifacts / "w4", artifacts / "w4", find("compress"))
     answer = session.by_torch(model) | {"version": "x"}
     found = serving.compare(model, asked, answer)
     assert found["agrees"] and found["tokens_equal"] == found["tokens"] == 16 and found["prompt_logprob_difference"] < 1e-3
@@ -382,6 +402,16 @@ def test_transformers_serves_what_was_meant_and_nothing_else(artifacts: Path, tm
     assert result["tokens_per_second"] > 0 and result["first_token_seconds"] > 0 and result["prompt_logprob_difference"] < 0.01
     code, said = told("serve-check", artifacts / "w4", *options, "--reference", artifacts / "w2")
     assert code == Exit.GATE_FAILED and json.loads(said)["prompt_logprob_difference"] > 0.1
+
+
+def test_what_engines_leave_out_is_left_out_of_the_comparison(tmp_path: Path) -> None:
+    recipe, out = tmp_path / "r.yaml", tmp_path / "out"
+    passes = [{"rtn": {"bits": 2, "group_size": 64}}, {"detach": {"share": 0.01, "score": "random"}}]
+    recipe.write_text(json.dumps({"calibration": {"data": "demo:text", "samples": 4, "length": 64}, "passes": passes, "evaluate": None}))
+    assert told("run", recipe, "demo:dense", "--out", out)[0] == Exit.ACCEPTED
+    code, said = told("serve-check", out, "--engine", "transformers", "--tokens", "4")
+    assert code == Exit.ACCEPTED and "without its residuals, which no other engine computes" in " ".join(said.split())
+    assert serving.left_out(out, find("vllm")) == ["residuals"] and not serving.left_out(out, find("compress"))
 
 
 def test_an_engine_that_refuses_is_told_in_its_own_words(artifacts: Path, tmp_path: Path) -> None:
@@ -425,13 +455,9 @@ def matrix() -> ModuleType:
     return module
 
 
-OPEN = [("transformers", "compressed-tensors", "moe", "w3 g128")]
-"""One prompt is off by 0.08 nats in float32, where 0.05 are allowed, with 255 of 256 tokens as meant: routing that is nearly tied, it seems."""
-
-
 def test_every_cell_runs_or_is_refused() -> None:
     cells = matrix().read()["cells"]
-    assert cells and [matrix().key(cell) for cell in cells if cell["outcome"].startswith("MISMATCH")] == OPEN
+    assert cells and not [matrix().key(cell) for cell in cells if cell["outcome"].startswith("MISMATCH")]
     assert all(matrix().outcome(cell) == cell["outcome"] for cell in cells if "said" in cell)
 
 
@@ -461,16 +487,26 @@ def test_a_cell_is_judged_by_what_was_known(said: str, happened: dict[str, Any],
 # Engines for real --------------------------------------------------------------------------------------------------------------------
 
 
+def python_of(name: str, *installed: str) -> Path:
+    """The interpreter of an engine; where there is none the test is skipped, and told how it is not."""
+    python: Path = matrix().python_of(name, RIVALS)
+    if not python.exists():
+        pytest.skip(f"needs $COMPRESS_RIVALS, a folder of virtual environments, and in it {python.parts[-3]} after pip install {' '.join(installed)}")
+    return python
+
+
 @pytest.mark.engines
 @pytest.mark.parametrize(
-    ("name", "target"), [(name, target) for name, table in tables().items() for target in table.READS if hasattr(table, "INSTALL")]
+    ("name", "target"),
+    [
+        (name, target)
+        for name, table in tables().items()
+        for target in table.READS
+        if hasattr(table, "INSTALL") and target not in ("mxfp4", "nm-packed")  # which are for other models
+    ],
 )
 def test_an_engine_serves_four_bits(artifacts: Path, name: str, target: str) -> None:
-    python = Path(sys.executable) if name == "compress" else matrix().python_of(name, RIVALS)
-    if not python.exists():
-        pytest.skip(f"needs {python}: see bench/README.md")
-    if target in ("mxfp4", "nm-packed"):
-        pytest.skip(f"{target} is for other models")
+    python = Path(sys.executable) if name == "compress" else python_of(name, *find(name).table.INSTALL)
     folder = artifacts / ("w4" if target == "compressed-tensors" else f"w4-{target}")
     if not folder.exists():
         assert told("export", artifacts / "w4", "--to", target)[0] == 0
@@ -504,9 +540,7 @@ def test_gptq_is_what_autogptq_packs(tmp_path: Path) -> None:
     from compress.formats import gptq
     from compress.numerics.grid import Integer, Quantized
 
-    python = matrix().python_of("autogptq", RIVALS)
-    if not python.exists():
-        pytest.skip(f"needs {python}, with auto-gptq==0.7.1 transformers==4.44.2 peft==0.11.1")
+    python = python_of("autogptq", "torch==2.13.0", "auto-gptq==0.7.1", "transformers==4.44.2", "peft==0.11.1")
     weights, given = {}, {}
     for bits in (2, 3, 4, 8):
         for symmetric in (True, False):

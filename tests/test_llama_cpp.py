@@ -129,7 +129,7 @@ def answers(artifact: Path, file: Path) -> dict[str, Any]:
     request = {"folder": str(file.parent), "prompts": asked, "max_tokens": 24, "dtype": "int8"}
     (answer,) = serving.ask_all(find("llama.cpp"), PYTHON, [request], 300)
     assert "error" not in answer, answer
-    return serving.compare(serving.meant(artifact, file.parent), asked, answer)
+    return serving.compare(serving.meant(artifact, file.parent, find("llama.cpp")), asked, answer)
 
 
 def same_answers(artifact: Path, file: Path) -> None:

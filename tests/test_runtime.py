@@ -185,6 +185,8 @@ def test_residuals_are_added(kind: str, scheme: dict[str, Any], checkpoint: Call
     (folder / "config.json").write_text(json.dumps(config))
     # Beside small floats the sum of code and residual is meant to be rounded to bfloat16, which a sum of two products is not.
     assert relative(logits(folder), before) > 0.05 and from_meant(folder) < (5e-3 if "format" in scheme else 1e-3)
+    with torch.no_grad():  # engines do without
+        assert relative(runtime.reference(folder, beside=False, as_transformers=False)(input_ids=IDS).logits, before) < 1e-3
 
 
 @pytest.mark.parametrize(("granularity", "symmetric"), [("tensor", True), ("head", True), ("head", False)])
@@ -235,6 +237,33 @@ def test_memory_is_within_a_twentieth_of_the_file(kind: str, scheme: dict[str, A
     model = compress.load(folder)
     assert abs(speed.resident_bytes(model) / Checkpoint(folder).nbytes - 1) < 0.05
     assert difference(folder) < 2e-2  # where transformers unpacks while loading it rounds weights to bfloat16, which the kernels do not
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("in_float32")
+@pytest.mark.parametrize(
+    ("kind", "scheme", "rounded"),
+    [
+        ("llama", SCHEMES["w4"], False), ("llama", SCHEMES["w8-channel"] | {"activations": "dynamic"}, False), ("llama", SMALL["fp8-dynamic"], False),
+        ("mixtral", SMALL["fp8"], False), ("llama", SCHEMES["w4-asymmetric"], True), ("qwen3_moe", SCHEMES["w8"], True),
+    ],
+)  # fmt: skip
+def test_the_reference_is_what_transformers_computes(
+    kind: str, scheme: dict[str, Any], rounded: bool, checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Products of the same numbers in the same order, also where transformers rounds what it unpacks while loading; exact weights differ then."""
+    folder = made(checkpoint(kind, torch.bfloat16), tmp_path / "out", {"rtn": scheme})
+    plain = tiny.plain(folder)
+    for parameter in plain.parameters():
+        if parameter.dtype == torch.bfloat16:
+            parameter.data = parameter.float()
+    theirs = plain(input_ids=IDS).logits
+    exact = relative(logits(folder, digits=0), theirs)
+    assert relative(runtime.reference(folder, beside=False, as_transformers=True)(input_ids=IDS).logits, theirs) < 1e-6
+    assert exact == relative(runtime.reference(folder, beside=True, as_transformers=False)(input_ids=IDS).logits, theirs)
+    assert 1e-4 < exact < 2e-2 if rounded else exact < 1e-6
+    assert not runtime.remarks(compress.load(folder)) or native.tier() == "torch"
+    assert "inputs are to stay as they are" in runtime.remarks(compress.load(folder, digits=0))[0]
 
 
 def test_generating_is_what_transformers_generates(tmp_path: Path) -> None:

@@ -14,6 +14,8 @@ MODULE = "compress"
 VERSIONS: dict[str, str] = {}
 READS = ("compressed-tensors", "mxfp4", "nm-packed")
 DTYPES = ("float32",)
+BESIDE = True
+"""It computes with residuals and branches, which others leave out."""
 INSTALL: tuple[str, ...] = ()
 REMOVE: tuple[str, ...] = ()
 ENVIRONMENT: dict[str, str] = {}

@@ -114,7 +114,7 @@ def verdicts(layout: Layout, plan: dict[str, Scheme], cache: Caching | None = No
         return found
     ignored = "ignores the scales of the cache"
     of_cache = {
-        "transformers": ignored if found["transformers"] == WHILE_LOADING else "rounds the cache, but does not store it smaller",
+        "transformers": ignored if found["transformers"].startswith(WHILE_LOADING) else "rounds the cache, but does not store it smaller",
         "vLLM": "FP8 cache, GPU only: its kernel for CPUs cuts off what it should round",
         "SGLang": "FP8 cache" if cache.granularity == "tensor" else f"{ignored}: only one for all heads",
     }
@@ -151,7 +151,7 @@ def _weight_verdicts(layout: Layout, plan: dict[str, Scheme]) -> dict[str, str]:
         vllm = "GPU only: its CPU kernel wants 4 bits"
     elif narrow:
         vllm = "GPU only: its CPU kernel wants widths divisible by 32"
-    return {"transformers": _transformers(layout, plan), "vLLM": vllm, "SGLang": sglang}
+    return {"transformers": _transformers(layout, plan) + _rounds(layout, plan), "vLLM": vllm, "SGLang": sglang}
 
 
 def _transformers(layout: Layout, plan: dict[str, Scheme]) -> str:
@@ -172,6 +172,13 @@ def _transformers(layout: Layout, plan: dict[str, Scheme]) -> str:
     if all(scheme.symmetric and scheme.layout not in BFLOAT16_ONLY for scheme in plan.values()):
         return "loads, decompresses on first use"
     return WHILE_LOADING if len(set(_kinds(layout, plan).values())) == 1 else "loads in bfloat16, decompresses on first use"
+
+
+def _rounds(layout: Layout, plan: dict[str, Scheme]) -> str:
+    """What transformers rounds in whatever dtype it is told to compute: integers that it unpacks while loading."""
+    verdict, integers = _transformers(layout, plan), {name for name, scheme in plan.items() if scheme.format == "int"}
+    what = "weights" if verdict == WHILE_LOADING else "experts" if integers & layout.of_experts and verdict.startswith("loads") else None
+    return f", rounding {what} to the dtype of their scales (seen with 5.23.0)" if what and integers else ""
 
 
 def _in_siglip(layout: Layout, plan: dict[str, Scheme]) -> bool:

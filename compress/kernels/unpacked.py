@@ -5,7 +5,7 @@ For `e2m1` and `e4m3` `small` has a kernel for some tokens on a CPU, and comes h
 ====================  ==============================  =========================================================
 coding                ``codes``                       of
 ====================  ==============================  =========================================================
-``int2`` to ``int8``  int32 [out, words]              integers, the stream of `pack-quantized`
+``int2`` to ``int8``  int32 [out, words]              integers, the stream of `pack-quantized`; `ROUNDED` may follow
 ``e2m1``              uint8 [out, in / 2]             MXFP4 and NVFP4, two to a byte
 ``e4m3``              float8_e4m3fn [out, in]         FP8 and MXFP8
 ====================  ==============================  =========================================================
@@ -29,6 +29,8 @@ from compress.numerics.grid import E2M1, E4M3, Grid, Integer, Quantized
 
 AT_ONCE = 1 << 20
 """Weights unpacked at a time."""
+ROUNDED = "-rounded"
+"""What codings end with whose weights are rounded to the dtype of their scales."""
 
 _library: Any = torch.library.Library("compress", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define("unpacked_linear(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, Tensor? units, str coding) -> Tensor")
@@ -44,21 +46,26 @@ def coding_of(grid: Grid) -> str:
 def stored(codes: Tensor, coding: str) -> Tensor:
     """Codes [out, in], as `Quantized` has them, as they are kept."""
     if coding.startswith("int"):
-        return pack_stream(codes, int(coding.removeprefix("int")))
+        return pack_stream(codes, _bits(coding))
     return pack_nibbles(codes) if coding == "e2m1" else codes.contiguous()
+
+
+def _bits(coding: str) -> int:
+    return int(coding.removeprefix("int").removesuffix(ROUNDED))
 
 
 def unpacked(codes: Tensor, scales: Tensor, zeros: Tensor | None, units: Tensor | None, coding: str, columns: int) -> Tensor:
     """The weight [rows, in] float32."""
     if coding.startswith("int"):
-        codes = unpack_stream(codes, int(coding.removeprefix("int")), columns)
+        codes = unpack_stream(codes, _bits(coding), columns)
     elif coding == "e2m1":
         codes = unpack_nibbles(codes)
     scale = scales.float() if units is None else scales.float() / units
     values = torch.unflatten(codes.float(), 1, (scale.shape[1], -1))
     if zeros is not None:
         values -= zeros.float()[..., None]
-    return values.mul_(scale[..., None]).flatten(1)
+    weight = values.mul_(scale[..., None]).flatten(1)
+    return weight.to(scales.dtype).float() if coding.endswith(ROUNDED) else weight
 
 
 def by_rows(x: Tensor, rows: int, weight: Callable[[slice], Tensor]) -> Tensor:
@@ -105,3 +112,17 @@ class UnpackedLinear(Packed):
     @staticmethod
     def why_unpacked(stored: str, device: torch.device) -> str | None:
         return f"no kernel for {stored}"
+
+
+class ExactLinear(UnpackedLinear):
+    """One whose inputs are to stay as they are, whether or not a kernel could multiply it."""
+
+    def __init__(self, weight: Quantized, extras: Extras = NOTHING, *, rounded: bool = False) -> None:
+        """With `rounded`, weights of integers are rounded to the dtype of their scales."""
+        super().__init__(weight, extras)
+        if rounded and isinstance(weight.grid, Integer):
+            self.coding += ROUNDED
+
+    @staticmethod
+    def why_unpacked(stored: str, device: torch.device) -> str | None:
+        return "inputs are to stay as they are"
