@@ -148,7 +148,7 @@ SEEN = "to the dtype of their scales (seen with 5.23.0)"
 def test_what_transformers_rounds_is_told(kind: str, scheme: dict[str, Any], said: str, checkpoint: Callable[..., Path]) -> None:
     layout = Layout(Checkpoint(checkpoint(kind)))
     plan = {name: Scheme(**({"group_size": 32, "symmetric": True} | scheme)) for name in layout.linears}
-    assert export_module("compressed-tensors").verdicts(layout, plan, None)["transformers"] == said
+    assert said_of("compressed-tensors", layout, plan)["transformers"] == said
 
 
 def test_advice_is_for_engines_that_are_known() -> None:
