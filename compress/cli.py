@@ -379,9 +379,8 @@ def gate(
         reports = [path for path in (out, junit, markdown) if path is not None]
         if baseline is not None and reports:
             problems.add(str(reports[0]), "is for a verdict, and --save-baseline gives none", "leave it out")
-        for path in reports:
-            if path.is_dir() or not path.parent.is_dir():
-                problems.add(str(path), "is a folder" if path.is_dir() else "lies in no folder that exists", "choose another file")
+        for path in [*reports, *filter(None, [baseline])]:
+            _check_writable(path, problems)
         problems.raise_if_any()
         from compress import view
         from compress.checkpoint import write_text
@@ -393,10 +392,14 @@ def gate(
                 raise typer.Exit(Exit.ACCEPTED)
             assert against is not None
             result = run.judge(chosen, candidate, against, progress)
+        view.gate(result)
         for file, text in ((out, json.dumps(result, indent=2) + "\n"), (junit, report.junit(result)), (markdown, report.markdown(result))):
             if file is not None:
-                write_text(file, text)
-        view.gate(result)
+                try:
+                    write_text(file, text)
+                except OSError as error:
+                    problems.add(str(file), f"cannot be written ({error.strerror})", "choose another file")
+        problems.raise_if_any()
         raise typer.Exit(Exit.ACCEPTED if result["verdict"] == "passed" else Exit.GATE_FAILED)
 
 
@@ -476,6 +479,19 @@ def _check_new(path: Path | None, remedy: str) -> None:
         raise InputError.one(str(path), "exists already" if path.exists() else "lies in no folder that exists", remedy)
 
 
+def _check_writable(path: Path, problems: Problems) -> None:
+    """Report a file that cannot be written or replaced, by trying: permissions do not tell all."""
+    if path.is_dir() or not path.parent.is_dir():
+        problems.add(str(path), "is a folder" if path.is_dir() else "lies in no folder that exists", "choose another file")
+        return
+    tried = path.with_name(f"{path.name}.arrays.partial")  # the longest name that is needed on the way
+    try:
+        tried.open("ab").close()
+        tried.unlink()
+    except OSError as error:
+        problems.add(str(path), f"cannot be written ({error.strerror})", "choose another file")
+
+
 def _write_new(path: Path, text: str, remedy: str) -> None:
     """Write a file that must not exist yet."""
     try:
@@ -486,8 +502,8 @@ def _write_new(path: Path, text: str, remedy: str) -> None:
 
 
 def _find(path: Path) -> Path:
-    """A recipe file, or one that ships, by its name."""
-    if not path.exists() and path.parent == Path():
+    """A recipe file, or one that ships, by its name; a folder, such as the artifact that it made, may be called the same."""
+    if not path.is_file() and path.parent == Path():
         return next((shipped for shipped in _shipped() if path.name in (shipped.name, shipped.stem)), path)
     return path
 

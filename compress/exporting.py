@@ -97,8 +97,7 @@ def _check_manifest(artifact: Path, rejected: bool, problems: Problems) -> None:
     if not told.accepted and not rejected:
         what = "the artifact was not accepted: its gates failed"
         problems.add(str(artifact / manifest.FILE), what, "mend the recipe, or pass --rejected to export it nevertheless")
-    for name, fault in told.differing(artifact).items():
-        problems.add(str(artifact / name), "is not the file that manifest.json tells of" if fault == "differs" else fault, manifest.REMEDY)
+    told.check(artifact, problems)
 
 
 def export(artifact: Path, places: dict[str, Path], progress: Progress, *, overwrite: bool = False, rejected: bool = False) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from pydantic import ConfigDict, Field
 
 from compress.checkpoint import sha256
+from compress.errors import InputError, Problems
 from compress.options import Options, parse, read_json
 
 FILE = "manifest.json"
@@ -32,6 +33,11 @@ class Manifest(Options):
             if name not in there or sha256(there[name]) != digest
         }
 
+    def check(self, folder: Path, problems: Problems) -> None:
+        """Report the files of `folder` that are not as the manifest says."""
+        for name, fault in self.differing(folder).items():
+            problems.add(str(folder / name), "is not the file that manifest.json tells of" if fault == "differs" else fault, REMEDY)
+
 
 def read(folder: Path) -> Manifest | None:
     """That of an artifact, None if it has none. Raises `InputError` with everything that is wrong with it."""
@@ -39,6 +45,17 @@ def read(folder: Path) -> Manifest | None:
     if not path.exists():
         return None
     return parse(Manifest, read_json(path, REMEDY), str(path), "accepted and files", remedy=REMEDY)
+
+
+def check(folder: Path, problems: Problems) -> None:
+    """Report a manifest that cannot be read, or files that are not as it says; an artifact without one is taken as it is."""
+    try:
+        told = read(folder)
+    except InputError as error:
+        problems.absorb(error)
+    else:
+        if told:
+            told.check(folder, problems)
 
 
 def lost(folder: Path) -> bool:

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from compress import manifest
 from compress.checkpoint import Checkpoint, sha256
 from compress.engines.base import Engine, find_all
 from compress.errors import InputError, Problems
@@ -78,13 +79,15 @@ def wish(
         )
     if found and found.runs and dtype is not None and dtype not in found.table.DTYPES:
         problems.add("--dtype", f"{found.name} is not run in {dtype}", f"take {' or '.join(found.table.DTYPES)}")
-    if python is not None and not os.access(python, os.X_OK):
+    if python is not None and not (python.is_file() and os.access(python, os.X_OK)):
         problems.add("--python", f"{python} is no interpreter", "give the path of one, such as VENV/bin/python")
     if not folder.is_dir():
         problems.add(str(folder), "is no folder", "give an artifact, or what compress export made of one")
     meant, asked = reference or folder, []
     if (folder / EXPORT).is_file():
         _check_origin(folder, reference, problems)
+    for each in dict.fromkeys((folder, meant)):  # a damaged artifact agrees with itself
+        manifest.check(each, problems)
     if (meant / "config.json").is_file() and not (meant / EXPORT).is_file():
         try:
             asked = ask_for(meant, prompts, tokens)

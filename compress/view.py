@@ -353,7 +353,7 @@ def exports(results: list[dict[str, Any]]) -> None:
             exact += f"; of the others {worst} lost most: {lost[worst]:.1e} of its energy (all in {result['folder']}/export.json)"
         console.print(exact if result["exact"] + len(lost) else "byte for byte what the artifact holds", markup=False, soft_wrap=True)
     if results and not results[0]["accepted"]:
-        unknown = "the artifact has no manifest.json: nothing tells whether its files are as they were written, and its gates passed"
+        unknown = "the artifact has no manifest.json: nothing tells whether its files are as they were written, nor whether its gates passed"
         console.print(unknown if results[0]["accepted"] is None else "the gates of the artifact failed", style="yellow", soft_wrap=True)
 
 
@@ -382,8 +382,8 @@ def serving(result: dict[str, Any]) -> None:
     speed = f"{result['tokens_per_second']:.1f} tokens/s{first}, ready after {result['load_seconds']:.1f} s"
     console.print(speed, highlight=False)
     without = f" without its {' and '.join(result['left_out'])}, which no other engine computes" if result["left_out"] else ""
-    verdict = "agrees" if result["agrees"] else "DIFFERS"
-    console.print(f"{verdict} within {result['tolerance']:g} nats of {result['reference']}{without}", highlight=False)
+    verdict = f"agrees within {result['tolerance']:g} nats of" if result["agrees"] else f"DIFFERS by more than {result['tolerance']:g} nats from"
+    console.print(f"{verdict} {result['reference']}{without}", highlight=False)
 
 
 def inspection(result: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from compress import advice, serving
@@ -418,10 +420,19 @@ def test_an_engine_that_refuses_is_told_in_its_own_words(artifacts: Path, tmp_pa
     damaged = tmp_path / "damaged"
     damaged.mkdir()
     for path in (artifacts / "w4").iterdir():
-        if path.suffix == ".json":
+        if path.suffix == ".json" and path.name != "manifest.json":
             (damaged / path.name).write_bytes(path.read_bytes())
     code, said = told("serve-check", damaged, "--engine", "transformers", "--reference", artifacts / "w4")
     assert code == Exit.BAD_INPUT and "does not run it: OSError" in said and "safetensors" in said
+
+
+def test_an_artifact_that_is_not_as_it_was_written_does_not_agree_with_itself(artifacts: Path, tmp_path: Path) -> None:
+    changed = Path(shutil.copytree(artifacts / "w4", tmp_path / "changed"))
+    tensors = load_file(changed / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight_scale"] *= 1.05
+    save_file(tensors, changed / "model.safetensors", {"format": "pt"})
+    code, said = told("serve-check", changed, "--engine", "compress", "--tokens", "4")
+    assert code == Exit.BAD_INPUT and "model.safetensors: is not the file that manifest.json tells of" in said
 
 
 def test_what_cannot_be_tried_is_told_at_once(tmp_path: Path, artifacts: Path) -> None:
@@ -432,6 +443,7 @@ def test_what_cannot_be_tried_is_told_at_once(tmp_path: Path, artifacts: Path) -
     assert "--engine: sglang is known, but no way to run it here" in said and "no is no interpreter" in said
     assert "long.txt:1: 'a' is no more than a token" in said and "long.txt:2: has" in said
     code, said = told("serve-check", artifacts / "nothing", "--engine", "vllm", "--dtype", "int3")
+    assert told("serve-check", artifacts / "w4", "--engine", "transformers", "--python", tmp_path)[1].count("is no interpreter") == 1
     assert code == Exit.BAD_INPUT and "nothing: is no folder" in said and "--dtype: vllm is not run in int3; take float16 or bfloat16" in said
 
 

@@ -245,6 +245,7 @@ def test_other_tokens_fail_whatever_is_allowed_and_nothing_is_measured(checkpoin
     (folder / "tokenizer.json").write_text(json.dumps(plain))
     result = judged(rules(integrity={"allow": ["tokenizer.json"]}), folder, checkpoint("llama"))
     assert failed(result) == {"tokens"} and {each["status"] for each in result["checks"] if each["bound"] is not None} == {"not run"}
+    assert check(result, "kl")["detail"] == "says nothing while this fails: tokens" and "not run: says nothing" in report.junit(result)
     assert "❌ gate failed" in report.markdown(result)
 
 
@@ -545,6 +546,10 @@ def test_the_command_exits_with_what_it_found_and_writes_reports(
         refused = invoke(*words)
         assert refused.exit_code == 2 and what in refused.output, refused.output
     assert not Path("c.json").exists() and not Path("x.json").exists()
+    long = "a" * 250
+    for words in ((base, "--against", "b.json", "--json", "x.json", "--markdown", long), (base, "--save-baseline", f"{long}.json")):
+        refused = invoke(*words)  # names that leave no room for the file that is written first
+        assert refused.exit_code == 2 and "cannot be written (File name too long)" in refused.output and not Path("x.json").exists()
     Path("gate.yaml").write_text("text: [{data: nowhere.txt, context: 32, max_flips: 1}]\n")
     refused = invoke("nowhere", "--against", "b.txt")
     assert all(what in refused.output for what in ("nowhere: no such folder", "b.txt: no such folder", "nowhere.txt is no file")), refused.output
@@ -561,6 +566,14 @@ def test_names_cannot_break_a_report() -> None:
     assert [row.replace("\\|", "").count("|") for row in rows] == [7, 8] and "<b>" not in "".join(rows) and "@team" not in "".join(rows)
     case = ElementTree.fromstring(report.junit(result).encode())[0][0]
     assert case.attrib["classname"] == "gate.text a|b <i>?" and case[0].tag == "failure"
+
+
+def test_what_is_too_long_is_cut_between_words() -> None:
+    line = decide.Check("integrity", "weights", "failed", f"{'x' * 190} norm is 1.0501 times")
+    result = {"verdict": "failed", "candidate": "a", "against": "b", "alpha": 0.05, "notes": ["no manifest"], "protocol_sha256": "0" * 64}
+    result["checks"] = [report_ready(line)]
+    row = next(row for row in report.markdown(result).splitlines() if row.startswith("| ❌"))
+    assert "norm is ... (all of it in the JSON)" in row and report.markdown(result).index("no manifest") < report.markdown(result).index("<details>")
 
 
 def report_ready(line: decide.Check) -> dict[str, Any]:

@@ -170,7 +170,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "engines.launch": (),
     "engines.guard": (),
     "judging": ("errors", "engines.base", "layout", "scheme", "recipe", "planning"),
-    "serving": ("errors", "engines", "formats.base", "checkpoint", "data", "emulation", "layout", "runtime"),
+    "serving": ("errors", "manifest", "engines", "formats.base", "checkpoint", "data", "emulation", "layout", "runtime"),
     "advice": ("errors", "layout", "scheme", "recipe", "planning"),
     "export": ("errors", "formats", "arch.base", "checkpoint", "fused", "layout", "model", "scheme", "export.base"),
     "export.gguf": ("errors", "formats", "numerics", "checkpoint", "layout", "model", "scheme"),

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
 from compress import demo, recipe
 from compress.checkpoint import Checkpoint
+from compress.cli import app
 from compress.errors import InputError
 from compress.layout import Layout
 
@@ -138,6 +140,14 @@ def test_a_file_that_is_no_recipe_is_refused(content: bytes | None, message: str
 def test_every_shipped_recipe_is_valid_and_says_how_to_run_it(path: Path) -> None:
     recipe.load(path)
     assert path.read_text().startswith(f"# compress run recipes/{path.name} ")
+
+
+def test_a_shipped_recipe_is_found_beside_an_artifact_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "w4").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert CliRunner().invoke(app, ["check", "w4", "demo:dense"]).exit_code == 0
+    (tmp_path / "w4.yaml").write_text("passes: 3")
+    assert CliRunner().invoke(app, ["check", "w4.yaml", "demo:dense"]).exit_code == 2  # a file of one's own goes first
 
 
 FITTING: dict[str, tuple[str, dict[str, Any], str]] = {

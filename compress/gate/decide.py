@@ -91,9 +91,11 @@ def verdict(checks: list[Check]) -> Status:
     return "failed" if "failed" in found else "inconclusive" if found & {"inconclusive", "not run"} else "passed"
 
 
-def not_run(rules: Rules) -> list[Check]:
-    """What is left of the tests when the candidate cannot be measured beside the baseline."""
-    return [Check(suite.title, name.removeprefix("max_"), "not run", bound=bound) for suite in rules.suites for name, bound in suite.bounds.items()]
+def not_run(rules: Rules, why: str) -> list[Check]:
+    """What is left of the tests when the candidate cannot be measured beside the baseline, and ``why``."""
+    return [
+        Check(suite.title, name.removeprefix("max_"), "not run", why, bound=bound) for suite in rules.suites for name, bound in suite.bounds.items()
+    ]
 
 
 def _check(test: _Test, adjusted: float, rules: Rules, level: float) -> Check:

@@ -49,23 +49,23 @@ def markdown(result: dict[str, Any]) -> str:
     lines += ["| | check | change | allowed | found from | p |", "|---|---|---:|---:|---:|---:|"]
     tests = [check for check in result["checks"] if check["bound"] is not None and check["status"] == "passed"]
     for check in [*bad, *tests]:
-        detail = f": {check['detail'][:200]}" if check["detail"] and check["status"] != "passed" else ""
+        detail = f": {_short(check['detail'], 200)}" if check["detail"] and check["status"] != "passed" else ""
         lines.append(f"| {SIGNS[check['status']]} | {_cell(check['suite'])}: {_cell(check['name'] + detail)} | {' | '.join(figures(check))} |")
     if not bad and not tests:
         lines.append("| ✅ | integrity | | | | |")
     if few := powerless(result):
         lines += ["", "⚠️ That these passed says little, since there are too few data for them to fail:", ""]
         lines += [f"* {_cell(check['suite'])}: {_cell(check['name'])}: {_cell(check['detail'])}" for check in few]
+    lines += [f"\n⚠️ {_cell(note)}" for note in result["notes"]]
     lines += ["", "<details><summary>All checks</summary>", "", "| | check | change, 95 % interval | allowed | found from | p, corrected | |"]
     lines.append("|---|---|---:|---:|---:|---:|---|")
     for check in result["checks"]:
-        told = about(check)
-        told = told if len(told) <= TOLD else f"{told[:TOLD]}... (all of it in the JSON)"
+        told = _short(about(check), TOLD)
         cells = (SIGNS[check["status"]], f"{check['suite']}: {check['name']}", *figures(check), told)
         lines.append("| " + " | ".join(map(_cell, cells)) + " |")
     lines += ["", f"A test fails if, corrected for their number, it is significant at {result['alpha']:g} that the change is beyond what is allowed."]
     lines += ["Of models with a true change as large as in the column *found from*, it would find 80 %."]
-    lines += [*(f"\n{_cell(note)}" for note in result["notes"]), "", f"protocol `{result['protocol_sha256'][:16]}`", "", "</details>", ""]
+    lines += ["", f"protocol `{result['protocol_sha256'][:16]}`", "", "</details>", ""]
     return "\n".join(lines)
 
 
@@ -90,11 +90,18 @@ def junit(result: dict[str, Any]) -> str:
                 ElementTree.SubElement(case, "system-out").text = _plain(text + about(check))
             else:
                 tag = "failure" if check["status"] == "failed" else "error"
-                inner = ElementTree.SubElement(case, tag, message=_plain(f"{check['status']}: {text}{about(check)}"[:500]), type=check["status"])
+                inner = ElementTree.SubElement(
+                    case, tag, message=_plain(_short(f"{check['status']}: {text}{about(check)}", 500)), type=check["status"]
+                )
                 inner.text = _plain(text + about(check))
     root.attrib.update({key: str(value) for key, value in total.items()})
     ElementTree.indent(root)
     return '<?xml version="1.0" encoding="UTF-8"?>\n' + ElementTree.tostring(root, encoding="unicode") + "\n"
+
+
+def _short(text: str, most: int) -> str:
+    """Its first `most` characters up to the end of a word; half a number is another number."""
+    return text if len(text) <= most else f"{text[:most].rpartition(' ')[0]} ... (all of it in the JSON)"
 
 
 def _cell(text: str) -> str:

@@ -73,9 +73,10 @@ def judge(rules: Rules, candidate: str, against: str, progress: Progress) -> dic
     exact.append(
         Exact("tokens", tuple(f"{title} is other tokens than the baseline's" for title, each in given.items() if each.digest != data[title]))
     )
-    if any(each.what for each in exact if each.name in ("finite", "tokens", "tensors")):
+    if failed := [each.name for each in exact if each.what and each.name in ("finite", "tokens", "tensors")]:
         # Figures of models that are given other tokens, or that compute no numbers, say nothing.
-        checks, protocol = decide.exact(exact) + decide.not_run(rules), observe.protocol(rules, _stored(layout), layout)
+        why = f"says nothing while this fails: {', '.join(failed)}"
+        checks, protocol = decide.exact(exact) + decide.not_run(rules, why), observe.protocol(rules, _stored(layout), layout)
     else:
         if not isinstance(other, Record):
             base = measured(rules, against, other, of_base, None, progress)
