@@ -46,6 +46,9 @@ def check(artifact: Path, places: dict[str, Path], *, overwrite: bool = False, r
 
     That is, besides what a layout cannot hold: files that are not those the manifest tells of and, unless `rejected`, gates that failed.
     """
+    target = json.loads((artifact / FILE).read_text(encoding="utf-8"))["target"] if (artifact / FILE).is_file() else None
+    if target in export_names() and not export_module(target).READABLE:
+        raise InputError.one(str(artifact), f"is itself an export, to {target}", "give the artifact that it was made of")
     layout = Layout(Checkpoint(artifact))
     declared.check(layout)
     plan = declared.schemes(layout)

@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import yaml
@@ -320,6 +321,12 @@ compress serve-check w4-mlx --engine mlx --python VENV/bin/python --reference w4
 all it started, when the check ends, however it ends. It tells the margin of every token that differs: how much less likely the reference finds
 it than its own choice. A near tie has next to none.
 
+VENV is an environment of the engine alone, in which `compress` need not be. What ran here was installed so:
+
+| | |
+|---|---|
+{environments}
+
 To add an engine, write one file in `compress/engines/`: what it is called, the versions that are known, the exports it reads, and `run`, which
 loads a folder and answers. `compress/engines/launch.py` runs it in the engine's own interpreter.
 """
@@ -336,6 +343,7 @@ def render(document: dict[str, Any]) -> str:
         broken=f"there are {len(broken)}" if broken else "there is none",
         tolerance=", ".join(f"{value:g} in {dtype}" for dtype, value in serving.TOLERANCE.items()),
         versions=", ".join(versions),
+        environments="\n".join(map(environment, (table for name, table in tables().items() if name != "compress" and hasattr(table, "INSTALL")))),
     )
     for model in MODELS:
         for export in EXPORTS:
@@ -343,6 +351,13 @@ def render(document: dict[str, Any]) -> str:
             if any("said" in cell for cell in cells):
                 text += f"\n## demo:{model} as {export}\n\n" + table(cells)
     return text
+
+
+def environment(table: ModuleType) -> str:
+    """A row of docs/engines.md: how what ran here was installed."""
+    steps = [" ".join([*(f'{key}="{value}"' for key, value in table.ENVIRONMENT.items() if key == "CMAKE_ARGS"), "pip install", *table.INSTALL])]
+    steps += [f"pip uninstall {' '.join(table.REMOVE)}"] if table.REMOVE else []
+    return f"| {table.TITLE} | {', then '.join(f'`{step}`' for step in steps)} |"
 
 
 def table(cells: list[dict[str, Any]]) -> str:

@@ -277,6 +277,21 @@ def test_changed_weights_are_found_out_by_the_manifest(artifact: Path) -> None:
     assert "model.safetensors: is not the file that manifest.json tells of" in refused(artifact, "gptq")
 
 
+def test_weights_that_are_no_numbers_are_the_fault_of_the_artifact(artifact: Path) -> None:
+    path = artifact / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.0.mlp.up_proj.weight_scale"][3] = torch.nan
+    save_file(tensors, path, metadata={"format": "pt"})
+    (artifact / "manifest.json").unlink()
+    assert "model.layers.0.mlp.up_proj.weight: holds NaN or infinity; the artifact is damaged" in refused(artifact, "gptq")
+
+
+def test_an_export_is_no_artifact_but_in_the_layout_of_one(artifact: Path) -> None:
+    told = exported(artifact, "mlx", "compressed-tensors")
+    assert "is itself an export, to mlx; give the artifact" in refused(Path(told["mlx"]["folder"]), "gptq")
+    assert exported(Path(told["compressed-tensors"]["folder"]), "gptq")["gptq"]["losses"] == {}
+
+
 def test_an_artifact_whose_gates_failed_is_exported_on_demand_only(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     failing = plain(export=("compressed-tensors", "gptq")) | {"gates": {"bits_per_weight": {"max": 1.0}}}
     result = compress(failing, checkpoint("llama", torch.bfloat16), tmp_path / "out")

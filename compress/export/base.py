@@ -150,6 +150,8 @@ def losses(model: Model, found: Iterable[tuple[str, Tensor]]) -> dict[str, float
         meant = (weight.dequantize(torch.float32) if weight else read_entry(model.final(name))).float()
         if tensor.shape != meant.shape:
             raise InputError.one(name, f"was written as {list(tensor.shape)} in place of {list(meant.shape)}", "report this")
+        if not bool(meant.isfinite().all()):
+            raise InputError.one(name, "holds NaN or infinity", "the artifact is damaged; fetch it again")
         energy = float(meant.double().square().sum())
         off = float((tensor.double() - meant.double()).square().sum())
         errors[name] = 0.0 if torch.equal(tensor.float(), meant) else max(off, torch.finfo(torch.float64).tiny) / (energy or 1.0)
