@@ -284,7 +284,8 @@ def test_experts_may_have_few_tokens_where_that_stops_no_run(options: dict[str, 
     few = {} if options else {"min_tokens": 1}  # as many as there are on average may do
     calls = {"gptq": {"group_size": 32, "min_tokens": 2, "scales": "mse"} | few | options}
     rest = [{"rtn": {"group_size": 32, "exclude": ["*.self_attn.*"]}}] * ("include" in options)
-    recipe.check(recipe.validate(with_passes(calls, *rest), "r.yaml"), Layout(Checkpoint(checkpoint("qwen3_moe"))), "r.yaml")
+    layout = Layout(Checkpoint(checkpoint("qwen3_moe")))
+    assert recipe.check(recipe.validate(with_passes(calls, *rest), "r.yaml"), layout, "r.yaml").keys() == layout.linears.keys()
 
 
 @pytest.mark.parametrize("indivisible", ["keep", "channel"])
